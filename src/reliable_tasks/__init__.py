@@ -1,0 +1,65 @@
+"""Celery tasks that are never lost, never run twice at once, never stuck and never silent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from reliable_tasks import presets
+from reliable_tasks._once.decorator import once
+from reliable_tasks._once.result import ReliableResult
+from reliable_tasks._setup import (
+    Change,
+    Report,
+    VisibilityTimeout,
+    apply_reliable_config,
+    recommended_visibility_timeout,
+)
+from reliable_tasks._task import ReliableTask
+from reliable_tasks.config import ReliableConfig
+from reliable_tasks.errors import (
+    ConfigError,
+    DuplicateTaskError,
+    LockError,
+    LockLost,
+    MissingExtra,
+    ReliableError,
+    ReliableWarning,
+    RetriesExhausted,
+    ScriptError,
+    StoreError,
+    StoreUnavailable,
+    UnsupportedCelery,
+)
+
+__all__ = [
+    "Change",
+    "ConfigError",
+    "DuplicateTaskError",
+    "LockError",
+    "LockLost",
+    "MissingExtra",
+    "ReliableConfig",
+    "ReliableError",
+    "ReliableResult",
+    "ReliableTask",
+    "ReliableWarning",
+    "Report",
+    "RetriesExhausted",
+    "ScriptError",
+    "StoreError",
+    "StoreUnavailable",
+    "UnsupportedCelery",
+    "VisibilityTimeout",
+    "apply_reliable_config",
+    "once",
+    "presets",
+    "recommended_visibility_timeout",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("reliable-tasks")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

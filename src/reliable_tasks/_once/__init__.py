@@ -1,0 +1,1 @@
+"""``@once``: at most one live task per key."""

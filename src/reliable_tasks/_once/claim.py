@@ -1,0 +1,70 @@
+"""The claim as it travels: in a message's headers, and beside a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from celery import Task
+
+from reliable_tasks._once.once import Once
+
+__all__ = ["CLAIM", "HOLDER", "Claim", "Run"]
+
+#: Header: the claim that a message carries.
+CLAIM = "reliable_claim"
+#: Header, added by the worker that received the message: the token of this copy.
+HOLDER = "reliable_holder"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Which key a message owns, and as which attempt.
+
+    Attributes:
+        name: The claim's name.
+        owner: The task's id.
+        attempt: Which continuation of the task the message is, from 0.
+    """
+
+    name: str
+    owner: str
+    attempt: int
+
+    def as_header(self) -> dict[str, Any]:
+        """Return what the message carries."""
+        return {"key": self.name, "owner": self.owner, "attempt": self.attempt}
+
+    @classmethod
+    def from_headers(cls, headers: dict[str, Any] | None, task_id: str | None) -> Claim | None:
+        """Return the claim of the task ``task_id``, or ``None``.
+
+        Headers that somebody handed on to a task of another id carry a claim that is not its.
+        """
+        header = (headers or {}).get(CLAIM)
+        if not isinstance(header, dict) or not task_id or header.get("owner") != task_id:
+            return None
+        return cls(str(header["key"]), task_id, int(header["attempt"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A copy that was let in.
+
+    Attributes:
+        once: The task's ``@once``.
+        claim: What it holds.
+        holder: Its token.
+        fence: Greater than that of every run before it with this key.
+    """
+
+    once: Once
+    claim: Claim
+    holder: str
+    fence: int
+
+    @staticmethod
+    def of(task: Task[..., Any]) -> Run | None:
+        """Return the run that goes on in this task, or ``None``."""
+        run = getattr(task.request, "reliable_run", None)
+        return run if isinstance(run, Run) else None

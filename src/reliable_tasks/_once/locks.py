@@ -1,0 +1,105 @@
+"""Where an app's claims live."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from reliable_tasks._celery.settings import reliable_settings
+from reliable_tasks._store.claims import Claims
+from reliable_tasks._store.client import ServerAddress, is_redis_url, shown
+from reliable_tasks.config import ReliableConfig
+from reliable_tasks.errors import ConfigError, StoreUnavailable
+
+__all__ = ["BrokerUnavailable", "Locks", "locks_of", "read_config"]
+
+
+class BrokerUnavailable(StoreUnavailable, OperationalError):
+    """The lock Redis is the broker, and it does not answer.
+
+    Callers catch kombu's ``OperationalError`` for a broker that is down; whether the claim or
+    the push met it first is no concern of theirs.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Locks:
+    """An app's claims and the settings that go with them."""
+
+    claims: Claims
+    config: ReliableConfig
+    are_at_broker: bool
+
+    def unavailable(self, error: StoreUnavailable) -> StoreUnavailable:
+        """Return the error as callers of this app expect it."""
+        if self.are_at_broker:
+            return BrokerUnavailable(error.url, error.reason)
+        return error
+
+
+_locks: WeakKeyDictionary[Celery, tuple[tuple[Any, ...], Locks]] = WeakKeyDictionary()
+
+
+def locks_of(app: Celery) -> Locks:
+    """Return the app's claims.
+
+    Raises:
+        ConfigError: No Redis is configured, or a ``reliable_*`` setting is no good.
+    """
+    # Rebuilt when the configuration is another one (a test's, a late config_from_object).
+    settings = reliable_settings(app)
+    state = (
+        app.conf.broker_write_url,
+        app.conf.result_backend,
+        tuple(sorted((name, repr(value)) for name, value in settings.items())),
+    )
+    known = _locks.get(app)
+    if known is None or known[0] != state:
+        known = _locks[app] = (state, _build(app, ReliableConfig.from_mapping(settings)))
+    return known[1]
+
+
+def read_config(app: Celery) -> ReliableConfig:
+    """Return the app's ``reliable_*`` settings.
+
+    Raises:
+        ConfigError: One is unknown or no good.
+    """
+    return ReliableConfig.from_mapping(reliable_settings(app))
+
+
+def _build(app: Celery, config: ReliableConfig) -> Locks:
+    conf = app.conf
+    broker, backend = conf.broker_write_url, conf.result_backend
+    at_broker = _options(conf.broker_transport_options, conf.broker_use_ssl)
+    at_backend = _options(conf.result_backend_transport_options, conf.redis_backend_use_ssl)
+    url = config.redis_url
+    if url:
+        options = dict(config.redis_options or {})
+        if not options and url in (broker, backend):
+            options = at_broker if url == broker else at_backend
+    elif is_redis_url(broker):
+        url, options = broker, at_broker
+    elif is_redis_url(backend):
+        url, options = backend, at_backend
+    else:
+        raise ConfigError(
+            "@once needs a Redis for its claims, and neither the broker "
+            f"({shown(str(broker))}) nor the result backend ({shown(str(backend))}) is one: "
+            "set reliable_redis_url"
+        )
+    address = ServerAddress(url=url, timeout=config.store_timeout, options=options)
+    return Locks(Claims(address, config.key_prefix), config, are_at_broker=url == broker)
+
+
+def _options(transport_options: Any, use_ssl: Any) -> dict[str, Any]:
+    options = dict(transport_options or {})
+    kept = ("global_keyprefix", "master_name", "min_other_sentinels", "sentinel_kwargs")
+    found = {name: options[name] for name in kept if options.get(name)}
+    if use_ssl:
+        found["ssl"] = use_ssl
+    return found

@@ -1,0 +1,46 @@
+"""One task's ``@once``, bound to its signature."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from celery import Task
+
+from reliable_tasks._once.keys import Key
+from reliable_tasks._once.options import OnceOptions
+from reliable_tasks.config import ReliableConfig
+
+__all__ = ["Once"]
+
+
+class Once:
+    """What a task class needs to name and time its claims.
+
+    Args:
+        options: What ``@once`` was told.
+        function: The task's body.
+        takes_self: Whether the body's first parameter is the task.
+        task: The task's name, for messages.
+
+    Raises:
+        ConfigError: The key template does not fit the function.
+    """
+
+    def __init__(
+        self, options: OnceOptions, function: Callable[..., Any], *, takes_self: bool, task: str
+    ) -> None:
+        signature = inspect.signature(function)
+        if takes_self:
+            signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+        self.options = options
+        self._key = Key(options.key, signature, task)
+
+    def claim_name(self, task: Task[..., Any], args: Any, kwargs: Mapping[str, Any] | None) -> str:
+        """Return the name of a call's claim."""
+        return self._key.name(task.name, args, kwargs or {})
+
+    def ttl(self, config: ReliableConfig) -> float:
+        """Return how long the claim may wait in the queue (s)."""
+        return self.options.ttl_seconds(config.once_ttl)

@@ -1,0 +1,157 @@
+"""The publisher's side: claim, then queue, and take the claim back if that failed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+from uuid import uuid4
+
+from celery import Task
+
+from reliable_tasks._once.claim import CLAIM, HOLDER, Claim, Run
+from reliable_tasks._once.locks import Locks, locks_of
+from reliable_tasks._once.once import Once
+from reliable_tasks._once.result import ReliableResult
+from reliable_tasks._store.claims import Publish, Ticket
+from reliable_tasks.errors import DuplicateTaskError, LockLost, StoreError, StoreUnavailable
+
+__all__ = ["publish"]
+
+logger = logging.getLogger("reliable_tasks")
+
+#: Queues the task under an id with the given headers, and returns its result.
+Queue = Callable[[str, Mapping[str, Any]], ReliableResult]
+
+
+def publish(
+    task: Task[..., Any],
+    once: Once,
+    queue: Queue,
+    *,
+    args: Any,
+    kwargs: Any,
+    task_id: str | None,
+    options: Mapping[str, Any],
+) -> ReliableResult:
+    """Claim a call's key and queue it, or return the owner's result.
+
+    Raises:
+        DuplicateTaskError: The key is taken and the conflict setting is ``"raise"``.
+        LockLost: A retry or a replacement found that another task owns the key by now.
+        StoreUnavailable: The lock Redis does not answer and ``reliable_on_store_error`` is
+            ``"raise"``; a kombu ``OperationalError`` where the lock Redis is the broker.
+    """
+    locks = locks_of(task.app)
+    headers = {k: v for k, v in (options.get("headers") or {}).items() if k not in (CLAIM, HOLDER)}
+    carried = Claim.from_headers(options.get("headers"), task_id)
+    owner = task_id or str(uuid4())
+    retries = int(options.get("retries") or 0)
+    is_retry = carried is not None and retries > 0
+    # A retry keeps its claim whatever became of its arguments on the way; anything else that
+    # comes with a claim (a replacement) goes on with it only if it is about the same key.
+    name = carried.name if carried and is_retry else once.claim_name(task, args, kwargs)
+    continued = carried if carried and carried.name == name else None
+    claim = Claim(name, owner, continued.attempt + 1 if continued else retries)
+    token = uuid4().hex
+    ttl = once.ttl(locks.config) + _delay(task, options)
+    try:
+        ticket = _take(task, locks, claim, token, ttl, continued)
+    except StoreError as error:
+        if locks.config.on_store_error == "proceed":
+            logger.warning("Task %s[%s] is queued without a claim: %s", task.name, owner, error)
+            return queue(owner, headers)
+        if isinstance(error, StoreUnavailable):
+            raise locks.unavailable(error) from error
+        raise
+    if ticket.code is Publish.DUPLICATE:
+        return _duplicate(task, once, claim, ticket, task_id, is_continuation=continued is not None)
+    try:
+        return queue(owner, {**headers, CLAIM: claim.as_header()})
+    except BaseException:
+        _take_back(locks, claim, token, continued)
+        raise
+
+
+def _take(
+    task: Task[..., Any],
+    locks: Locks,
+    claim: Claim,
+    token: str,
+    ttl: float,
+    continued: Claim | None,
+) -> Ticket[Publish]:
+    if continued is None:
+        return locks.claims.acquire(
+            claim.name,
+            owner=claim.owner,
+            attempt=claim.attempt,
+            token=token,
+            ttl=ttl,
+            task=task.name,
+        )
+    run = Run.of(task)
+    return locks.claims.continue_(
+        claim.name,
+        owner=claim.owner,
+        attempt=claim.attempt,
+        token=token,
+        ttl=ttl,
+        task=task.name,
+        holder=run.holder if run else "",
+    )
+
+
+def _duplicate(
+    task: Task[..., Any],
+    once: Once,
+    claim: Claim,
+    ticket: Ticket[Publish],
+    asked_id: str | None,
+    *,
+    is_continuation: bool,
+) -> ReliableResult:
+    if is_continuation:
+        raise LockLost(claim.name, claim.owner, ticket.owner)
+    if once.options.on_conflict == "raise":
+        raise DuplicateTaskError(claim.name, ticket.owner, ticket.seconds)
+    logger.info(
+        "Task %s is a duplicate of %s (%s)%s",
+        task.name,
+        ticket.owner,
+        claim.name,
+        f": its own id {asked_id} is not used" if asked_id else "",
+    )
+    result = ReliableResult(
+        ticket.owner, backend=task.backend, task_name=task.name, app=task.app
+    )
+    result.duplicate = True
+    result.ignored_id = asked_id
+    return result
+
+
+def _take_back(locks: Locks, claim: Claim, token: str, continued: Claim | None) -> None:
+    try:
+        locks.claims.abandon(
+            claim.name,
+            owner=claim.owner,
+            token=token,
+            back_to=continued.attempt if continued else None,
+        )
+    except StoreError as error:
+        logger.warning("The claim on %s stays until it lapses: %s", claim.name, error)
+
+
+def _delay(task: Task[..., Any], options: Mapping[str, Any]) -> float:
+    """Return the seconds until the task may start, from ``countdown`` or ``eta``."""
+    countdown, eta = options.get("countdown"), options.get("eta")
+    if countdown:
+        return max(float(countdown), 0.0)
+    if isinstance(eta, str):
+        eta = datetime.fromisoformat(eta)
+    if isinstance(eta, datetime):
+        if eta.tzinfo is None:
+            eta = eta.replace(tzinfo=task.app.timezone)
+        return max((eta - datetime.now(UTC)).total_seconds(), 0.0)
+    return 0.0

@@ -1,0 +1,175 @@
+"""The worker's side: let a copy in or set it aside, and release its claim when it ends."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+from uuid import uuid4
+
+from celery import Task, states
+from celery.exceptions import Ignore
+from celery.signals import task_postrun
+
+from reliable_tasks._celery.request import SetAside
+from reliable_tasks._once.claim import HOLDER, Claim, Run
+from reliable_tasks._once.locks import Locks, locks_of
+from reliable_tasks._once.once import Once
+from reliable_tasks._store.claims import Entry, Release
+from reliable_tasks.errors import DuplicateTaskError, StoreError
+
+__all__ = ["end_unrun", "enter", "mark_copy"]
+
+logger = logging.getLogger("reliable_tasks")
+
+#: How long a copy waits while another one of its attempt runs, at the most (s). It comes back
+#: sooner when the other's lease ends.
+_WHILE_RUNNING = 5.0
+#: ... while the attempt before it, which published it, is about to end (s).
+_WHILE_ENDING = 0.2
+#: ... while the lock Redis does not answer (s).
+_WHILE_UNAVAILABLE = 5.0
+#: The lease outlives the hard limit by what the kill may take (s).
+_KILL_GRACE = 5.0
+#: A run that nothing limits is covered as long as Celery's own default visibility timeout (s).
+_UNLIMITED = 3600.0
+
+#: Trace states that end a run for good. Without one (SystemExit) the child is about to die, and
+#: the main process decides, for it knows whether the message goes back.
+_ENDED = frozenset(
+    {states.SUCCESS, states.FAILURE, states.IGNORED, states.REJECTED, states.RETRY}
+)
+
+
+def mark_copy(headers: dict[str, Any]) -> None:
+    """Give a received message the token that the child and the main process know it by."""
+    headers[HOLDER] = uuid4().hex
+
+
+def enter(task: Task[..., Any], once: Once) -> None:
+    """Take the claim for this run.
+
+    Raises:
+        Ignore: A later attempt exists; this copy is acknowledged unrun.
+        SetAside: Another copy runs, or the lock Redis does not answer; the message goes back.
+        DuplicateTaskError: Another task owns the key.
+    """
+    request = task.request
+    locks = locks_of(task.app)
+    claim = Claim.from_headers(request.headers, request.id)
+    if claim is None:
+        # Published by name, or while the lock Redis was away.
+        name = once.claim_name(task, request.args, request.kwargs)
+        claim = Claim(name, str(request.id), int(request.retries or 0))
+    holder = str(request.get(HOLDER) or uuid4().hex)
+    lease = _lease(task, locks)
+    try:
+        ticket = locks.claims.enter(
+            claim.name,
+            owner=claim.owner,
+            attempt=claim.attempt,
+            holder=holder,
+            lease=lease,
+            ttl=max(lease, _redelivery(task)) + _KILL_GRACE,
+            task=task.name,
+        )
+    except StoreError as error:
+        _unavailable(task, locks, error)
+        return
+    if ticket.code is Entry.ENTERED:
+        request.reliable_run = Run(once, claim, holder, ticket.fence)
+    elif ticket.code is Entry.CONTINUED:
+        logger.warning(
+            "Task %s[%s] is not run again: attempt %d was continued already",
+            task.name,
+            claim.owner,
+            claim.attempt,
+        )
+        raise Ignore
+    elif ticket.code is Entry.DUPLICATE:
+        raise DuplicateTaskError(claim.name, ticket.owner, ticket.seconds)
+    else:
+        pause = _WHILE_RUNNING if ticket.code is Entry.RUNNING else _WHILE_ENDING
+        _set_aside(task, "another copy of it is running", min(ticket.seconds + 0.01, pause))
+
+
+def _unavailable(task: Task[..., Any], locks: Locks, error: StoreError) -> None:
+    if locks.config.on_store_error == "raise" and task.acks_late:
+        _set_aside(task, str(error), _WHILE_UNAVAILABLE)
+    logger.error("Task %s[%s] runs without a claim: %s", task.name, task.request.id, error)
+
+
+def _set_aside(task: Task[..., Any], reason: str, seconds: float) -> None:
+    if not task.acks_late:
+        # Acknowledged before it started: there is no message left to give back.
+        logger.error("Task %s[%s] is dropped: %s", task.name, task.request.id, reason)
+        raise Ignore
+    raise SetAside(reason, seconds)
+
+
+def _lease(task: Task[..., Any], locks: Locks) -> float:
+    hard_limit = (task.request.timelimit or (None, None))[0] or task.time_limit
+    run = hard_limit or locks.config.longest_task or _UNLIMITED
+    return max(float(run) + _KILL_GRACE, locks.config.once_lease)
+
+
+def _redelivery(task: Task[..., Any]) -> float:
+    """Return how long a dead worker's message can stay with the broker."""
+    options = task.app.conf.broker_transport_options or {}
+    return float(options.get("visibility_timeout") or 0)
+
+
+@task_postrun.connect(weak=False)
+def _leave(task: Any = None, state: str | None = None, retval: Any = None, **_: Any) -> None:
+    run = Run.of(task)
+    if run is None or state not in _ENDED:
+        return
+    goes_back = state == states.REJECTED and bool(getattr(retval, "requeue", False))
+    _release(task, run.once, run.claim, run.holder, goes_back=goes_back)
+
+
+def end_unrun(
+    task: Task[..., Any], once: Once, headers: dict[str, Any], *, requeued: bool
+) -> None:
+    """End a copy whose child did not: it was killed, timed out, revoked or never started."""
+    claim = Claim.from_headers(headers, headers.get("id"))
+    if claim is None:
+        name = once.claim_name(task, headers.get("args"), headers.get("kwargs") or {})
+        claim = Claim(name, str(headers["id"]), int(headers.get("retries") or 0))
+    holder = str(headers.get(HOLDER) or "")
+    _release(task, once, claim, holder, goes_back=requeued, may_be_unentered=True)
+
+
+def _release(
+    task: Task[..., Any],
+    once: Once,
+    claim: Claim,
+    holder: str,
+    *,
+    goes_back: bool,
+    may_be_unentered: bool = False,
+) -> None:
+    locks = locks_of(task.app)
+    try:
+        outcome, owner = locks.claims.release(
+            claim.name,
+            owner=claim.owner,
+            attempt=claim.attempt,
+            holder=holder,
+            keep_for=once.ttl(locks.config) if goes_back else 0.0,
+            may_be_unentered=may_be_unentered,
+        )
+    except StoreError as error:
+        logger.warning("The claim on %s stays until it lapses: %s", claim.name, error)
+        return
+    if outcome is Release.LAPSED:
+        logger.warning(
+            "Task %s[%s] ended after its claim on %s had lapsed", task.name, claim.owner, claim.name
+        )
+    elif outcome is Release.NOT_OURS:
+        logger.warning(
+            "Task %s[%s] ended when %s owned %s already",
+            task.name,
+            claim.owner,
+            owner if owner != claim.owner else "a later run of it",
+            claim.name,
+        )

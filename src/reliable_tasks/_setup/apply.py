@@ -1,0 +1,204 @@
+"""Puts the rules into an app, whenever its configuration is read."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from celery import Celery, bootsteps
+
+from reliable_tasks._celery.registry import known_tasks
+from reliable_tasks._celery.settings import explicit, put
+from reliable_tasks._celery.versions import check_versions
+from reliable_tasks._once.locks import locks_of, read_config
+from reliable_tasks._setup import rules
+from reliable_tasks._setup.facts import Facts
+from reliable_tasks._setup.report import Change, Concern, Report
+from reliable_tasks._setup.visibility import recommend
+from reliable_tasks.errors import ConfigError, ReliableWarning
+
+__all__ = ["apply_reliable_config"]
+
+logger = logging.getLogger("reliable_tasks")
+
+
+def apply_reliable_config(
+    app: Celery,
+    *,
+    longest_task: float | None = None,
+    longest_countdown: float | None = None,
+) -> Report:
+    """Set what the promise needs and you left open; an explicit setting of yours stays.
+
+    Call it once, where the app is made. It works before and after ``config_from_object`` and
+    ``app.conf.update``, with a namespace, and when called again. ``visibility_timeout`` follows
+    from the limits of the app's tasks, so a worker computes it again when it starts and all its
+    tasks are imported.
+
+    Args:
+        app: The app.
+        longest_task: Seconds that the longest task runs which has no hard time limit; the same
+            as the setting ``reliable_longest_task``.
+        longest_countdown: The longest countdown or ETA that your callers use, in seconds; the
+            same as ``reliable_longest_countdown``.
+
+    Returns:
+        A report of each setting, its old and new value and the reason; and of your own settings
+        that break the promise, about which it warns too (`ReliableWarning`).
+
+    Raises:
+        ConfigError: A ``reliable_*`` setting is unknown or no good. Where the app is not
+            configured yet, it is raised when the report or a reliable task is first used, and
+            by a worker when it starts.
+        UnsupportedCelery: The installed Celery or kombu is not supported.
+    """
+    check_versions()
+    setup = _setups.get(app)
+    if setup is None:
+        setup = _setups[app] = _Setup(app)
+        app.on_after_configure.connect(
+            setup.on_after_configure, weak=False, dispatch_uid="reliable_tasks"
+        )
+        app.steps["worker"].add(StartCheck)
+    for name, value in (("task", longest_task), ("countdown", longest_countdown)):
+        if value is not None:
+            app.conf[f"reliable_longest_{name}"] = value
+    if app.configured:
+        setup.apply()
+    return Report(setup.outcome)
+
+
+class _Setup:
+    """The rules as they were last put into one app."""
+
+    def __init__(self, app: Celery) -> None:
+        # The app's signal keeps this object, which must not keep the app.
+        self._app = weakref.ref(app)
+        self._changes: list[Change] = []
+        self._concerns: list[Concern] = []
+        self._filled: dict[str, dict[str, Any]] = {}
+        self._error: ConfigError | None = None
+        self._knew_all_tasks = False
+
+    def on_after_configure(self, **_: Any) -> None:
+        try:
+            self.apply()
+        except ConfigError as error:
+            # Celery would only log what its signal's receivers raise.
+            self._error = error
+
+    def outcome(self) -> tuple[list[Change], list[Concern]]:
+        app = self._here()
+        app.conf.get("broker_url")  # reads a configuration that is still pending
+        if self._error is not None:
+            raise self._error
+        if app.finalized and not self._knew_all_tasks:
+            self.apply()
+        return list(self._changes), list(self._concerns)
+
+    def apply(self) -> None:
+        app = self._here()
+        self._error = None
+        read_config(app)
+        self._knew_all_tasks = app.finalized
+        changes: list[Change] = []
+        facts = Facts.of(
+            app,
+            transport_options=self._own(app, "broker_transport_options"),
+            backend_options=self._own(app, "result_backend_transport_options"),
+        )
+        for rule in rules.SETTINGS:
+            is_set, value = explicit(app, rule.setting)
+            if not is_set and rule.applies(facts) and value != rule.value:
+                put(app, rule.setting, rule.value)
+                changes.append(Change(rule.setting, value, rule.value, rule.reason))
+        timeout = recommend(app, known_tasks(app))
+        changes += self._fill(
+            app, "broker_transport_options", rules.transport_options(facts, timeout)
+        )
+        changes += self._fill(
+            app, "result_backend_transport_options", rules.backend_options(facts)
+        )
+        self._changes = changes
+        self._concerns = [*rules.concerns(facts, timeout, self._knew_all_tasks)]
+        self._concerns += _tasks_made_too_early(app)
+        for concern in self._concerns:
+            # Python shows a warning of the same text once.
+            warnings.warn(str(concern), ReliableWarning, stacklevel=3)
+
+    def _here(self) -> Celery:
+        app = self._app()
+        if app is None:
+            raise ReferenceError("the Celery app of this report is gone")
+        return app
+
+    def _own(self, app: Celery, setting: str) -> dict[str, Any]:
+        """Return the user's part of a setting that is a mapping, also what was added in place."""
+        filled = self._filled.get(setting, {})
+        current = dict(app.conf.get(setting) or {})
+        return {k: v for k, v in current.items() if k not in filled or filled[k] != v}
+
+    def _fill(self, app: Celery, setting: str, wanted: tuple[rules.Rule, ...]) -> list[Change]:
+        """Fill what is open in a setting that is a mapping: kombu replaces it whole."""
+        own = self._own(app, setting)
+        left_open = [rule for rule in wanted if rule.setting not in own]
+        self._filled[setting] = {rule.setting: rule.value for rule in left_open}
+        if left_open:
+            put(app, setting, {**self._filled[setting], **own})
+        return [
+            Change(f"{setting}.{rule.setting}", None, rule.value, rule.reason)
+            for rule in left_open
+        ]
+
+
+_setups: WeakKeyDictionary[Celery, _Setup] = WeakKeyDictionary()
+
+
+def _tasks_made_too_early(app: Celery) -> list[Concern]:
+    """Find plain tasks that took Celery's defaults before this library could change them."""
+    if explicit(app, "task_acks_late")[0]:
+        return []
+    early = [task.name for task in known_tasks(app) if task.acks_late is False]
+    if not early:
+        return []
+    reason = (
+        f"the value of {', '.join(early)}, set by itself or taken before apply_reliable_config "
+        "was called: a worker's death loses it; call apply_reliable_config where the app is made"
+    )
+    return [Concern("acks_late", False, reason)]
+
+
+class StartCheck(bootsteps.Step):  # type: ignore[misc]
+    """Checks a worker before it connects, when all tasks are imported."""
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        app = worker.app
+        setup = _setups[app]
+        setup.apply()
+        if any(getattr(task, "reliable_once", None) for task in known_tasks(app)):
+            locks_of(app)
+        for concern in setup.outcome()[1]:
+            logger.warning("%s", concern)
+        pool = _pool_name(worker)
+        if Facts.of(app).broker == "redis" and pool in ("gevent", "eventlet"):
+            logger.warning(
+                "Stock kombu never looks for a dead worker's messages in an idle %s worker: run "
+                "at least one worker with another pool on this broker",
+                pool,
+            )
+        if pool != "prefork":
+            logger.warning(
+                "The %s pool does not enforce hard time limits: a task that runs for longer "
+                "than visibility_timeout can be started by a second worker",
+                pool,
+            )
+
+
+def _pool_name(worker: Any) -> str:
+    pool = worker.pool_cls
+    module = pool if isinstance(pool, str) else pool.__module__
+    return str(module).rpartition(":")[0].rpartition(".")[2] or str(module).rpartition(".")[2]

@@ -1,0 +1,80 @@
+"""What there is to know of an app before its settings are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from celery import Celery
+
+from reliable_tasks._store.client import is_redis_url
+
+__all__ = ["Facts"]
+
+Broker = Literal["redis", "amqp", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """An app's broker, result backend and what its user set.
+
+    Attributes:
+        broker: The kind of broker; Redis by Sentinel or TLS is ``"redis"`` too.
+        broker_scheme: The scheme of its URL.
+        backend_scheme: The scheme of the result backend's URL, or ``""`` without one.
+        transport_options: The user's ``broker_transport_options``.
+        backend_options: The user's ``result_backend_transport_options``.
+    """
+
+    app: Celery
+    broker: Broker
+    broker_scheme: str
+    backend_scheme: str
+    transport_options: Mapping[str, Any]
+    backend_options: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        app: Celery,
+        *,
+        transport_options: Mapping[str, Any] | None = None,
+        backend_options: Mapping[str, Any] | None = None,
+    ) -> Facts:
+        """Collect the facts; reads the app's configuration."""
+        broker = _first(app.conf.broker_read_url) or "amqp://"
+        backend = _first(app.conf.result_backend)
+        kind: Broker = "other"
+        if is_redis_url(broker):
+            kind = "redis"
+        elif _scheme(broker) in ("amqp", "amqps", "pyamqp", "pyamqps", "librabbitmq"):
+            kind = "amqp"
+        return cls(
+            app=app,
+            broker=kind,
+            broker_scheme=_scheme(broker),
+            backend_scheme=_scheme(backend) if backend not in ("", "disabled") else "",
+            transport_options=transport_options or {},
+            backend_options=backend_options or {},
+        )
+
+    @property
+    def has_backend(self) -> bool:
+        """Whether results are kept."""
+        return bool(self.backend_scheme)
+
+    @property
+    def backend_is_redis(self) -> bool:
+        """Whether results are kept in a Redis."""
+        return is_redis_url(f"{self.backend_scheme}://")
+
+
+def _first(url: Any) -> str:
+    if isinstance(url, (list, tuple)):
+        url = url[0] if url else ""
+    return str(url or "").split(";")[0]
+
+
+def _scheme(url: str) -> str:
+    return url.split("://", 1)[0].split("+", 1)[0] if "://" in url else url.split(":", 1)[0]

@@ -1,0 +1,331 @@
+"""Which settings the promise needs, and which of the user's own break it.
+
+A rule sets one thing that the user left open. A check looks at one thing that the user set.
+The reasons are what the report prints; what they rest on was measured, see
+``docs/delivery.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reliable_tasks._celery.settings import explicit
+from reliable_tasks._setup.facts import Facts
+from reliable_tasks._setup.report import Concern
+from reliable_tasks._setup.visibility import VisibilityTimeout
+
+__all__ = ["SETTINGS", "Rule", "backend_options", "concerns", "transport_options"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One setting, its value and why."""
+
+    setting: str
+    value: Any
+    reason: str
+    applies: Callable[[Facts], bool] = lambda facts: True
+
+
+def _on_amqp(facts: Facts) -> bool:
+    return facts.broker == "amqp"
+
+
+def _has_backend(facts: Facts) -> bool:
+    return facts.has_backend
+
+
+def _backend_is_redis(facts: Facts) -> bool:
+    return facts.backend_is_redis
+
+
+SETTINGS: tuple[Rule, ...] = (
+    Rule(
+        "task_acks_late",
+        True,
+        "a task is acknowledged when it has ended, so one whose worker dies is not lost",
+    ),
+    Rule(
+        "task_reject_on_worker_lost",
+        True,
+        "a task whose pool child is killed goes back to the queue instead of being acknowledged",
+    ),
+    Rule("task_track_started", True, "a task that was started can be told from one that waits"),
+    Rule(
+        "worker_prefetch_multiplier",
+        1,
+        "a worker holds no more messages than it can run, so few wait for a dead worker",
+    ),
+    Rule(
+        "worker_cancel_long_running_tasks_on_connection_loss",
+        True,
+        "a lost connection gives running tasks back at once; the copy here must not run on",
+    ),
+    Rule(
+        "worker_deduplicate_successful_tasks",
+        True,
+        "a task that had succeeded when its worker died is acknowledged, not run again",
+        _has_backend,
+    ),
+    Rule(
+        "worker_soft_shutdown_timeout",
+        20.0,
+        "a cold shutdown lets running tasks end for 20 s before it gives them back",
+    ),
+    Rule(
+        "broker_connection_retry_on_startup",
+        True,
+        "a worker that starts before its broker waits for it",
+    ),
+    Rule(
+        "broker_connection_max_retries",
+        None,
+        "a worker does not give up on its broker after 100 tries",
+    ),
+    Rule(
+        "broker_channel_error_retry",
+        True,
+        "a closed channel is opened again; without it the worker exits",
+        _on_amqp,
+    ),
+    Rule(
+        "task_default_queue_type",
+        "quorum",
+        "a quorum queue survives the loss of a node and counts deliveries",
+        _on_amqp,
+    ),
+    Rule(
+        "task_create_missing_queue_type",
+        "quorum",
+        "queues that Celery creates by itself are as durable as the default one",
+        _on_amqp,
+    ),
+    Rule(
+        "task_default_exchange_type",
+        "topic",
+        "with quorum queues the broker keeps a task until its ETA only behind a topic exchange",
+        _on_amqp,
+    ),
+    Rule(
+        "result_backend_always_retry",
+        True,
+        "a result is stored when the backend is back, not recorded as a failure",
+        _has_backend,
+    ),
+    Rule(
+        "result_backend_max_retries",
+        10,
+        "a result backend that stays away fails the task in the end, not never",
+        _has_backend,
+    ),
+    Rule(
+        "redis_socket_timeout",
+        30.0,
+        "a result backend that does not answer is noticed after 30 s, not after 120",
+        _backend_is_redis,
+    ),
+    Rule(
+        "redis_socket_connect_timeout",
+        5.0,
+        "a result backend that is not there is noticed after 5 s",
+        _backend_is_redis,
+    ),
+    Rule(
+        "redis_socket_keepalive",
+        True,
+        "a connection that a firewall dropped is noticed",
+        _backend_is_redis,
+    ),
+    Rule(
+        "redis_retry_on_timeout",
+        True,
+        "a result whose storing timed out is stored again",
+        _backend_is_redis,
+    ),
+    Rule(
+        "redis_backend_health_check_interval",
+        25,
+        "an idle connection to the result backend is checked before it is used",
+        _backend_is_redis,
+    ),
+)
+
+_PUBLISH_BOUNDS: tuple[Rule, ...] = (
+    Rule(
+        "max_retries",
+        3,
+        "a publish to a broker that is down fails; without a bound the caller hangs",
+    ),
+    Rule("interval_start", 0, "the first of these retries comes at once"),
+    Rule("interval_step", 0.2, "each of these retries waits 0.2 s longer"),
+    Rule("interval_max", 0.5, "none of these retries waits longer than 0.5 s"),
+)
+
+
+def transport_options(facts: Facts, timeout: VisibilityTimeout) -> tuple[Rule, ...]:
+    """Return the rules for ``broker_transport_options``, the only place where kombu reads them."""
+    if facts.broker == "amqp":
+        confirm = Rule(
+            "confirm_publish", True, "a call returns when RabbitMQ has the task, not before"
+        )
+        return (confirm, *_PUBLISH_BOUNDS)
+    if facts.broker != "redis":
+        return ()
+    return (
+        Rule("visibility_timeout", timeout.seconds, "; ".join(timeout.reasons)),
+        Rule(
+            "unacked_restore_interval",
+            1,
+            "a dead worker's messages are looked for each second, not each 100 s "
+            "(with unacked_restore_throttle)",
+        ),
+        Rule("unacked_restore_throttle", 1, "see unacked_restore_interval"),
+        Rule(
+            "unacked_mutex_expire",
+            30,
+            "a worker that dies while it looks blocks the others for 30 s, not for 5 min",
+        ),
+        Rule("socket_timeout", 30.0, "a broker that does not answer is noticed after 30 s"),
+        Rule("socket_connect_timeout", 5.0, "a broker that is not there is noticed after 5 s"),
+        Rule("socket_keepalive", True, "a connection that a firewall dropped is noticed"),
+        Rule("health_check_interval", 25, "an idle connection is checked before it is used"),
+        *_PUBLISH_BOUNDS,
+    )
+
+
+def backend_options(facts: Facts) -> tuple[Rule, ...]:
+    """Return the rules for ``result_backend_transport_options``: what must be said there again."""
+    names = []
+    if facts.backend_scheme == facts.broker_scheme == "sentinel":
+        names += ["master_name", "sentinel_kwargs", "min_other_sentinels"]
+    if facts.broker == "redis" and facts.backend_is_redis:
+        names.append("global_keyprefix")
+    return tuple(
+        Rule(name, facts.transport_options[name], "the same as in broker_transport_options")
+        for name in names
+        if name in facts.transport_options
+    )
+
+
+def concerns(
+    facts: Facts, timeout: VisibilityTimeout, knows_all_tasks: bool
+) -> Iterator[Concern]:
+    """Look at what the user set, and say what breaks the promise."""
+    for setting, is_bad, reason in _CHECKS:
+        is_set, value = explicit(facts.app, setting)
+        if is_set and is_bad(value, facts):
+            yield Concern(setting, value, reason)
+    yield from _misplaced(facts)
+    if facts.broker == "redis":
+        yield from _redis_concerns(facts, timeout)
+    if facts.broker == "redis" and knows_all_tasks and timeout.unlimited:
+        names = ", ".join(timeout.unlimited[:5]) + (", ..." if timeout.unlimited[5:] else "")
+        yield Concern(
+            "task_time_limit",
+            None,
+            f"{len(timeout.unlimited)} tasks have no hard time limit ({names}): no "
+            "visibility_timeout is safe for them; give them a preset or time_limit=, or say "
+            "apply_reliable_config(longest_task=...)",
+        )
+
+
+def _misplaced(facts: Facts) -> Iterator[Concern]:
+    for place in ("visibility_timeout", "result_backend_transport_options"):
+        is_set, value = explicit(facts.app, place)
+        if isinstance(value, Mapping):
+            is_set, value = "visibility_timeout" in value, value.get("visibility_timeout")
+        if is_set and "visibility_timeout" not in facts.transport_options:
+            yield Concern(
+                place,
+                value,
+                "has no effect here: kombu reads visibility_timeout from "
+                "broker_transport_options only",
+            )
+
+
+def _redis_concerns(facts: Facts, timeout: VisibilityTimeout) -> Iterator[Concern]:
+    options = facts.transport_options
+    own = options.get("visibility_timeout")
+    if own is not None and own < timeout.seconds:
+        yield Concern(
+            "broker_transport_options.visibility_timeout",
+            own,
+            f"shorter than {timeout.seconds} s ({'; '.join(timeout.reasons)}): a task can be "
+            "handed to a second worker while the first runs it",
+        )
+    if options.get("ack_emulation") is False:
+        yield Concern(
+            "broker_transport_options.ack_emulation",
+            False,
+            "the broker forgets a message when it is fetched: a worker's death loses it",
+        )
+
+
+def _is_false(value: Any, facts: Facts) -> bool:
+    return value is False
+
+
+def _is_true_without_backend(value: Any, facts: Facts) -> bool:
+    return value is True and not facts.has_backend
+
+
+_CHECKS: tuple[tuple[str, Callable[[Any, Facts], bool], str], ...] = (
+    ("task_acks_late", _is_false, "a task whose worker dies is lost; set it to True"),
+    (
+        "task_reject_on_worker_lost",
+        _is_false,
+        "a task whose pool child is killed is acknowledged and fails; set it to True",
+    ),
+    (
+        "task_acks_on_failure_or_timeout",
+        _is_false,
+        "a task over its hard limit runs again without end, one that fails is dropped from the "
+        "broker; set it to True",
+    ),
+    (
+        "task_acks_on_timeout",
+        _is_false,
+        "a task over its hard limit runs again without end; set it to True",
+    ),
+    (
+        "worker_deduplicate_successful_tasks",
+        _is_true_without_backend,
+        "without a result backend it loses every redelivered task; set a result_backend, or "
+        "set it to False",
+    ),
+    (
+        "worker_cancel_long_running_tasks_on_connection_loss",
+        _is_false,
+        "after a lost connection a task runs on here while another worker starts it; set it to "
+        "True",
+    ),
+    (
+        "worker_prefetch_multiplier",
+        lambda value, facts: value == 0,
+        "a worker takes messages without bound, and those wait behind each other for longer "
+        "than any visibility_timeout; set it to 1",
+    ),
+    (
+        "task_publish_retry_policy",
+        lambda value, facts: isinstance(value, Mapping) and value.get("max_retries", 0) is None,
+        "a call hangs while the broker is away; give it a max_retries",
+    ),
+    (
+        "task_default_delivery_mode",
+        lambda value, facts: facts.broker == "amqp" and value in (1, "transient"),
+        "RabbitMQ keeps tasks in memory only and loses them when it restarts; set 'persistent'",
+    ),
+    (
+        "task_default_queue_type",
+        lambda value, facts: facts.broker == "amqp" and value == "classic",
+        "a classic queue does not survive the loss of its node and counts no deliveries; set "
+        "'quorum', under a new queue name, for a queue cannot change its type",
+    ),
+    (
+        "task_time_limit",
+        lambda value, facts: value == 0,
+        "0 is no limit for Celery: a hung task is never stopped",
+    ),
+)

@@ -1,0 +1,1 @@
+"""The lock Redis: clients, keys, scripts and claims. Knows nothing of Celery."""

@@ -1,0 +1,154 @@
+"""Claims: which task owns a ``@once`` key, and which copy of it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Generic, TypeVar
+
+from reliable_tasks._store.client import Client, ServerAddress, connect
+from reliable_tasks._store.keys import Keys
+from reliable_tasks._store.scripts import load
+
+__all__ = ["Claims", "Entry", "Publish", "Release", "Ticket"]
+
+
+Code = TypeVar("Code", bound=IntEnum)
+
+
+class Publish(IntEnum):
+    """Answers to a publish; the numbers are those of the scripts."""
+
+    DUPLICATE = 0
+    CLAIMED = 1
+
+
+class Entry(IntEnum):
+    """Answers to a start; the numbers are those of ``claim_enter.lua``."""
+
+    DUPLICATE = 0
+    ENTERED = 1
+    CONTINUED = 2
+    RUNNING = 3
+    PREDECESSOR_RUNNING = 4
+
+
+class Release(IntEnum):
+    """Answers to a release; the numbers are those of ``claim_release.lua``."""
+
+    NOT_OURS = 0
+    FREED = 1
+    KEPT = 2
+    LAPSED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket(Generic[Code]):
+    """What a script answered.
+
+    Attributes:
+        code: The outcome.
+        owner: Id of the task that owns the claim.
+        seconds: Until the claim, or the run that holds it, lapses.
+        fence: A number that grows each time the claim changes hands.
+    """
+
+    code: Code
+    owner: str
+    seconds: float
+    fence: int
+
+
+class Claims:
+    """The claims in one Redis.
+
+    Every method is one round trip, raises ``StoreUnavailable`` or ``ScriptError``, and can be
+    repeated when its reply was lost.
+    """
+
+    def __init__(self, address: ServerAddress, key_prefix: str) -> None:
+        self._address = address
+        self._keys = Keys(address.key_prefix + key_prefix)
+
+    @property
+    def client(self) -> Client:
+        """This process' client."""
+        return connect(self._address)
+
+    def acquire(
+        self, name: str, *, owner: str, attempt: int, token: str, ttl: float, task: str
+    ) -> Ticket[Publish]:
+        """Take a free claim for a new call."""
+        args: list[str | int] = [owner, attempt, token, _ms(ttl), task]
+        answer = load("claim_acquire")(self.client, [self._keys.claim(name)], args)
+        return _ticket(Publish, answer)
+
+    def continue_(
+        self,
+        name: str,
+        *,
+        owner: str,
+        attempt: int,
+        token: str,
+        ttl: float,
+        task: str,
+        holder: str,
+    ) -> Ticket[Publish]:
+        """Keep the claim for the owner's own retry or replacement."""
+        args: list[str | int] = [owner, attempt, token, _ms(ttl), task, holder]
+        answer = load("claim_continue")(self.client, [self._keys.claim(name)], args)
+        return _ticket(Publish, answer)
+
+    def abandon(self, name: str, *, owner: str, token: str, back_to: int | None) -> bool:
+        """Take back a publish that failed; ``back_to`` is the attempt that goes on instead."""
+        args: list[str | int] = [owner, token, "" if back_to is None else back_to]
+        return bool(load("claim_abandon")(self.client, [self._keys.claim(name)], args))
+
+    def enter(
+        self,
+        name: str,
+        *,
+        owner: str,
+        attempt: int,
+        holder: str,
+        lease: float,
+        ttl: float,
+        task: str,
+    ) -> Ticket[Entry]:
+        """Start a copy of the task, or learn why it must not run."""
+        args: list[str | int] = [owner, attempt, holder, _ms(lease), _ms(ttl), task]
+        answer = load("claim_enter")(self.client, [self._keys.claim(name)], args)
+        return _ticket(Entry, answer)
+
+    def release(
+        self,
+        name: str,
+        *,
+        owner: str,
+        attempt: int,
+        holder: str,
+        keep_for: float = 0,
+        may_be_unentered: bool = False,
+    ) -> tuple[Release, str]:
+        """End a run; with ``keep_for`` (seconds) the claim waits for the copy that follows."""
+        args: list[str | int] = [owner, attempt, holder, _ms(keep_for), int(may_be_unentered)]
+        code, other = load("claim_release")(self.client, [self._keys.claim(name)], args)
+        return Release(int(code)), str(other)
+
+    def read(self, name: str) -> dict[str, str]:
+        """Return the claim's record, empty where nobody holds the key."""
+        found: dict[str, str] = self.client.redis.hgetall(self._keys.claim(name))  # type: ignore[assignment]
+        return found
+
+    def names(self) -> list[str]:
+        """Return the keys of all claims; walks with ``SCAN``, so it blocks nobody."""
+        return sorted(self.client.redis.scan_iter(match=self._keys.claims_pattern(), count=500))
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def _ticket(codes: type[Code], answer: list[str]) -> Ticket[Code]:
+    code, owner, milliseconds, fence = answer
+    return Ticket(codes(int(code)), str(owner), max(int(milliseconds), 0) / 1000, int(fence))

@@ -1,0 +1,252 @@
+"""One Redis client per process and server.
+
+A client must not cross a fork: two processes would read each other's replies from one socket.
+redis-py's pool notices a changed pid by itself, but only between commands; a fork in the middle
+of one (a thread publishes while the worker forks a child) leaves a lock held in the child for
+ever. So the child forgets the parent's clients without touching them: closing a shared socket
+would speak to the server in the parent's name.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from redis.sentinel import Sentinel
+
+from reliable_tasks.errors import ConfigError
+
+__all__ = ["Client", "ServerAddress", "connect", "forget_clients", "is_redis_url", "shown"]
+
+_SCHEMES = ("redis", "rediss", "sentinel", "unix", "socket", "redis+socket")
+_TLS_FILES = ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_ca_path", "ssl_password")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerAddress:
+    """Where a Redis is, and how Celery's own connections to it were configured.
+
+    Attributes:
+        url: As Celery takes it; several, separated by ``;``, for Sentinel.
+        timeout: Seconds for one command.
+        options: ``master_name``, ``sentinel_kwargs``, ``ssl`` (Celery's ``broker_use_ssl`` or
+            ``redis_backend_use_ssl``) and ``global_keyprefix`` where they were set.
+    """
+
+    url: str
+    timeout: float
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key_prefix(self) -> str:
+        """kombu's ``global_keyprefix``."""
+        return str(self.options.get("global_keyprefix") or "")
+
+    @property
+    def _identity(self) -> tuple[str, float, str]:
+        return self.url, self.timeout, repr(sorted(self.options.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A connected server, with the address to show people."""
+
+    redis: redis.Redis
+    shown_url: str
+
+
+_clients: dict[tuple[int, tuple[str, float, str]], Client] = {}
+_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _clients.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def connect(address: ServerAddress) -> Client:
+    """Return this process' client for ``address``; no connection is opened before it is used.
+
+    Raises:
+        ConfigError: The URL or its options are no good.
+    """
+    key = (os.getpid(), address._identity)
+    client = _clients.get(key)
+    if client is None:
+        with _lock:
+            client = _clients.get(key)
+            if client is None:
+                client = _clients[key] = Client(_build(address), shown(address.url))
+    return client
+
+
+def forget_clients() -> None:
+    """Close this process' clients and forget them."""
+    with _lock:
+        for client in _clients.values():
+            client.redis.close()
+        _clients.clear()
+
+
+def is_redis_url(url: str | None) -> bool:
+    """Say whether Celery would talk to a Redis at ``url``."""
+    return bool(url) and str(url).split("://", 1)[0] in _SCHEMES and "://" in str(url)
+
+
+def shown(url: str) -> str:
+    """Return ``url`` without passwords, for messages."""
+    return ";".join(_without_password(one) for one in url.split(";") if one)
+
+
+def _without_password(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    credentials, at, host = rest.rpartition("@")
+    if not at:
+        return url
+    user = credentials.partition(":")[0]
+    return f"{scheme}{separator}{user + ':' if user else ':'}**@{host}"
+
+
+def _build(address: ServerAddress) -> redis.Redis:
+    common: dict[str, Any] = {
+        "socket_timeout": address.timeout,
+        "socket_connect_timeout": min(address.timeout, 2.0),
+        "decode_responses": True,
+        # redis-py repeats commands by default, also those whose reply was merely late; which of
+        # ours may be repeated is decided in scripts.py.
+        "retry": Retry(NoBackoff(), 0),
+        "health_check_interval": 30,
+    }
+    scheme = address.url.partition("://")[0]
+    if scheme not in _SCHEMES:
+        raise ConfigError(
+            f"{shown(address.url)!r} is not the URL of a Redis: "
+            f"its scheme must be one of {', '.join(_SCHEMES)}"
+        )
+    if scheme == "sentinel":
+        return _build_sentinel(address, common)
+    tls = _tls_arguments(address.options.get("ssl"))
+    if scheme in ("unix", "socket", "redis+socket"):
+        return redis.Redis.from_url(_as_unix_url(address.url), **_for_unix(common))
+    url = address.url.split(";")[0]
+    if scheme == "rediss":
+        url, in_url = _take_tls_from(url)
+        # Encrypted but unverified is what Celery does when ssl_cert_reqs says so, and only then.
+        common |= {"ssl_cert_reqs": "required"} | tls | in_url
+    elif tls:
+        url = "rediss" + url[len("redis") :]
+        common |= tls
+    try:
+        return redis.Redis.from_url(url, **common)
+    except ValueError as error:
+        raise ConfigError(f"{shown(url)!r} is not the URL of a Redis: {error}") from error
+
+
+def _build_sentinel(address: ServerAddress, common: dict[str, Any]) -> redis.Redis:
+    parsed = [urlsplit(one) for one in address.url.split(";") if one.strip()]
+    master = address.options.get("master_name")
+    if not master:
+        raise ConfigError(
+            f"{shown(address.url)!r} needs the name of its master: set 'master_name' in "
+            "broker_transport_options (or result_backend_transport_options)"
+        )
+    first = parsed[0]
+    data = {
+        **common,
+        "db": _database(first.path),
+        **_tls_arguments(address.options.get("ssl")),
+    }
+    if address.options.get("ssl"):
+        data["ssl"] = True
+    for one in parsed:
+        if one.password is not None:
+            data["password"] = unquote(one.password)
+            if one.username:
+                data["username"] = unquote(one.username)
+            break
+    sentinels = Sentinel(
+        [(one.hostname or "127.0.0.1", one.port or 26379) for one in parsed],
+        min_other_sentinels=int(address.options.get("min_other_sentinels") or 0),
+        sentinel_kwargs={
+            "socket_timeout": address.timeout,
+            "socket_connect_timeout": common["socket_connect_timeout"],
+            **(address.options.get("sentinel_kwargs") or {}),
+        },
+        **data,
+    )
+    master_client: redis.Redis = sentinels.master_for(str(master))
+    return master_client
+
+
+def _database(path: str) -> int:
+    name = path.strip("/")
+    if not name:
+        return 0
+    try:
+        return int(name)
+    except ValueError:
+        raise ConfigError(f"{name!r} is not the number of a Redis database") from None
+
+
+def _as_unix_url(url: str) -> str:
+    """Bring ``socket://``, ``redis+socket://`` and ``?virtual_host=`` to what redis-py takes."""
+    parsed = urlsplit(url)
+    query = parse_qs(parsed.query)
+    database = (query.get("db") or query.get("virtual_host") or ["0"])[0]
+    credentials = f"{parsed.netloc}" if "@" in parsed.netloc else ""
+    return f"unix://{credentials}{parsed.path}?db={_database(database)}"
+
+
+def _for_unix(common: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in common.items() if name != "socket_connect_timeout"}
+
+
+def _tls_arguments(settings: Any) -> dict[str, Any]:
+    if not settings:
+        return {}
+    if settings is True:
+        return {"ssl_cert_reqs": "required"}
+    return {name: _certificate_rule(name, value) for name, value in dict(settings).items()}
+
+
+def _take_tls_from(url: str) -> tuple[str, dict[str, Any]]:
+    """Split Celery's TLS parameters (``?ssl_cert_reqs=CERT_REQUIRED``) from a URL."""
+    parsed = urlsplit(url)
+    found: dict[str, Any] = {}
+    kept = []
+    for name, values in parse_qs(parsed.query).items():
+        if name in ("ssl_cert_reqs", "ssl_check_hostname", *_TLS_FILES):
+            found[name] = _certificate_rule(name, values[0])
+        else:
+            kept.append(f"{name}={values[0]}")
+    return parsed._replace(query="&".join(kept)).geturl(), found
+
+
+def _certificate_rule(name: str, value: Any) -> Any:
+    if name == "ssl_check_hostname" and isinstance(value, str):
+        return value.lower() not in ("false", "0", "no")
+    if name != "ssl_cert_reqs":
+        return value
+    rules = {
+        ssl.CERT_NONE: "none",
+        ssl.CERT_OPTIONAL: "optional",
+        ssl.CERT_REQUIRED: "required",
+        None: "none",
+    }
+    if value in rules:
+        return rules[value]
+    rule = str(value).lower().removeprefix("cert_")
+    if rule not in rules.values():
+        raise ConfigError(f"ssl_cert_reqs = {value!r}: give 'none', 'optional' or 'required'")
+    return rule

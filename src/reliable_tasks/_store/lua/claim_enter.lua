@@ -1,0 +1,42 @@
+-- Purpose: let a copy of a task start, or say why it must not.
+--          Safe to repeat: the holder enters again.
+-- KEYS[1]  the claim
+-- ARGV[1]  owner: the task's id
+-- ARGV[2]  attempt of this copy
+-- ARGV[3]  holder: this copy's token
+-- ARGV[4]  lease: how long the run is covered, ms
+-- ARGV[5]  ttl: how long the claim lives if nobody releases it, ms
+-- ARGV[6]  task: the task's name, for people who look
+-- Returns: {1, owner, lease in ms, fence}             entered
+--          {2, owner, 0, fence}                       a later attempt exists: do not run
+--          {3, owner, ms until its lease ends, fence}  another copy of this attempt runs
+--          {4, owner, ms until its lease ends, fence}  the attempt before this one still runs
+--          {0, its owner, ms until it lapses, fence}  another task owns the key
+-- Commands: TIME HMGET HSET PEXPIRE PTTL
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local owner, attempt, holder, lease_end, fence, holder_attempt = unpack(redis.call('HMGET',
+    KEYS[1], 'owner', 'attempt', 'holder', 'lease_end', 'fence', 'holder_attempt'))
+if not owner then
+    -- Never claimed (published by name), or lapsed in a long queue: the key is free.
+    redis.call('HSET', KEYS[1], 'task', ARGV[6], 'since', string.format('%.0f', now))
+    fence = string.format('%.0f', time[1] * 1000000 + time[2])
+elseif owner ~= ARGV[1] then
+    return {0, owner, redis.call('PTTL', KEYS[1]), fence}
+elseif tonumber(attempt) > tonumber(ARGV[2]) then
+    return {2, owner, 0, fence}
+elseif holder ~= ARGV[3] then
+    if holder and tonumber(lease_end) > now then
+        local code = 3
+        if tonumber(holder_attempt) < tonumber(ARGV[2]) then
+            code = 4
+        end
+        return {code, owner, tonumber(lease_end) - now, fence}
+    end
+    fence = string.format('%.0f', math.max(tonumber(fence) + 1, time[1] * 1000000 + time[2]))
+end
+redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'attempt', ARGV[2], 'fence', fence,
+    'holder', ARGV[3], 'holder_attempt', ARGV[2],
+    'lease_end', string.format('%.0f', now + ARGV[4]))
+redis.call('PEXPIRE', KEYS[1], ARGV[5])
+return {1, ARGV[1], tonumber(ARGV[4]), fence}

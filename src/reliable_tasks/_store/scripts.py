@@ -1,0 +1,61 @@
+"""Loads ``lua/*.lua`` and runs them by their hash."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import redis
+
+from reliable_tasks._store.client import Client
+from reliable_tasks.errors import ScriptError, StoreUnavailable
+
+__all__ = ["Script", "load"]
+
+# A reply can be lost after the script ran. Every script is written to be repeated, so one that
+# failed on the way is sent again, where redis-py's own retries are off (they cannot know).
+_PAUSES = (0.05, 0.2)
+
+
+class Script:
+    """One Lua script."""
+
+    def __init__(self, name: str, source: str) -> None:
+        self.name = name
+        self.source = source
+        self.sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+
+    def __call__(self, client: Client, keys: list[str], args: list[str | int]) -> Any:
+        """Run the script.
+
+        Raises:
+            StoreUnavailable: The server could not be reached or did not answer, three times.
+            ScriptError: The server refused (no permission, out of memory, read only).
+        """
+        for pause in (*_PAUSES, None):
+            try:
+                return self._evaluate(client.redis, keys, args)
+            except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
+                # Wrong credentials and a full connection pool are subclasses that no repeat cures.
+                if pause is None or isinstance(error, redis.AuthenticationError):
+                    raise StoreUnavailable(client.shown_url, str(error)) from error
+                time.sleep(pause)
+            except redis.ResponseError as error:
+                raise ScriptError(self.name, str(error)) from error
+        raise AssertionError("unreachable")
+
+    def _evaluate(self, server: redis.Redis, keys: list[str], args: list[str | int]) -> Any:
+        try:
+            return server.evalsha(self.sha, len(keys), *keys, *args)
+        except redis.exceptions.NoScriptError:
+            return server.eval(self.source, len(keys), *keys, *args)
+
+
+@cache
+def load(name: str) -> Script:
+    """Return the script in ``lua/<name>.lua``."""
+    source = resources.files(__package__).joinpath("lua", f"{name}.lua").read_text("utf-8")
+    return Script(name, source)

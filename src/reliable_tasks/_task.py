@@ -1,0 +1,286 @@
+"""`ReliableTask`: Celery's task, with the promise of this library."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from celery import Celery, Task
+from celery.exceptions import Ignore, Reject, Retry
+from celery.result import EagerResult
+from kombu.exceptions import OperationalError
+
+from reliable_tasks._celery.request import SetAside
+from reliable_tasks._celery.settings import explicit
+from reliable_tasks._celery.versions import check_versions
+from reliable_tasks._once.claim import CLAIM, Run
+from reliable_tasks._once.decorator import OPTIONS, once_options
+from reliable_tasks._once.locks import read_config
+from reliable_tasks._once.once import Once
+from reliable_tasks._once.options import OnceOptions
+from reliable_tasks._once.publish import publish
+from reliable_tasks._once.result import ReliableResult
+from reliable_tasks._once.run import end_unrun, enter, mark_copy
+from reliable_tasks._retrying import RETRYING, GiveUp, Policy, RetryIn, Retrying
+from reliable_tasks.errors import ConfigError, LockLost, StoreUnavailable
+
+if TYPE_CHECKING:
+    _Task = Task[..., Any]
+else:
+    _Task = Task
+
+__all__ = ["ReliableTask"]
+
+#: How a reliable task differs from Celery's defaults where neither task nor app says otherwise.
+#: Acks on failure and on timeout stay on, as in Celery: a failure is a result that was stored, so
+#: its message has done its work. Off, a timed-out task runs for ever, and a failed one is gone.
+_DEFAULTS: tuple[tuple[str, str, bool], ...] = (
+    ("acks_late", "task_acks_late", True),
+    ("reject_on_worker_lost", "task_reject_on_worker_lost", True),
+    ("track_started", "task_track_started", True),
+    # It waits 180 s, spends the retry count and does not exist on 5.6.
+    ("retry_on_worker_lost", "task_retry_on_worker_lost", False),
+)
+#: A retry that could not be published is tried again by a redelivery after this pause (s).
+_AFTER_FAILED_RETRY = 5.0
+
+
+class ReliableTask(_Task):
+    """A task that is not lost, not run twice at once and not stuck.
+
+    Use it as ``@app.task(base=ReliableTask)``, for all tasks of an app with
+    ``Celery(task_cls=ReliableTask)``, or as the base of a class of your own.
+
+    Late acks, reject on worker lost and track started are on; an explicit value of yours, on
+    the task or in ``app.conf``, wins. Without `@once` and without ``retrying`` it costs nothing
+    at run time.
+
+    Attributes:
+        retrying: When and how the task is retried: ``tenacity.Retrying(...)``, one of
+            tenacity's ``stop_*``, ``wait_*`` and ``retry_if_*`` objects, or several of them.
+            What is left out is as in tenacity: no stop, no wait, any exception. The wait is
+            spent in the broker. ``autoretry_for`` beside it is an error.
+        reliable_once: What `@once` made of the task, or ``None``.
+    """
+
+    abstract = True
+    Request = "reliable_tasks._celery.request:ReliableRequest"
+
+    retrying: Retrying | None = None
+    reliable_once: ClassVar[Once | None] = None
+    _policy: ClassVar[Policy | None] = None
+    _visibility_margin: ClassVar[float] = 0.0
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        check_versions()
+        name = cls.__dict__.get("name") or cls.__qualname__
+        if "retrying" in cls.__dict__ or "autoretry_for" in cls.__dict__:
+            cls._adopt_retrying(name)
+        options_of_body = None
+        body = cls.__dict__.get("run")
+        if body is not None:
+            function = body.__func__ if isinstance(body, staticmethod) else body
+            options_of_body = once_options(function)
+            cls.run = _guarded(function, takes_self=body is function)  # type: ignore[method-assign]
+        once = options_of_body or once_options(cls)
+        if once is not None:
+            cls.adopt_once(once)
+
+    @classmethod
+    def adopt_once(cls, options: OnceOptions) -> None:
+        """Make this a once-task, and the classes below it. ``@once`` calls it.
+
+        Raises:
+            ConfigError: The key template does not fit the task.
+        """
+        setattr(cls, OPTIONS, options)
+        body = getattr(cls.run, "__wrapped__", cls.run)
+        takes_self = getattr(cls.run, "__takes_self__", True)
+        name = cls.__dict__.get("name") or cls.__qualname__
+        cls.reliable_once = Once(options, body, takes_self=takes_self, task=name)
+
+    @classmethod
+    def _adopt_retrying(cls, name: str) -> None:
+        if cls.retrying is not None and getattr(cls, "autoretry_for", ()):
+            raise ConfigError(
+                f"{name} has retrying= and autoretry_for=, which would both retry it: keep one "
+                "(retrying=retry_if_exception_type(...) says which errors)"
+            )
+        cls._policy = None if cls.retrying is None else Policy(cls.retrying, name)
+
+    @classmethod
+    def bind(cls, app: Celery) -> Celery:
+        """Take the settings of an app. Celery calls it."""
+        for attribute, setting, default in _DEFAULTS:
+            if getattr(cls, attribute, None) is None and not explicit(app, setting)[0]:
+                setattr(cls, attribute, default)
+        cls._visibility_margin = read_config(app).visibility_margin
+        return super().bind(app)
+
+    def apply_async(  # type: ignore[override]
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        task_id: str | None = None,
+        producer: Any = None,
+        link: Any = None,
+        link_error: Any = None,
+        shadow: str | None = None,
+        **options: Any,
+    ) -> ReliableResult:
+        """Queue the task; takes what Celery's `apply_async` takes.
+
+        Returns:
+            The result, with ``.duplicate`` true where a `@once` key was taken already and
+            nothing was queued.
+
+        Raises:
+            DuplicateTaskError: The `@once` key is taken, and ``on_conflict`` is ``"raise"``.
+            kombu.exceptions.OperationalError: The broker cannot be reached. No claim stays.
+            StoreUnavailable: The lock Redis cannot be reached.
+        """
+
+        def queue(identity: str | None, headers: Mapping[str, Any] | None) -> ReliableResult:
+            given = options if headers is None else {**options, "headers": dict(headers)}
+            result = super(ReliableTask, self).apply_async(
+                args, kwargs, identity, producer, link, link_error, shadow, **given
+            )
+            return _as_reliable(result)
+
+        once = self.reliable_once
+        if once is None or self.app.conf.task_always_eager:
+            return queue(task_id, None)
+        return publish(
+            self, once, queue, args=args, kwargs=kwargs, task_id=task_id, options=options
+        )
+
+    def delay(self, *args: Any, **kwargs: Any) -> ReliableResult:
+        """Queue the task with these arguments."""
+        return self.apply_async(args, kwargs)
+
+    def AsyncResult(self, task_id: str, **options: Any) -> ReliableResult:  # type: ignore[override]
+        """Return the result of the task with this id."""
+        options.setdefault("backend", self.backend)
+        options.setdefault("app", self.app)
+        return ReliableResult(task_id, task_name=self.name, **options)
+
+    def retry(self, *args: Any, **options: Any) -> Retry:
+        """Retry the task, as Celery's `retry` does, without losing it when the broker is away.
+
+        Raises:
+            LockLost: The task lost its claim to another one.
+        """
+        try:
+            return super().retry(*args, **options)
+        except SetAside:
+            raise
+        except Reject as rejected:
+            # Celery drops a task whose retry it could not publish.
+            if isinstance(rejected.reason, LockLost):
+                raise rejected.reason from None
+            if isinstance(rejected.reason, (OperationalError, StoreUnavailable)):
+                reason = f"its retry could not be published: {rejected.reason}"
+                raise SetAside(reason, _AFTER_FAILED_RETRY) from rejected.reason
+            raise
+
+    def on_replace(self, sig: Any) -> Any:
+        """Send the replacement; one with the same `@once` key goes on with the claim."""
+        run = Run.of(self)
+        if run is not None:
+            headers = {**(sig.options.get("headers") or {}), CLAIM: run.claim.as_header()}
+            sig.set(headers=headers)
+        return super().on_replace(sig)  # type: ignore[func-returns-value]
+
+    # -- what the worker's main process asks (GuardedTask) --------------------------------------
+
+    def reserved(self, headers: dict[str, Any]) -> None:
+        """Celery's request calls it: a message was received."""
+        if self.reliable_once is not None:
+            mark_copy(headers)
+
+    def unfinished(self, headers: dict[str, Any], *, requeued: bool) -> None:
+        """Celery's request calls it: a copy ended without its child having said so."""
+        if self.reliable_once is not None:
+            end_unrun(self, self.reliable_once, headers, requeued=requeued)
+
+    def longest_hold(self, visibility_timeout: float, hard_limit: float) -> float:
+        """Celery's request calls it: how long a message may be held before it must not start."""
+        # Half of the margin is for waiting, the other half for clocks that differ.
+        longest = visibility_timeout - hard_limit - self._visibility_margin / 2
+        # Where the timeout does not even cover the task, refusing would only refuse for ever.
+        return longest if longest > 0 else visibility_timeout - self._visibility_margin / 2
+
+
+def _guarded(function: Callable[..., Any], *, takes_self: bool) -> Callable[..., Any]:
+    """Wrap a task's body: let it in by its claim, and carry out its retry policy.
+
+    The body is wrapped and not ``__call__`` or a handler like ``before_start``, for users
+    override those without calling ``super()``.
+    """
+
+    @functools.wraps(function)
+    def run(self: ReliableTask, *args: Any, **kwargs: Any) -> Any:
+        body = functools.partial(function, self) if takes_self else function
+        # Called as a function, or by a subclass' run through super(): nothing of ours to do.
+        if self.request.called_directly or getattr(self.request, "reliable_body", False):
+            return body(*args, **kwargs)
+        self.request.reliable_body = True
+        if self.reliable_once is not None and not self.request.is_eager:
+            enter(self, self.reliable_once)
+        if self._policy is None:
+            return body(*args, **kwargs)
+        return _run_with(self._policy, self, body, args, kwargs)
+
+    run.__takes_self__ = takes_self  # type: ignore[attr-defined]
+    signature = inspect.signature(function)
+    if not takes_self:
+        # run is a method now, while a plain function had no self: Celery asks for the signature.
+        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        own = [
+            p.replace(name="self_") if p.name == "self" else p
+            for p in signature.parameters.values()
+        ]
+        signature = signature.replace(parameters=[first, *own])
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    return run
+
+
+def _run_with(
+    policy: Policy, task: ReliableTask, body: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    if not policy.retrying.enabled:
+        return body(*args, **kwargs)
+    request = task.request
+    headers = request.headers or {}
+    state = policy.start(body, args, kwargs, request.retries, headers.get(RETRYING))
+    try:
+        result = body(*args, **kwargs)
+    except (Ignore, Reject, Retry):
+        raise
+    except Exception as error:
+        decision = policy.after_error(state, error)
+        raised: Exception | None = error
+    else:
+        decision = policy.after_result(state, result)
+        raised = None
+    if isinstance(decision, RetryIn):
+        raise task.retry(
+            exc=raised,
+            countdown=decision.seconds,
+            max_retries=request.retries + 1,
+            headers={**headers, RETRYING: decision.header},
+        )
+    if isinstance(decision, GiveUp):
+        raise decision.error
+    return decision.value
+
+
+def _as_reliable(result: Any) -> ReliableResult:
+    if isinstance(result, EagerResult):
+        # An eager call has run when it returns: there is nothing it could be a duplicate of.
+        result.duplicate = False  # type: ignore[attr-defined]
+        result.ignored_id = None  # type: ignore[attr-defined]
+    return cast(ReliableResult, result)

