@@ -124,7 +124,9 @@ class Policy:
             return GiveUp(error)
         return self._retry_or_stop(state)
 
-    def after_result(self, state: tenacity.RetryCallState, result: Any) -> RetryIn | GiveUp | Return:
+    def after_result(
+        self, state: tenacity.RetryCallState, result: Any
+    ) -> RetryIn | GiveUp | Return:
         """Decide what follows a result: tenacity can retry on results too."""
         state.set_result(result)
         if not self._retrying.retry(state):
@@ -142,7 +144,7 @@ class Policy:
         state.set_result(None)
         try:
             return bool(self._retrying.stop(state))
-        except Exception:  # a stop of the user's own may need what a real attempt has
+        except Exception:  # noqa: BLE001 - a stop of the user's may need what a real attempt has
             return False
 
     def _retry_or_stop(self, state: tenacity.RetryCallState) -> RetryIn | GiveUp | Return:
@@ -252,10 +254,11 @@ def _longest(wait: Any, attempts: int) -> float | None:
         return float(wait.wait_random_max)
     if isinstance(wait, tenacity.wait_fixed):
         return float(wait.wait_fixed)
-    if isinstance(wait, (tenacity.wait_exponential, tenacity.wait_incrementing)):
-        # Both grow with the attempt; the random kind of the first draws below what it returns.
-        grows = tenacity.wait_exponential if isinstance(wait, tenacity.wait_exponential) else None
-        return float((grows or tenacity.wait_incrementing).__call__(wait, _at(attempts)))
+    if isinstance(wait, tenacity.wait_exponential):
+        # The random kind draws below what its base class returns.
+        return float(tenacity.wait_exponential.__call__(wait, _at(attempts)))
+    if isinstance(wait, tenacity.wait_incrementing):
+        return max(float(wait(_at(1))), float(wait(_at(attempts))))
     if isinstance(wait, tenacity.wait_exponential_jitter):
         bound = tenacity.wait_exponential(
             multiplier=wait.multiplier, exp_base=wait.exp_base, max=wait.max

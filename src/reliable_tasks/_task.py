@@ -43,6 +43,8 @@ _DEFAULTS: tuple[tuple[str, str, bool], ...] = (
     # It waits 180 s, spends the retry count and does not exist on 5.6.
     ("retry_on_worker_lost", "task_retry_on_worker_lost", False),
 )
+#: Options of a call whose end something else waits for.
+_CANVAS = ("chain", "chord", "group_id")
 #: A retry that could not be published is tried again by a redelivery after this pause (s).
 _AFTER_FAILED_RETRY = 5.0
 
@@ -76,15 +78,12 @@ class ReliableTask(_Task):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         check_versions()
-        name = cls.__dict__.get("name") or cls.__qualname__
-        if "retrying" in cls.__dict__ or "autoretry_for" in cls.__dict__:
-            cls._adopt_retrying(name)
         options_of_body = None
         body = cls.__dict__.get("run")
         if body is not None:
             function = body.__func__ if isinstance(body, staticmethod) else body
             options_of_body = once_options(function)
-            cls.run = _guarded(function, takes_self=body is function)  # type: ignore[method-assign]
+            setattr(cls, "run", _guarded(function, takes_self=body is function))  # noqa: B010
         once = options_of_body or once_options(cls)
         if once is not None:
             cls.adopt_once(once)
@@ -103,8 +102,9 @@ class ReliableTask(_Task):
         cls.reliable_once = Once(options, body, takes_self=takes_self, task=name)
 
     @classmethod
-    def _adopt_retrying(cls, name: str) -> None:
-        if cls.retrying is not None and getattr(cls, "autoretry_for", ()):
+    def _adopt_retrying(cls) -> None:
+        name = cls.name or cls.__qualname__
+        if cls.retrying is not None and getattr(cls, "autoretry_for", None):
             raise ConfigError(
                 f"{name} has retrying= and autoretry_for=, which would both retry it: keep one "
                 "(retrying=retry_if_exception_type(...) says which errors)"
@@ -118,9 +118,12 @@ class ReliableTask(_Task):
             if getattr(cls, attribute, None) is None and not explicit(app, setting)[0]:
                 setattr(cls, attribute, default)
         cls._visibility_margin = read_config(app).visibility_margin
-        return super().bind(app)
+        bound = super().bind(app)
+        # Not before: task_annotations can have set it a moment ago.
+        cls._adopt_retrying()
+        return bound
 
-    def apply_async(  # type: ignore[override]
+    def apply_async(
         self,
         args: Any = None,
         kwargs: Any = None,
@@ -138,7 +141,8 @@ class ReliableTask(_Task):
             nothing was queued.
 
         Raises:
-            DuplicateTaskError: The `@once` key is taken, and ``on_conflict`` is ``"raise"``.
+            DuplicateTaskError: The `@once` key is taken, and ``on_conflict`` is ``"raise"`` or
+                the call is part of a canvas or has callbacks, which would wait for ever.
             kombu.exceptions.OperationalError: The broker cannot be reached. No claim stays.
             StoreUnavailable: The lock Redis cannot be reached.
         """
@@ -153,15 +157,23 @@ class ReliableTask(_Task):
         once = self.reliable_once
         if once is None or self.app.conf.task_always_eager:
             return queue(task_id, None)
+        waited_for = link or link_error or any(options.get(name) for name in _CANVAS)
         return publish(
-            self, once, queue, args=args, kwargs=kwargs, task_id=task_id, options=options
+            self,
+            once,
+            queue,
+            args=args,
+            kwargs=kwargs,
+            task_id=task_id,
+            options=options,
+            waited_for=bool(waited_for),
         )
 
     def delay(self, *args: Any, **kwargs: Any) -> ReliableResult:
         """Queue the task with these arguments."""
         return self.apply_async(args, kwargs)
 
-    def AsyncResult(self, task_id: str, **options: Any) -> ReliableResult:  # type: ignore[override]
+    def AsyncResult(self, task_id: str, **options: Any) -> ReliableResult:  # noqa: N802 - Celery's
         """Return the result of the task with this id."""
         options.setdefault("backend", self.backend)
         options.setdefault("app", self.app)
@@ -179,11 +191,12 @@ class ReliableTask(_Task):
             raise
         except Reject as rejected:
             # Celery drops a task whose retry it could not publish.
-            if isinstance(rejected.reason, LockLost):
-                raise rejected.reason from None
-            if isinstance(rejected.reason, (OperationalError, StoreUnavailable)):
-                reason = f"its retry could not be published: {rejected.reason}"
-                raise SetAside(reason, _AFTER_FAILED_RETRY) from rejected.reason
+            cause = rejected.args[0]
+            if isinstance(cause, LockLost):
+                raise cause from None
+            if isinstance(cause, (OperationalError, StoreUnavailable)):
+                reason = f"its retry could not be published: {cause}"
+                raise SetAside(reason, _AFTER_FAILED_RETRY) from cause
             raise
 
     def on_replace(self, sig: Any) -> Any:
@@ -192,7 +205,7 @@ class ReliableTask(_Task):
         if run is not None:
             headers = {**(sig.options.get("headers") or {}), CLAIM: run.claim.as_header()}
             sig.set(headers=headers)
-        return super().on_replace(sig)  # type: ignore[func-returns-value]
+        return super().on_replace(sig)
 
     # -- what the worker's main process asks (GuardedTask) --------------------------------------
 
@@ -225,9 +238,9 @@ def _guarded(function: Callable[..., Any], *, takes_self: bool) -> Callable[...,
     def run(self: ReliableTask, *args: Any, **kwargs: Any) -> Any:
         body = functools.partial(function, self) if takes_self else function
         # Called as a function, or by a subclass' run through super(): nothing of ours to do.
-        if self.request.called_directly or getattr(self.request, "reliable_body", False):
+        if self.request.called_directly or self.request.get("reliable_body"):
             return body(*args, **kwargs)
-        self.request.reliable_body = True
+        self.request.update(reliable_body=True)
         if self.reliable_once is not None and not self.request.is_eager:
             enter(self, self.reliable_once)
         if self._policy is None:
@@ -260,7 +273,7 @@ def _run_with(
         result = body(*args, **kwargs)
     except (Ignore, Reject, Retry):
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - which errors are retried is the policy's choice
         decision = policy.after_error(state, error)
         raised: Exception | None = error
     else:

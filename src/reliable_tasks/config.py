@@ -121,9 +121,9 @@ class ReliableConfig:
                 raise ConfigError(
                     f"reliable_{setting.name} = {value!r}" + nearest(str(value), list(choices))
                 )
-        if not isinstance(self.key_prefix, str) or set(self.key_prefix) & set("{}"):
+        if set(str(self.key_prefix)) & set("{}"):
             raise ConfigError(
-                f"reliable_key_prefix = {self.key_prefix!r}: give a string without braces, "
+                f"reliable_key_prefix = {self.key_prefix!r}: give a text without braces, "
                 "which Redis Cluster would take for a hash tag"
             )
 

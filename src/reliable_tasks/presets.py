@@ -121,7 +121,7 @@ def rate_limit(limit: str) -> Preset:
         ConfigError: The limit cannot be read, or is not more than 0.
     """
     count, _, unit = str(limit).partition("/")
-    if isinstance(limit, str) and unit in _UNITS:
+    if unit in _UNITS:
         try:
             if 0 < rate(limit) < float("inf") and float(count) > 0:
                 return Preset(rate_limit=limit)

@@ -1,4 +1,4 @@
-"""An app's tasks."""
+"""How far an app is made: its configuration and its tasks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,17 @@ from typing import Any
 
 from celery import Celery
 
-__all__ = ["known_tasks"]
+__all__ = ["is_configured", "is_finalized", "known_tasks"]
+
+
+def is_configured(app: Celery) -> bool:
+    """Say whether the app's configuration was read; asking does not read it."""
+    return bool(app.configured)  # type: ignore[attr-defined]
+
+
+def is_finalized(app: Celery) -> bool:
+    """Say whether all of the app's tasks were made; asking does not make them."""
+    return bool(app.finalized)  # type: ignore[attr-defined]
 
 
 def known_tasks(app: Celery) -> list[Any]:
@@ -15,6 +25,5 @@ def known_tasks(app: Celery) -> list[Any]:
     ``app.tasks`` would finalize the app, that is make all of its tasks, in the middle of
     reading its configuration.
     """
-    return [
-        task for name, task in sorted(app._tasks.items()) if not name.startswith("celery.")
-    ]
+    registry: dict[str, Any] = app._tasks  # type: ignore[attr-defined]
+    return [task for name, task in sorted(registry.items()) if not name.startswith("celery.")]

@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
-from billiard.einfo import ExceptionWithTraceback
+from billiard.einfo import ExceptionWithTraceback  # type: ignore[attr-defined]
 from billiard.exceptions import TimeLimitExceeded
 from celery import Celery
 from celery.exceptions import Reject
@@ -49,7 +49,7 @@ class SetAside(Reject):
         self.seconds = seconds
 
     def __repr__(self) -> str:
-        return f"set aside for {self.seconds:g} s: {self.reason}"
+        return f"set aside for {self.seconds:g} s: {self.args[0]}"
 
     __str__ = __repr__
 
@@ -70,12 +70,15 @@ class GuardedTask(Protocol):
 class ReliableRequest(Request):
     """Celery's request, with nothing lost between a child's death and its message's end."""
 
+    _already_cancelled: bool
+    _already_revoked: bool
+
     def __init__(self, message: Any, **options: Any) -> None:
         super().__init__(message, **options)
         self._received_at = time.monotonic()
         self._child_is_gone = False
         self._is_requeued = False
-        self.task.reserved(self.request_dict)
+        self._guard.reserved(self.request_dict)
 
     def revoked(self) -> bool:
         """Say whether the task must not be started: revoked, expired, or held for too long."""
@@ -114,8 +117,16 @@ class ReliableRequest(Request):
             self._settle(requeued=True)
         super().reject(requeue)
 
+    @property
+    def _guard(self) -> GuardedTask:
+        return cast(GuardedTask, self.task)
+
+    @property
+    def _consumer(self) -> Any:
+        return _consumers.get(cast(Celery, self.app))
+
     def _settle(self, *, requeued: bool) -> None:
-        self.task.unfinished(self.request_dict, requeued=requeued)
+        self._guard.unfinished(self.request_dict, requeued=requeued)
 
     def _was_held_too_long(self) -> bool:
         """Keep a message from starting that the broker may hand to somebody else meanwhile.
@@ -128,12 +139,12 @@ class ReliableRequest(Request):
             return False
         hard_limit = self.time_limits[0] or self.task.time_limit or 0
         held = time.monotonic() - self._received_at
-        if held <= self.task.longest_hold(timeout, hard_limit):
+        if held <= self._guard.longest_hold(timeout, hard_limit):
             return False
         task_ready(self)
         # Past the longest hold of a task without a run, the broker may have passed it on: a
         # requeue would take its successor's entry away. The broker brings it back by itself.
-        passed_on = held > self.task.longest_hold(timeout, 0)
+        passed_on = held > self._guard.longest_hold(timeout, 0)
         logger.warning(
             "Task %s[%s] was held for %.1f s and can not be finished before the broker's "
             "visibility_timeout of %g s: %s",
@@ -152,7 +163,7 @@ class ReliableRequest(Request):
 
     def _give_back_in(self, seconds: float) -> None:
         task_ready(self)
-        consumer = _consumers.get(self.app)
+        consumer = self._consumer
         if consumer is None or self.acknowledged:
             self.reject(requeue=True)
             return
@@ -166,7 +177,7 @@ class ReliableRequest(Request):
         consumer.timer.call_after(seconds, give_back)
 
     def _call_in(self, seconds: float, function: Callable[[], None]) -> None:
-        consumer = _consumers.get(self.app)
+        consumer = self._consumer
         if consumer is None:
             function()
         else:

@@ -44,7 +44,7 @@ def put(app: Celery, key: str, value: Any) -> None:
 def reliable_settings(app: Celery) -> dict[str, Any]:
     """Return the user's ``reliable_*`` settings, names in lower case without a namespace."""
     found: dict[str, Any] = {}
-    namespace = (app.namespace or "").lower()
+    namespace = str(getattr(app, "namespace", None) or "").lower()
     for mapping in _user_maps(app):
         for name, value in mapping.items():
             bare = str(name).lower()
@@ -58,11 +58,16 @@ def reliable_settings(app: Celery) -> dict[str, Any]:
 def _user_maps(app: Celery) -> Iterator[Mapping[str, Any]]:
     app.conf.get("broker_url")  # a first access reads a configuration that is still pending
     # The last map holds Celery's defaults.
-    yield from app.conf.maps[:-1]
+    yield from _maps(app)[:-1]
 
 
 def _celery_default(app: Celery, key: str) -> Any:
-    return app.conf.maps[-1].get(key)
+    return _maps(app)[-1].get(key)
+
+
+def _maps(app: Celery) -> list[Mapping[str, Any]]:
+    # A ChainMap's own attribute: explicit changes, then what was loaded, then Celery's defaults.
+    return list(app.conf.maps or ())
 
 
 def _names(app: Celery, key: str) -> tuple[str, ...]:

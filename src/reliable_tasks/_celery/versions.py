@@ -1,25 +1,21 @@
-"""Which Celery is installed, and what it can do."""
+"""Which Celery and kombu this release works with."""
 
 from __future__ import annotations
 
-import celery
-import kombu
+from importlib import metadata
+
 from packaging.version import Version
 
 from reliable_tasks.errors import UnsupportedCelery
 
-__all__ = ["CELERY", "HAS_SPLIT_ACK_SETTINGS", "check_versions"]
+__all__ = ["check_versions"]
 
-CELERY = Version(celery.__version__)
-KOMBU = Version(kombu.__version__)
+CELERY = Version(metadata.version("celery"))
+KOMBU = Version(metadata.version("kombu"))
 
 _OLDEST = Version("5.6.0")
 _TOO_NEW = Version("5.8.dev0")
 _KOMBU_OLDEST = Version("5.7.0")
-
-#: ``task_acks_on_failure`` and ``task_acks_on_timeout`` (5.7) took the place of
-#: ``task_acks_on_failure_or_timeout``.
-HAS_SPLIT_ACK_SETTINGS = Version("5.7.0") <= CELERY
 
 
 def check_versions() -> None:

@@ -63,8 +63,12 @@ class Run:
     holder: str
     fence: int
 
+    def begin(self, task: Task[..., Any]) -> None:
+        """Remember this run for as long as the task's request lives."""
+        task.request.update(reliable_run=self)
+
     @staticmethod
     def of(task: Task[..., Any]) -> Run | None:
         """Return the run that goes on in this task, or ``None``."""
-        run = getattr(task.request, "reliable_run", None)
+        run = task.request.get("reliable_run")
         return run if isinstance(run, Run) else None

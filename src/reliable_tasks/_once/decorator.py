@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any, TypeVar, overload
 
 from celery import Task
-from celery.local import PromiseProxy, Proxy
+from celery.local import PromiseProxy, Proxy, maybe_evaluate
 
 from reliable_tasks._once.keys import KeySpec
 from reliable_tasks._once.once import Once
@@ -53,6 +53,7 @@ def once(
     base must be `ReliableTask`.
 
     Args:
+        decorated: The function or task, when written without parentheses: ``@once``.
         key: What makes two calls the same. A template over the task's parameters
             (``"invoice:{invoice_id}"``, ``"{order.id}"``, ``"{items[0]}"``), a function that is
             called with the task's arguments and returns any value, or nothing: all arguments.
@@ -92,7 +93,7 @@ def once_options(target: Any) -> OnceOptions | None:
 def _attach(target: Any, options: OnceOptions) -> Any:
     if type(target) is PromiseProxy:
         # @app.task is lazy: the task is made when somebody first asks for it.
-        target.__then__(lambda: _adopt(target._get_current_object(), options))
+        target.__then__(lambda: _adopt(maybe_evaluate(target), options))
         return target
     if type(target) is Proxy:
         raise ConfigError(
@@ -141,4 +142,4 @@ class _Doc(str):
             raise ConfigError(BAD_BASE.format(task=getattr(cls, "name", cls), base=base))
 
         # An error raised here would reach the user wrapped in a RuntimeError (before 3.12).
-        owner.on_bound = classmethod(refuse)  # type: ignore[attr-defined]
+        setattr(owner, "on_bound", classmethod(refuse))  # noqa: B010 - a class made at run time

@@ -134,7 +134,7 @@ def _value(field: _Field, arguments: Mapping[str, Any]) -> Any:
     value, _ = string.Formatter().get_field(field.path, (), arguments)
     if field.conversion or field.format_spec:
         # Whoever formats a value asks for its text: {x!s} makes 1 and "1" one key.
-        converted = string.Formatter().convert_field(value, field.conversion)  # type: ignore[arg-type]
+        converted = string.Formatter().convert_field(value, field.conversion)
         return format(converted, field.format_spec)
     return value
 

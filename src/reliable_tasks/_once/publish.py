@@ -34,11 +34,13 @@ def publish(
     kwargs: Any,
     task_id: str | None,
     options: Mapping[str, Any],
+    waited_for: bool,
 ) -> ReliableResult:
     """Claim a call's key and queue it, or return the owner's result.
 
     Raises:
-        DuplicateTaskError: The key is taken and the conflict setting is ``"raise"``.
+        DuplicateTaskError: The key is taken, and the conflict setting is ``"raise"`` or
+            something is ``waited_for`` that would never come: the rest of a chain, a callback.
         LockLost: A retry or a replacement found that another task owns the key by now.
         StoreUnavailable: The lock Redis does not answer and ``reliable_on_store_error`` is
             ``"raise"``; a kombu ``OperationalError`` where the lock Redis is the broker.
@@ -59,6 +61,8 @@ def publish(
     try:
         ticket = _take(task, locks, claim, token, ttl, continued)
     except StoreError as error:
+        # Perhaps only the reply was lost, and the claim of a task that is not queued stands.
+        _take_back(locks, claim, token, continued)
         if locks.config.on_store_error == "proceed":
             logger.warning("Task %s[%s] is queued without a claim: %s", task.name, owner, error)
             return queue(owner, headers)
@@ -66,7 +70,11 @@ def publish(
             raise locks.unavailable(error) from error
         raise
     if ticket.code is Publish.DUPLICATE:
-        return _duplicate(task, once, claim, ticket, task_id, is_continuation=continued is not None)
+        if continued is not None:
+            raise LockLost(claim.name, claim.owner, ticket.owner)
+        if waited_for or once.options.on_conflict == "raise":
+            raise DuplicateTaskError(claim.name, ticket.owner, ticket.seconds)
+        return _existing(task, claim, ticket, task_id)
     try:
         return queue(owner, {**headers, CLAIM: claim.as_header()})
     except BaseException:
@@ -103,19 +111,9 @@ def _take(
     )
 
 
-def _duplicate(
-    task: Task[..., Any],
-    once: Once,
-    claim: Claim,
-    ticket: Ticket[Publish],
-    asked_id: str | None,
-    *,
-    is_continuation: bool,
+def _existing(
+    task: Task[..., Any], claim: Claim, ticket: Ticket[Publish], asked_id: str | None
 ) -> ReliableResult:
-    if is_continuation:
-        raise LockLost(claim.name, claim.owner, ticket.owner)
-    if once.options.on_conflict == "raise":
-        raise DuplicateTaskError(claim.name, ticket.owner, ticket.seconds)
     logger.info(
         "Task %s is a duplicate of %s (%s)%s",
         task.name,
@@ -123,9 +121,7 @@ def _duplicate(
         claim.name,
         f": its own id {asked_id} is not used" if asked_id else "",
     )
-    result = ReliableResult(
-        ticket.owner, backend=task.backend, task_name=task.name, app=task.app
-    )
+    result = ReliableResult(ticket.owner, backend=task.backend, task_name=task.name, app=task.app)
     result.duplicate = True
     result.ignored_id = asked_id
     return result
@@ -140,7 +136,7 @@ def _take_back(locks: Locks, claim: Claim, token: str, continued: Claim | None) 
             back_to=continued.attempt if continued else None,
         )
     except StoreError as error:
-        logger.warning("The claim on %s stays until it lapses: %s", claim.name, error)
+        logger.warning("A claim on %s may stay until it lapses: %s", claim.name, error)
 
 
 def _delay(task: Task[..., Any], options: Mapping[str, Any]) -> float:

@@ -35,9 +35,7 @@ _UNLIMITED = 3600.0
 
 #: Trace states that end a run for good. Without one (SystemExit) the child is about to die, and
 #: the main process decides, for it knows whether the message goes back.
-_ENDED = frozenset(
-    {states.SUCCESS, states.FAILURE, states.IGNORED, states.REJECTED, states.RETRY}
-)
+_ENDED = frozenset({states.SUCCESS, states.FAILURE, states.IGNORED, states.REJECTED, states.RETRY})
 
 
 def mark_copy(headers: dict[str, Any]) -> None:
@@ -76,7 +74,7 @@ def enter(task: Task[..., Any], once: Once) -> None:
         _unavailable(task, locks, error)
         return
     if ticket.code is Entry.ENTERED:
-        request.reliable_run = Run(once, claim, holder, ticket.fence)
+        Run(once, claim, holder, ticket.fence).begin(task)
     elif ticket.code is Entry.CONTINUED:
         logger.warning(
             "Task %s[%s] is not run again: attempt %d was continued already",
@@ -127,9 +125,7 @@ def _leave(task: Any = None, state: str | None = None, retval: Any = None, **_: 
     _release(task, run.once, run.claim, run.holder, goes_back=goes_back)
 
 
-def end_unrun(
-    task: Task[..., Any], once: Once, headers: dict[str, Any], *, requeued: bool
-) -> None:
+def end_unrun(task: Task[..., Any], once: Once, headers: dict[str, Any], *, requeued: bool) -> None:
     """End a copy whose child did not: it was killed, timed out, revoked or never started."""
     claim = Claim.from_headers(headers, headers.get("id"))
     if claim is None:
@@ -159,7 +155,7 @@ def _release(
             may_be_unentered=may_be_unentered,
         )
     except StoreError as error:
-        logger.warning("The claim on %s stays until it lapses: %s", claim.name, error)
+        logger.warning("A claim on %s may stay until it lapses: %s", claim.name, error)
         return
     if outcome is Release.LAPSED:
         logger.warning(

@@ -9,8 +9,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from celery import Celery, bootsteps
+from celery.local import maybe_evaluate
 
-from reliable_tasks._celery.registry import known_tasks
+from reliable_tasks._celery.registry import is_configured, is_finalized, known_tasks
 from reliable_tasks._celery.settings import explicit, put
 from reliable_tasks._celery.versions import check_versions
 from reliable_tasks._once.locks import locks_of, read_config
@@ -56,6 +57,7 @@ def apply_reliable_config(
         UnsupportedCelery: The installed Celery or kombu is not supported.
     """
     check_versions()
+    app = maybe_evaluate(app)  # current_app is a proxy
     setup = _setups.get(app)
     if setup is None:
         setup = _setups[app] = _Setup(app)
@@ -66,7 +68,7 @@ def apply_reliable_config(
     for name, value in (("task", longest_task), ("countdown", longest_countdown)):
         if value is not None:
             app.conf[f"reliable_longest_{name}"] = value
-    if app.configured:
+    if is_configured(app):
         setup.apply()
     return Report(setup.outcome)
 
@@ -95,7 +97,7 @@ class _Setup:
         app.conf.get("broker_url")  # reads a configuration that is still pending
         if self._error is not None:
             raise self._error
-        if app.finalized and not self._knew_all_tasks:
+        if is_finalized(app) and not self._knew_all_tasks:
             self.apply()
         return list(self._changes), list(self._concerns)
 
@@ -103,7 +105,7 @@ class _Setup:
         app = self._here()
         self._error = None
         read_config(app)
-        self._knew_all_tasks = app.finalized
+        self._knew_all_tasks = is_finalized(app)
         changes: list[Change] = []
         facts = Facts.of(
             app,
@@ -119,9 +121,7 @@ class _Setup:
         changes += self._fill(
             app, "broker_transport_options", rules.transport_options(facts, timeout)
         )
-        changes += self._fill(
-            app, "result_backend_transport_options", rules.backend_options(facts)
-        )
+        changes += self._fill(app, "result_backend_transport_options", rules.backend_options(facts))
         self._changes = changes
         self._concerns = [*rules.concerns(facts, timeout, self._knew_all_tasks)]
         self._concerns += _tasks_made_too_early(app)
@@ -149,8 +149,7 @@ class _Setup:
         if left_open:
             put(app, setting, {**self._filled[setting], **own})
         return [
-            Change(f"{setting}.{rule.setting}", None, rule.value, rule.reason)
-            for rule in left_open
+            Change(f"{setting}.{rule.setting}", None, rule.value, rule.reason) for rule in left_open
         ]
 
 
@@ -171,7 +170,7 @@ def _tasks_made_too_early(app: Celery) -> list[Concern]:
     return [Concern("acks_late", False, reason)]
 
 
-class StartCheck(bootsteps.Step):  # type: ignore[misc]
+class StartCheck(bootsteps.Step):
     """Checks a worker before it connects, when all tasks are imported."""
 
     def __init__(self, worker: Any, **options: Any) -> None:

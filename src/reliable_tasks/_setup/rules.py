@@ -209,9 +209,7 @@ def backend_options(facts: Facts) -> tuple[Rule, ...]:
     )
 
 
-def concerns(
-    facts: Facts, timeout: VisibilityTimeout, knows_all_tasks: bool
-) -> Iterator[Concern]:
+def concerns(facts: Facts, timeout: VisibilityTimeout, knows_all_tasks: bool) -> Iterator[Concern]:
     """Look at what the user set, and say what breaks the promise."""
     for setting, is_bad, reason in _CHECKS:
         is_set, value = explicit(facts.app, setting)
@@ -281,8 +279,10 @@ _CHECKS: tuple[tuple[str, Callable[[Any, Facts], bool], str], ...] = (
     (
         "task_acks_on_failure_or_timeout",
         _is_false,
-        "a task over its hard limit runs again without end, one that fails is dropped from the "
-        "broker; set it to True",
+        (
+            "a task over its hard limit runs again without end, one that fails is dropped from the "
+            "broker; set it to True"
+        ),
     ),
     (
         "task_acks_on_timeout",
@@ -292,20 +292,26 @@ _CHECKS: tuple[tuple[str, Callable[[Any, Facts], bool], str], ...] = (
     (
         "worker_deduplicate_successful_tasks",
         _is_true_without_backend,
-        "without a result backend it loses every redelivered task; set a result_backend, or "
-        "set it to False",
+        (
+            "without a result backend it loses every redelivered task; set a result_backend, or "
+            "set it to False"
+        ),
     ),
     (
         "worker_cancel_long_running_tasks_on_connection_loss",
         _is_false,
-        "after a lost connection a task runs on here while another worker starts it; set it to "
-        "True",
+        (
+            "after a lost connection a task runs on here while another worker starts it; set it to "
+            "True"
+        ),
     ),
     (
         "worker_prefetch_multiplier",
         lambda value, facts: value == 0,
-        "a worker takes messages without bound, and those wait behind each other for longer "
-        "than any visibility_timeout; set it to 1",
+        (
+            "a worker takes messages without bound, and those wait behind each other for longer "
+            "than any visibility_timeout; set it to 1"
+        ),
     ),
     (
         "task_publish_retry_policy",
@@ -320,8 +326,10 @@ _CHECKS: tuple[tuple[str, Callable[[Any, Facts], bool], str], ...] = (
     (
         "task_default_queue_type",
         lambda value, facts: facts.broker == "amqp" and value == "classic",
-        "a classic queue does not survive the loss of its node and counts no deliveries; set "
-        "'quorum', under a new queue name, for a queue cannot change its type",
+        (
+            "a classic queue does not survive the loss of its node and counts no deliveries; set "
+            "'quorum', under a new queue name, for a queue cannot change its type"
+        ),
     ),
     (
         "task_time_limit",

@@ -99,9 +99,7 @@ def recommend(
     return VisibilityTimeout(seconds, tuple(reasons), unlimited)
 
 
-def _longest_run(
-    tasks: Sequence[Any], stated: float | None
-) -> tuple[float, str, tuple[str, ...]]:
+def _longest_run(tasks: Sequence[Any], stated: float | None) -> tuple[float, str, tuple[str, ...]]:
     limits = [(float(task.time_limit), task.name) for task in tasks if task.time_limit]
     unlimited = tuple(task.name for task in tasks if not task.time_limit)
     longest, name = max(limits, default=(0.0, ""))

@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 import ssl
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -23,7 +25,15 @@ from redis.sentinel import Sentinel
 
 from reliable_tasks.errors import ConfigError
 
-__all__ = ["Client", "ServerAddress", "connect", "forget_clients", "is_redis_url", "shown"]
+__all__ = [
+    "Client",
+    "ServerAddress",
+    "building_clients_with",
+    "connect",
+    "forget_clients",
+    "is_redis_url",
+    "shown",
+]
 
 _SCHEMES = ("redis", "rediss", "sentinel", "unix", "socket", "redis+socket")
 _TLS_FILES = ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_ca_path", "ssl_password")
@@ -50,16 +60,18 @@ class ServerAddress:
         return str(self.options.get("global_keyprefix") or "")
 
     @property
-    def _identity(self) -> tuple[str, float, str]:
+    def identity(self) -> tuple[str, float, str]:
+        """What tells two addresses apart."""
         return self.url, self.timeout, repr(sorted(self.options.items()))
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """A connected server, with the address to show people."""
+    """A server's client, with the address to show people and the seconds for one command."""
 
     redis: redis.Redis
     shown_url: str
+    timeout: float
 
 
 _clients: dict[tuple[int, tuple[str, float, str]], Client] = {}
@@ -81,14 +93,29 @@ def connect(address: ServerAddress) -> Client:
     Raises:
         ConfigError: The URL or its options are no good.
     """
-    key = (os.getpid(), address._identity)
+    key = (os.getpid(), address.identity)
     client = _clients.get(key)
     if client is None:
         with _lock:
             client = _clients.get(key)
             if client is None:
-                client = _clients[key] = Client(_build(address), shown(address.url))
+                client = _clients[key] = Client(
+                    _builder(address), shown(address.url), address.timeout
+                )
     return client
+
+
+@contextmanager
+def building_clients_with(build: Callable[[ServerAddress], redis.Redis]) -> Iterator[None]:
+    """Let another function build the clients of this process: a test's fake server."""
+    global _builder
+    before, _builder = _builder, build
+    forget_clients()
+    try:
+        yield
+    finally:
+        _builder = before
+        forget_clients()
 
 
 def forget_clients() -> None:
@@ -126,7 +153,7 @@ def _build(address: ServerAddress) -> redis.Redis:
         # redis-py repeats commands by default, also those whose reply was merely late; which of
         # ours may be repeated is decided in scripts.py.
         "retry": Retry(NoBackoff(), 0),
-        "health_check_interval": 30,
+        "socket_keepalive": True,
     }
     scheme = address.url.partition("://")[0]
     if scheme not in _SCHEMES:
@@ -175,7 +202,7 @@ def _build_sentinel(address: ServerAddress, common: dict[str, Any]) -> redis.Red
             if one.username:
                 data["username"] = unquote(one.username)
             break
-    sentinels = Sentinel(
+    sentinels: Any = Sentinel(  # type: ignore[no-untyped-call]
         [(one.hostname or "127.0.0.1", one.port or 26379) for one in parsed],
         min_other_sentinels=int(address.options.get("min_other_sentinels") or 0),
         sentinel_kwargs={
@@ -209,7 +236,11 @@ def _as_unix_url(url: str) -> str:
 
 
 def _for_unix(common: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in common.items() if name != "socket_connect_timeout"}
+    return {
+        name: value
+        for name, value in common.items()
+        if "keepalive" not in name and "connect" not in name
+    }
 
 
 def _tls_arguments(settings: Any) -> dict[str, Any]:
@@ -250,3 +281,6 @@ def _certificate_rule(name: str, value: Any) -> Any:
     if rule not in rules.values():
         raise ConfigError(f"ssl_cert_reqs = {value!r}: give 'none', 'optional' or 'required'")
     return rule
+
+
+_builder: Callable[[ServerAddress], redis.Redis] = _build

@@ -17,7 +17,7 @@ __all__ = ["Script", "load"]
 
 # A reply can be lost after the script ran. Every script is written to be repeated, so one that
 # failed on the way is sent again, where redis-py's own retries are off (they cannot know).
-_PAUSES = (0.05, 0.2)
+_PAUSE = 0.05
 
 
 class Script:
@@ -32,26 +32,30 @@ class Script:
         """Run the script.
 
         Raises:
-            StoreUnavailable: The server could not be reached or did not answer, three times.
+            StoreUnavailable: The server could not be reached or did not answer, twice, or for
+                as long as the client's timeout.
             ScriptError: The server refused (no permission, out of memory, read only).
         """
-        for pause in (*_PAUSES, None):
-            try:
-                return self._evaluate(client.redis, keys, args)
-            except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
-                # Wrong credentials and a full connection pool are subclasses that no repeat cures.
-                if pause is None or isinstance(error, redis.AuthenticationError):
-                    raise StoreUnavailable(client.shown_url, str(error)) from error
-                time.sleep(pause)
-            except redis.ResponseError as error:
-                raise ScriptError(self.name, str(error)) from error
-        raise AssertionError("unreachable")
-
-    def _evaluate(self, server: redis.Redis, keys: list[str], args: list[str | int]) -> Any:
+        started = time.monotonic()
         try:
-            return server.evalsha(self.sha, len(keys), *keys, *args)
-        except redis.exceptions.NoScriptError:
-            return server.eval(self.source, len(keys), *keys, *args)
+            return self._evaluate(client, keys, args)
+        except StoreUnavailable:
+            if time.monotonic() - started > client.timeout / 2:
+                raise
+            time.sleep(_PAUSE)
+            return self._evaluate(client, keys, args)
+
+    def _evaluate(self, client: Client, keys: list[str], args: list[str | int]) -> Any:
+        server = client.redis
+        try:
+            try:
+                return server.evalsha(self.sha, len(keys), *keys, *args)
+            except redis.exceptions.NoScriptError:
+                return server.eval(self.source, len(keys), *keys, *args)
+        except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
+            raise StoreUnavailable(client.shown_url, str(error)) from error
+        except redis.RedisError as error:
+            raise ScriptError(self.name, str(error)) from error
 
 
 @cache

@@ -1,0 +1,203 @@
+"""The app of the integration tests: tasks that do what they are told, and say when.
+
+A worker finds its settings in the environment: ``RT_BROKER_URL``, ``RT_RESULT_URL``,
+``RT_SETTINGS`` (JSON, on top of what the library sets) and ``RT_JOURNAL`` (a directory).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tenacity
+from celery import Celery, Task
+from celery.exceptions import Ignore, Reject, Retry
+
+from reliable_tasks import ReliableTask, apply_reliable_config, once, presets
+from tests.integration.apps.journal import Journal
+
+#: Hard time limit of the tasks (s): short, for the time to recovery follows from it.
+LIMIT = int(os.environ.get("RT_LIMIT", "4"))
+
+journal = Journal(Path(os.environ.get("RT_JOURNAL", "/nonexistent")))
+
+
+@contextlib.contextmanager
+def told(task: Task, name: str) -> Iterator[None]:
+    """Write down that a task starts, and that it ends, also by an exception."""
+    request = task.request
+    about = {"name": name, "id": request.id, "attempt": request.retries}
+    journal.write("start", **about)
+    try:
+        yield
+    finally:
+        journal.write("end", **about)
+
+
+def _is_first(name: str) -> bool:
+    return len(journal.events("start", name=name)) == 1
+
+
+def _kill_own_child() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _succeed(task: Task, name: str) -> None:
+    pass
+
+
+def _wait(task: Task, name: str) -> None:
+    journal.wait_at(name)
+
+
+def _fail(task: Task, name: str) -> None:
+    raise ValueError(name)
+
+
+def _ignore(task: Task, name: str) -> None:
+    raise Ignore
+
+
+def _reject(task: Task, name: str) -> None:
+    raise Reject("told to", requeue=False)
+
+
+def _requeue(task: Task, name: str) -> None:
+    if _is_first(name):
+        raise Reject("told to", requeue=True)
+
+
+def _retry(task: Task, name: str) -> None:
+    if task.request.retries == 0:
+        raise task.retry(countdown=0)
+
+
+def _retry_later(task: Task, name: str) -> None:
+    if task.request.retries == 0:
+        raise task.retry(countdown=1.2)
+
+
+def _retry_and_die(task: Task, name: str) -> None:
+    if task.request.retries == 0:
+        try:
+            task.retry(countdown=0)
+        except Retry:
+            _kill_own_child()
+
+
+def _replace_same(task: Task, name: str) -> None:
+    if _is_first(name):
+        raise task.replace(task.s(name))
+
+
+def _replace_other(task: Task, name: str) -> None:
+    raise task.replace(task.s(f"{name}, again"))
+
+
+def _sleep(task: Task, name: str) -> None:
+    time.sleep(30)
+
+
+def _exit(task: Task, name: str) -> None:
+    if _is_first(name):
+        raise SystemExit(3)
+
+
+def _die(task: Task, name: str) -> None:
+    if _is_first(name):
+        _kill_own_child()
+
+
+_ACTIONS = {
+    action.__name__.removeprefix("_"): action
+    for action in (
+        *(_succeed, _wait, _fail, _ignore, _reject, _requeue, _retry, _retry_later),
+        *(_retry_and_die, _replace_same, _replace_other, _sleep, _exit, _die),
+    )
+}
+
+
+def build(broker: str, backend: str | None = None, **settings: Any) -> Celery:
+    """Make the app, the same for a worker and for its client."""
+    app = Celery("shop", broker=broker, backend=backend, set_as_current=False)
+    app.conf.update(settings)
+    apply_reliable_config(app)
+    limits = presets.time_limit(hard=LIMIT)
+
+    @app.task(name="act", base=ReliableTask, bind=True, **limits)
+    @once(key="{name}")
+    def act(self: Task, name: str, what: str = "succeed") -> str:
+        with told(self, name):
+            _ACTIONS[what](self, name)
+        return name
+
+    @app.task(name="strict", base=ReliableTask, bind=True, **limits)
+    @once(key="{name}", on_conflict="raise")
+    def strict(self: Task, name: str) -> str:
+        with told(self, name):
+            journal.wait_at(name)
+        return name
+
+    @app.task(name="brief", base=ReliableTask, bind=True, **limits)
+    @once(key="{name}", ttl=0.4)
+    def brief(self: Task, name: str) -> str:
+        with told(self, name):
+            journal.wait_at(name)
+        return name
+
+    @app.task(name="sleep", base=ReliableTask, bind=True, **limits)
+    def sleep(self: Task, name: str, seconds: float = 0) -> str:
+        with told(self, name):
+            time.sleep(seconds)
+        return name
+
+    @app.task(name="limited", base=ReliableTask, bind=True, rate_limit="1/s", **limits)
+    def limited(self: Task, name: str, seconds: float = 0) -> str:
+        with told(self, name):
+            time.sleep(seconds)
+        return name
+
+    @app.task(
+        name="flaky",
+        base=ReliableTask,
+        bind=True,
+        retrying=(
+            tenacity.stop_after_attempt(4),
+            tenacity.wait_chain(*map(tenacity.wait_fixed, (0.3, 1.7, 0.6))),
+        ),
+        **limits,
+    )
+    @once(key="{name}")
+    def flaky(self: Task, name: str, failures: int) -> int:
+        with told(self, name):
+            if self.request.retries < failures:
+                raise ConnectionError(name)
+        return self.request.retries
+
+    @app.task(name="unguarded", base=ReliableTask, bind=True, acks_late=False, **limits)
+    @once(key="{name}")
+    def unguarded(self: Task, name: str) -> str:
+        with told(self, name):
+            return name
+
+    # What Celery does by itself, for comparison.
+    @app.task(name="plain", bind=True)
+    def plain(self: Task, name: str, seconds: float = 0) -> str:
+        with told(self, name):
+            time.sleep(seconds)
+        return name
+
+    return app
+
+
+app = build(
+    os.environ.get("RT_BROKER_URL", "memory://"),
+    os.environ.get("RT_RESULT_URL"),
+    **json.loads(os.environ.get("RT_SETTINGS", "{}")),
+)
