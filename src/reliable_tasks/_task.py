@@ -15,7 +15,7 @@ from kombu.exceptions import OperationalError
 from reliable_tasks._celery.request import SetAside
 from reliable_tasks._celery.settings import explicit
 from reliable_tasks._celery.versions import check_versions
-from reliable_tasks._once.claim import CLAIM, Run
+from reliable_tasks._once.claim import CLAIM, Claim, Run
 from reliable_tasks._once.decorator import OPTIONS, once_options
 from reliable_tasks._once.locks import read_config
 from reliable_tasks._once.once import Once
@@ -24,7 +24,12 @@ from reliable_tasks._once.publish import publish
 from reliable_tasks._once.result import ReliableResult
 from reliable_tasks._once.run import end_unrun, enter, mark_copy
 from reliable_tasks._retrying import RETRYING, GiveUp, Policy, RetryIn, Retrying
-from reliable_tasks.errors import ConfigError, LockLost, StoreUnavailable
+from reliable_tasks.errors import (
+    ConfigError,
+    DuplicateTaskError,
+    LockLost,
+    StoreUnavailable,
+)
 
 if TYPE_CHECKING:
     _Task = Task[..., Any]
@@ -185,6 +190,22 @@ class ReliableTask(_Task):
         Raises:
             LockLost: The task lost its claim to another one.
         """
+        error = options.get("exc")
+        if isinstance(error, SetAside) or (
+            isinstance(error, DuplicateTaskError)
+            and self.reliable_once is not None
+            and Run.of(self) is None
+        ):
+            # With autoretry_for=(Exception,) Celery takes for an error of the task what is an
+            # answer to a copy that may not run: its "retry" would count as a later attempt.
+            raise error
+        run = Run.of(self)
+        claim = run.claim if run else Claim.from_headers(self.request.headers, self.request.id)
+        if claim is not None:
+            # A message published by name has no claim in its headers, and a caller's own headers
+            # replace those that it has.
+            headers = options.get("headers", self.request.headers) or {}
+            options["headers"] = {**headers, CLAIM: claim.as_header()}
         try:
             return super().retry(*args, **options)
         except SetAside:

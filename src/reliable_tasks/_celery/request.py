@@ -13,13 +13,15 @@ from collections.abc import Callable
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
-from billiard.einfo import ExceptionWithTraceback  # type: ignore[attr-defined]
-from billiard.exceptions import TimeLimitExceeded
+from billiard.einfo import ExceptionInfo, ExceptionWithTraceback  # type: ignore[attr-defined]
+from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Celery
 from celery.exceptions import Reject
-from celery.signals import worker_ready
+from celery.signals import task_failure, worker_ready
 from celery.worker.request import Request
 from celery.worker.state import task_ready
+
+from reliable_tasks._celery.versions import ENDS_EXITS_AND_REJECTS
 
 __all__ = ["GuardedTask", "ReliableRequest", "SetAside"]
 
@@ -72,6 +74,7 @@ class ReliableRequest(Request):
 
     _already_cancelled: bool
     _already_revoked: bool
+    _context: Any
 
     def __init__(self, message: Any, **options: Any) -> None:
         super().__init__(message, **options)
@@ -99,6 +102,11 @@ class ReliableRequest(Request):
         if isinstance(error, SetAside):
             self._give_back_in(error.seconds)
             return
+        if not ENDS_EXITS_AND_REJECTS:
+            if isinstance(error, (SystemExit, KeyboardInterrupt)):
+                exc_info = _lost_worker(error)
+            elif isinstance(error, Reject) and not error.requeue:  # type: ignore[attr-defined]
+                self._fail(error, exc_info)
         # With return_ok the child itself reported: its claim is released already.
         self._child_is_gone = not return_ok
         super().on_failure(exc_info, send_failed_event, return_ok)
@@ -127,6 +135,21 @@ class ReliableRequest(Request):
 
     def _settle(self, *, requeued: bool) -> None:
         self._guard.unfinished(self.request_dict, requeued=requeued)
+
+    def _fail(self, error: Reject, exc_info: Any) -> None:
+        """Give a rejected task a final state, as Celery does since 5.7."""
+        self.task.backend.mark_as_failure(
+            self.id, error, request=self._context, store_result=self.store_errors
+        )
+        task_failure.send(
+            sender=self.task,
+            task_id=self.id,
+            exception=error,
+            args=self.args,
+            kwargs=self.kwargs,
+            traceback=exc_info.traceback,
+            einfo=exc_info,
+        )
 
     def _was_held_too_long(self) -> bool:
         """Keep a message from starting that the broker may hand to somebody else meanwhile.
@@ -182,6 +205,13 @@ class ReliableRequest(Request):
             function()
         else:
             consumer.timer.call_after(seconds, function)
+
+
+def _lost_worker(error: BaseException) -> ExceptionInfo:
+    try:
+        raise WorkerLostError(f"Worker exited prematurely: {error!r}.")
+    except WorkerLostError:
+        return ExceptionInfo()
 
 
 def _visibility_timeout(message: Any) -> float | None:

@@ -41,7 +41,8 @@ class Locks:
         return error
 
 
-_locks: WeakKeyDictionary[Celery, tuple[tuple[Any, ...], Locks]] = WeakKeyDictionary()
+#: Read once per configuration, as Celery does with the broker's settings: every publish asks.
+_locks: WeakKeyDictionary[Celery, tuple[Any, Locks]] = WeakKeyDictionary()
 
 
 def locks_of(app: Celery) -> Locks:
@@ -50,16 +51,9 @@ def locks_of(app: Celery) -> Locks:
     Raises:
         ConfigError: No Redis is configured, or a ``reliable_*`` setting is no good.
     """
-    # Rebuilt when the configuration is another one (a test's, a late config_from_object).
-    settings = reliable_settings(app)
-    state = (
-        app.conf.broker_write_url,
-        app.conf.result_backend,
-        tuple(sorted((name, repr(value)) for name, value in settings.items())),
-    )
     known = _locks.get(app)
-    if known is None or known[0] != state:
-        known = _locks[app] = (state, _build(app, ReliableConfig.from_mapping(settings)))
+    if known is None or known[0] is not app.conf:
+        known = _locks[app] = (app.conf, _build(app, read_config(app)))
     return known[1]
 
 

@@ -97,8 +97,8 @@ class _Setup:
         app.conf.get("broker_url")  # reads a configuration that is still pending
         if self._error is not None:
             raise self._error
-        if is_finalized(app) and not self._knew_all_tasks:
-            self.apply()
+        # Tasks, and with them limits and retry policies, may have been made since.
+        self.apply()
         return list(self._changes), list(self._concerns)
 
     def apply(self) -> None:
