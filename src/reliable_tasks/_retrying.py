@@ -7,6 +7,7 @@ the slot. What tenacity would remember in the process travels in a message heade
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -256,14 +257,18 @@ def _longest(wait: Any, attempts: int) -> float | None:
         return float(wait.wait_fixed)
     if isinstance(wait, tenacity.wait_exponential):
         # The random kind draws below what its base class returns.
-        return float(tenacity.wait_exponential.__call__(wait, _at(attempts)))
+        bound = functools.partial(tenacity.wait_exponential.__call__, wait)
+        return max(float(bound(_at(1))), float(bound(_at(attempts))))
     if isinstance(wait, tenacity.wait_incrementing):
         return max(float(wait(_at(1))), float(wait(_at(attempts))))
     if isinstance(wait, tenacity.wait_exponential_jitter):
-        bound = tenacity.wait_exponential(
-            multiplier=wait.multiplier, exp_base=wait.exp_base, max=wait.max
+        # Before 9.2 the multiplier was called initial, and there was no min.
+        grows = tenacity.wait_exponential(
+            multiplier=getattr(wait, "multiplier", getattr(wait, "initial", 1)),
+            exp_base=wait.exp_base,
         )
-        return max(float(wait.min), min(float(bound(_at(attempts))) + wait.jitter, float(wait.max)))
+        longest = max(float(grows(_at(1))), float(grows(_at(attempts)))) + wait.jitter
+        return max(float(getattr(wait, "min", 0)), min(longest, float(wait.max)))
     return None
 
 

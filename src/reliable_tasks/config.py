@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from math import inf
 from typing import Any, Self
 
 from reliable_tasks.errors import ConfigError
@@ -100,19 +101,20 @@ class ReliableConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("store_timeout", 0),
-            ("once_ttl", 0),
-            ("once_lease", 0),
-            ("longest_task", 0),
-            ("longest_countdown", -1),
-            ("visibility_margin", -1),
+        for name, may_be_zero in (
+            ("store_timeout", False),
+            ("once_ttl", False),
+            ("once_lease", False),
+            ("longest_task", False),
+            ("longest_countdown", True),
+            ("visibility_margin", True),
         ):
             value = getattr(self, name)
-            if value is None:
+            if value is None and name.startswith("longest_"):
                 continue
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > low:
-                least = "more than 0" if low == 0 else "0 or more"
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not (0 < value < inf or (may_be_zero and value == 0)):
+                least = "0 or more" if may_be_zero else "more than 0"
                 raise ConfigError(f"reliable_{name} = {value!r}: give a number of seconds, {least}")
         for setting in fields(self):
             choices = setting.metadata["choices"]

@@ -27,6 +27,7 @@ the doubling bound, so that a crowd of failed tasks does not come back as a crow
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import inf
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -97,10 +98,10 @@ def time_limit(*, hard: int, soft: int | None = None) -> Preset:
     for name, value in (("hard", hard), ("soft", soft)):
         if value is None and name == "soft":
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < inf:
             raise ConfigError(f"{name} = {value!r}: give a number of seconds, more than 0")
     if soft is None:
-        soft = min(int(hard * 0.9), int(hard) - 1) or None
+        soft = max(min(int(hard * 0.9), int(hard) - 1), 0) or None
     if soft is None:
         return Preset(time_limit=hard)
     if soft >= hard:

@@ -20,7 +20,8 @@ KeySpec = str | Callable[..., Any] | None
 _LABEL_CHARACTERS = 48
 _NAME_CHARACTERS = 64
 _FIRST_NAME = re.compile(r"[^.\[]+")
-_STEP = re.compile(r"\.([^.\[]+)|\[([^\]]*)\]")
+_STEP = re.compile(r"\.([^.\[]+)|\[([^\]]+)\]")
+_PATH = re.compile(rf"{_FIRST_NAME.pattern}(?:{_STEP.pattern})*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,8 @@ def _parse(template: str, signature: inspect.Signature, task: str) -> list[_Fiel
             continue
         if "{" in (format_spec or ""):
             raise ConfigError(f"{where}: a format must be written out, not computed")
+        if conversion not in (None, "s", "r", "a"):
+            raise ConfigError(f"{where}: there is no conversion {conversion!r}; use !s, !r or !a")
         _check_path(path, signature, where)
         fields.append(_Field(path, conversion, format_spec or ""))
     if not fields and signature.parameters:
@@ -119,6 +122,10 @@ def _check_path(path: str, signature: inspect.Signature, where: str) -> None:
         raise ConfigError(
             f"{where}: {name!r} is no parameter of the task; "
             f"known are {', '.join(signature.parameters) or 'none'}"
+        )
+    if not _PATH.fullmatch(path):
+        raise ConfigError(
+            f"{where}: {path!r} is no path; write {name}.attribute, {name}[item] or both"
         )
     for is_attribute, part in _steps(path):
         if is_attribute and part.startswith("_"):

@@ -70,7 +70,8 @@ def publish(
             raise locks.unavailable(error) from error
         raise
     if ticket.code is Publish.DUPLICATE:
-        if continued is not None:
+        # A retry must not end without a word as somebody's duplicate, whatever its headers say.
+        if continued is not None or retries > 0:
             raise LockLost(claim.name, claim.owner, ticket.owner)
         if waited_for or once.options.on_conflict == "raise":
             raise DuplicateTaskError(claim.name, ticket.owner, ticket.seconds)

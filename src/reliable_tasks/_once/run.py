@@ -129,7 +129,13 @@ def end_unrun(task: Task[..., Any], once: Once, headers: dict[str, Any], *, requ
     """End a copy whose child did not: it was killed, timed out, revoked or never started."""
     claim = Claim.from_headers(headers, headers.get("id"))
     if claim is None:
-        name = once.claim_name(task, headers.get("args"), headers.get("kwargs") or {})
+        try:
+            name = once.claim_name(task, headers.get("args"), headers.get("kwargs") or {})
+        except Exception:
+            # Arguments that do not fit the task: no copy of it ever had a claim. An error would
+            # end the worker.
+            logger.debug("Task %s[%s] has no claim", task.name, headers["id"], exc_info=True)
+            return
         claim = Claim(name, str(headers["id"]), int(headers.get("retries") or 0))
     holder = str(headers.get(HOLDER) or "")
     _release(task, once, claim, holder, goes_back=requeued, may_be_unentered=True)

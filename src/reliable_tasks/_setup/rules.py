@@ -16,7 +16,7 @@ from reliable_tasks._setup.facts import Facts
 from reliable_tasks._setup.report import Concern
 from reliable_tasks._setup.visibility import VisibilityTimeout
 
-__all__ = ["SETTINGS", "Rule", "backend_options", "concerns", "transport_options"]
+__all__ = ["CHECKS", "SETTINGS", "Rule", "backend_options", "concerns", "transport_options"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +211,7 @@ def backend_options(facts: Facts) -> tuple[Rule, ...]:
 
 def concerns(facts: Facts, timeout: VisibilityTimeout, knows_all_tasks: bool) -> Iterator[Concern]:
     """Look at what the user set, and say what breaks the promise."""
-    for setting, is_bad, reason in _CHECKS:
+    for setting, is_bad, reason in CHECKS:
         is_set, value = explicit(facts.app, setting)
         if is_set and is_bad(value, facts):
             yield Concern(setting, value, reason)
@@ -269,7 +269,7 @@ def _is_true_without_backend(value: Any, facts: Facts) -> bool:
     return value is True and not facts.has_backend
 
 
-_CHECKS: tuple[tuple[str, Callable[[Any, Facts], bool], str], ...] = (
+CHECKS: tuple[tuple[str, Callable[[Any, Facts], bool], str], ...] = (
     ("task_acks_late", _is_false, "a task whose worker dies is lost; set it to True"),
     (
         "task_reject_on_worker_lost",

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Generic, TypeVar
 
+import redis
+
 from reliable_tasks._store.client import Client, ServerAddress, connect
 from reliable_tasks._store.keys import Keys
 from reliable_tasks._store.scripts import load
+from reliable_tasks.errors import StoreError, StoreUnavailable
 
 __all__ = ["Claims", "Entry", "Publish", "Release", "Ticket"]
 
@@ -62,8 +67,8 @@ class Ticket(Generic[Code]):
 class Claims:
     """The claims in one Redis.
 
-    Every method is one round trip, raises ``StoreUnavailable`` or ``ScriptError``, and can be
-    repeated when its reply was lost.
+    Every method but `names` is one round trip; each raises ``StoreUnavailable`` or another
+    ``StoreError``, and can be repeated when its reply was lost.
     """
 
     def __init__(self, address: ServerAddress, key_prefix: str) -> None:
@@ -137,12 +142,24 @@ class Claims:
 
     def read(self, name: str) -> dict[str, str]:
         """Return the claim's record, empty where nobody holds the key."""
-        found: dict[str, str] = self.client.redis.hgetall(self._keys.claim(name))  # type: ignore[assignment]
-        return found
+        with self._failing_as_scripts_do("read") as server:
+            found: dict[str, str] = server.hgetall(self._keys.claim(name))  # type: ignore[assignment]
+            return found
 
     def names(self) -> list[str]:
         """Return the keys of all claims; walks with ``SCAN``, so it blocks nobody."""
-        return sorted(self.client.redis.scan_iter(match=self._keys.claims_pattern(), count=500))
+        with self._failing_as_scripts_do("list") as server:
+            return sorted(server.scan_iter(match=self._keys.claims_pattern(), count=500))
+
+    @contextmanager
+    def _failing_as_scripts_do(self, what: str) -> Iterator[redis.Redis]:
+        client = self.client
+        try:
+            yield client.redis
+        except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
+            raise StoreUnavailable(client.shown_url, str(error)) from error
+        except redis.ResponseError as error:
+            raise StoreError(f"the lock Redis refused to {what} claims: {error}") from error
 
 
 def _ms(seconds: float) -> int:

@@ -5,10 +5,11 @@
 -- ARGV[2]  token of the publish that failed
 -- ARGV[3]  attempt to return to, or '' to free the claim
 -- Returns: 1  taken back
---          0  nothing to take back: gone, or changed since
+--          0  nothing to take back: gone, changed since, or started, so published after all
 -- Commands: HMGET HSET DEL
-local owner, token = unpack(redis.call('HMGET', KEYS[1], 'owner', 'token'))
-if owner ~= ARGV[1] or token ~= ARGV[2] then
+local owner, token, attempt, holder_attempt =
+    unpack(redis.call('HMGET', KEYS[1], 'owner', 'token', 'attempt', 'holder_attempt'))
+if owner ~= ARGV[1] or token ~= ARGV[2] or holder_attempt == attempt then
     return 0
 end
 if ARGV[3] == '' then
