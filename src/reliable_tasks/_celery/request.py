@@ -8,6 +8,7 @@ report: that it was killed, timed out, revoked or cancelled. ``create_request_cl
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import Any, Protocol, cast
@@ -102,9 +103,12 @@ class ReliableRequest(Request):
         if isinstance(error, SetAside):
             self._give_back_in(error.seconds)
             return
+        if isinstance(error, TimeLimitExceeded) and _has_exited(self.worker_pid):
+            # billiard looks for dead children every 5 s; the limit's timer can be quicker.
+            exc_info = _lost_worker(f"died before its hard time limit of {error}")
         if not ENDS_EXITS_AND_REJECTS:
             if isinstance(error, (SystemExit, KeyboardInterrupt)):
-                exc_info = _lost_worker(error)
+                exc_info = _lost_worker(repr(error))
             elif isinstance(error, Reject) and not error.requeue:  # type: ignore[attr-defined]
                 self._fail(error, exc_info)
         # With return_ok the child itself reported: its claim is released already.
@@ -117,6 +121,11 @@ class ReliableRequest(Request):
         else:
             # A cancelled request's message went back with the connection that was lost.
             self._settle(requeued=self._already_cancelled)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """Handle a time limit; a task that went back to the queue before it has not failed."""
+        if soft or not self._is_requeued:
+            super().on_timeout(soft, timeout)
 
     def reject(self, requeue: bool = False) -> None:
         """Reject the message; a requeued one finds its claim free to enter."""
@@ -207,9 +216,19 @@ class ReliableRequest(Request):
             consumer.timer.call_after(seconds, function)
 
 
-def _lost_worker(error: BaseException) -> ExceptionInfo:
+def _has_exited(pid: Any) -> bool:
+    """Say whether a pool child is dead; leaves it for billiard to reap."""
+    if not pid or pid == os.getpid():
+        return False
     try:
-        raise WorkerLostError(f"Worker exited prematurely: {error!r}.")
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
+
+
+def _lost_worker(reason: str) -> ExceptionInfo:
+    try:
+        raise WorkerLostError(f"Worker exited prematurely: {reason}.")
     except WorkerLostError:
         return ExceptionInfo()
 

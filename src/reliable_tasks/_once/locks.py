@@ -11,7 +11,7 @@ from kombu.exceptions import OperationalError
 
 from reliable_tasks._celery.settings import reliable_settings
 from reliable_tasks._store.claims import Claims
-from reliable_tasks._store.client import ServerAddress, is_redis_url, shown
+from reliable_tasks._store.client import ServerAddress, as_text, is_redis_url, shown
 from reliable_tasks.config import ReliableConfig
 from reliable_tasks.errors import ConfigError, StoreUnavailable
 
@@ -68,7 +68,7 @@ def read_config(app: Celery) -> ReliableConfig:
 
 def _build(app: Celery, config: ReliableConfig) -> Locks:
     conf = app.conf
-    broker, backend = conf.broker_write_url, conf.result_backend
+    broker, backend = as_text(conf.broker_write_url), as_text(conf.result_backend)
     at_broker = _options(conf.broker_transport_options, conf.broker_use_ssl)
     at_backend = _options(conf.result_backend_transport_options, conf.redis_backend_use_ssl)
     url = config.redis_url
@@ -83,7 +83,7 @@ def _build(app: Celery, config: ReliableConfig) -> Locks:
     else:
         raise ConfigError(
             "@once needs a Redis for its claims, and neither the broker "
-            f"({shown(str(broker))}) nor the result backend ({shown(str(backend))}) is one: "
+            f"({shown(broker)}) nor the result backend ({shown(backend) or 'none'}) is one: "
             "set reliable_redis_url"
         )
     address = ServerAddress(url=url, timeout=config.store_timeout, options=options)

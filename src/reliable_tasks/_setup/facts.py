@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from celery import Celery
 
-from reliable_tasks._store.client import is_redis_url
+from reliable_tasks._store.client import as_text, is_redis_url
 
 __all__ = ["Facts"]
 
@@ -43,8 +43,8 @@ class Facts:
         backend_options: Mapping[str, Any] | None = None,
     ) -> Facts:
         """Collect the facts; reads the app's configuration."""
-        broker = _first(app.conf.broker_read_url) or "amqp://"
-        backend = _first(app.conf.result_backend)
+        broker = as_text(app.conf.broker_read_url).split(";")[0] or "amqp://"
+        backend = as_text(app.conf.result_backend)
         kind: Broker = "other"
         if is_redis_url(broker):
             kind = "redis"
@@ -68,12 +68,6 @@ class Facts:
     def backend_is_redis(self) -> bool:
         """Whether results are kept in a Redis."""
         return is_redis_url(f"{self.backend_scheme}://")
-
-
-def _first(url: Any) -> str:
-    if isinstance(url, (list, tuple)):
-        url = url[0] if url else ""
-    return str(url or "").split(";")[0]
 
 
 def _scheme(url: str) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +28,7 @@ from reliable_tasks.errors import ConfigError
 __all__ = [
     "Client",
     "ServerAddress",
+    "as_text",
     "building_clients_with",
     "connect",
     "forget_clients",
@@ -126,9 +127,15 @@ def forget_clients() -> None:
         _clients.clear()
 
 
-def is_redis_url(url: str | None) -> bool:
+def as_text(url: str | Sequence[str] | None) -> str:
+    """Return a URL setting as kombu reads it: several URLs, also as a list, are one text."""
+    return url if isinstance(url, str) else ";".join(url or ())
+
+
+def is_redis_url(url: str) -> bool:
     """Say whether Celery would talk to a Redis at ``url``."""
-    return bool(url) and str(url).split("://", 1)[0] in _SCHEMES and "://" in str(url)
+    scheme, separator, _ = url.partition("://")
+    return bool(separator) and scheme in _SCHEMES
 
 
 def shown(url: str) -> str:

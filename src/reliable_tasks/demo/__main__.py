@@ -104,8 +104,8 @@ def _explanation(usual: Outcome, ours: Outcome) -> str:
     return f"""\
 usual: acks_late, reject_on_worker_lost and celery-once, all else as Celery has it.
 The same files, kills and deadline for both. Nobody waits for what is due after the deadline:
-a dead worker's tasks come back {usual.visibility_timeout:g} s after they were fetched (usual), or
-{ours.visibility_timeout:g} s (reliable_tasks: the tasks' hard limit of 4 s and 10 s margin).
+a dead worker's tasks come back {usual.visibility_timeout:g} s after they were fetched (usual),
+or {ours.visibility_timeout:g} s (reliable_tasks), but not before the lease of their claim ends.
 Kombu's fetch window: a worker was killed between taking a message and noting it down. Neither
 setup closes it, that takes another transport; so this row does not count as a broken promise."""
 
