@@ -9,6 +9,7 @@ from reliable_tasks._once.decorator import once
 from reliable_tasks._once.result import ReliableResult
 from reliable_tasks._setup import (
     Change,
+    Concern,
     Report,
     VisibilityTimeout,
     apply_reliable_config,
@@ -33,6 +34,7 @@ from reliable_tasks.errors import (
 
 __all__ = [
     "Change",
+    "Concern",
     "ConfigError",
     "DuplicateTaskError",
     "LockError",

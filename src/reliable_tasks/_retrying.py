@@ -97,6 +97,9 @@ class Policy:
     ) -> tenacity.RetryCallState:
         """Return tenacity's state for an attempt that begins now.
 
+        It has one attribute more: ``previous_outcome``, the ``repr`` of the error or result of
+        the attempt before, or ``None`` in the first.
+
         Args:
             body: The task's body.
             args: Its positional arguments.
@@ -108,6 +111,7 @@ class Policy:
         state = tenacity.RetryCallState(self._retrying, body, args, kwargs)
         state.attempt_number = retries + 1
         state.idle_for = float(known.get("idle_for", 0.0))
+        state.previous_outcome = known.get("outcome")  # type: ignore[attr-defined]
         # Monotonic clocks of two hosts have nothing in common: the age of the task comes from
         # their wall clocks, and counts from here on by this process' monotonic one.
         state.start_time -= max(time.time() - float(known.get("started", time.time())), 0.0)
@@ -137,7 +141,8 @@ class Policy:
     def longest_wait(self) -> float | None:
         """Return the longest delay that the policy can ask for, ``None`` if it cannot be known."""
         last = next((n for n in range(1, _ATTEMPTS_LOOKED_AT) if self._stops_after(n)), None)
-        return _longest(self._retrying.wait, last or _ATTEMPTS_LOOKED_AT)
+        # Nothing waits after the last attempt.
+        return _longest(self._retrying.wait, max((last or _ATTEMPTS_LOOKED_AT) - 1, 1))
 
     def _stops_after(self, attempt: int) -> bool:
         state = tenacity.RetryCallState(self._retrying, None, (), {})

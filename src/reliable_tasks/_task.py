@@ -50,8 +50,8 @@ _DEFAULTS: tuple[tuple[str, str, bool], ...] = (
 )
 #: Options of a call whose end something else waits for.
 _CANVAS = ("chain", "chord", "group_id")
-#: A retry that could not be published is tried again by a redelivery after this pause (s).
-_AFTER_FAILED_RETRY = 5.0
+#: A task whose retry could not be published runs again after a pause: the first, the longest (s).
+_AFTER_FAILED_RETRY = (1.0, 30.0)
 
 
 class ReliableTask(_Task):
@@ -162,7 +162,9 @@ class ReliableTask(_Task):
         once = self.reliable_once
         if once is None or self.app.conf.task_always_eager:
             return queue(task_id, None)
-        waited_for = link or link_error or any(options.get(name) for name in _CANVAS)
+        # A canvas freezes the ids of its parts, and with them who is to be answered.
+        is_part = task_id is not None and "reply_to" in options
+        waited_for = is_part or link or link_error or any(options.get(n) for n in _CANVAS)
         return publish(
             self,
             once,
@@ -190,16 +192,12 @@ class ReliableTask(_Task):
         Raises:
             LockLost: The task lost its claim to another one.
         """
+        run = Run.of(self)
         error = options.get("exc")
-        if isinstance(error, SetAside) or (
-            isinstance(error, DuplicateTaskError)
-            and self.reliable_once is not None
-            and Run.of(self) is None
-        ):
+        if isinstance(error, DuplicateTaskError) and self.reliable_once is not None and not run:
             # With autoretry_for=(Exception,) Celery takes for an error of the task what is an
             # answer to a copy that may not run: its "retry" would count as a later attempt.
             raise error
-        run = Run.of(self)
         claim = run.claim if run else Claim.from_headers(self.request.headers, self.request.id)
         if claim is not None:
             # A message published by name has no claim in its headers, and a caller's own headers
@@ -208,8 +206,6 @@ class ReliableTask(_Task):
             options["headers"] = {**headers, CLAIM: claim.as_header()}
         try:
             return super().retry(*args, **options)
-        except SetAside:
-            raise
         except Reject as rejected:
             # Celery drops a task whose retry it could not publish.
             cause = rejected.args[0]
@@ -217,7 +213,7 @@ class ReliableTask(_Task):
                 raise cause from None
             if isinstance(cause, (OperationalError, StoreUnavailable)):
                 reason = f"its retry could not be published: {cause}"
-                raise SetAside(reason, _AFTER_FAILED_RETRY) from cause
+                raise SetAside(reason, *_AFTER_FAILED_RETRY) from None
             raise
 
     def on_replace(self, sig: Any) -> Any:
@@ -230,22 +226,21 @@ class ReliableTask(_Task):
 
     # -- what the worker's main process asks (GuardedTask) --------------------------------------
 
-    def reserved(self, headers: dict[str, Any]) -> None:
-        """Celery's request calls it: a message was received."""
+    def _reliable_reserved(self, headers: dict[str, Any]) -> None:
         if self.reliable_once is not None:
             mark_copy(headers)
 
-    def unfinished(self, headers: dict[str, Any], *, requeued: bool) -> None:
-        """Celery's request calls it: a copy ended without its child having said so."""
+    def _reliable_unfinished(self, headers: dict[str, Any], *, requeued: bool) -> None:
         if self.reliable_once is not None:
             end_unrun(self, self.reliable_once, headers, requeued=requeued)
 
-    def longest_hold(self, visibility_timeout: float, hard_limit: float) -> float:
-        """Celery's request calls it: how long a message may be held before it must not start."""
-        # Half of the margin is for waiting, the other half for clocks that differ.
-        longest = visibility_timeout - hard_limit - self._visibility_margin / 2
-        # Where the timeout does not even cover the task, refusing would only refuse for ever.
-        return longest if longest > 0 else visibility_timeout - self._visibility_margin / 2
+    def _reliable_repeated(self, headers: dict[str, Any]) -> None:
+        if self.reliable_once is not None:
+            end_unrun(self, self.reliable_once, headers, requeued=False, is_routine=True)
+
+    def _reliable_slack(self, visibility_timeout: float) -> float:
+        # One half of the margin is for waiting, the other for clocks that differ.
+        return min(self._visibility_margin, visibility_timeout) / 2
 
 
 def _guarded(function: Callable[..., Any], *, takes_self: bool) -> Callable[..., Any]:

@@ -10,9 +10,12 @@ from typing import Any, Self
 
 from reliable_tasks.errors import ConfigError
 
-__all__ = ["ReliableConfig", "nearest"]
+__all__ = ["UNLIMITED", "ReliableConfig", "nearest"]
 
 PREFIX = "reliable_"
+
+#: How long a task may run that nothing limits: Celery's own default visibility timeout (s).
+UNLIMITED = 3600.0
 
 
 def _setting(default: Any, doc: str, *, unit: str = "", choices: tuple[str, ...] = ()) -> Any:
@@ -59,7 +62,10 @@ class ReliableConfig:
         "What every Redis key of this library begins with, behind kombu's `global_keyprefix`.",
     )
     store_timeout: float = _setting(
-        5.0, "How long one command to the lock Redis may take.", unit="s"
+        5.0,
+        "How long one command to the lock Redis may take. One that fails is tried again, unless "
+        "it took half of that already.",
+        unit="s",
     )
     on_store_error: str = _setting(
         "raise",
@@ -75,16 +81,11 @@ class ReliableConfig:
         "`@once(ttl=...)` sets it for one task.",
         unit="s",
     )
-    once_lease: float = _setting(
-        30.0,
-        "How long a running task keeps its claim without a renewal. Where its hard time limit "
-        "is longer, that covers the run.",
-        unit="s",
-    )
     longest_task: float | None = _setting(
         None,
         "How long the longest task runs that has no hard time limit. Part of "
-        "`visibility_timeout`; same as `apply_reliable_config(longest_task=...)`.",
+        "`visibility_timeout`, and how long its claim is held for it without one (left open: an "
+        "hour); same as `apply_reliable_config(longest_task=...)`.",
         unit="s",
     )
     longest_countdown: float | None = _setting(
@@ -104,7 +105,6 @@ class ReliableConfig:
         for name, may_be_zero in (
             ("store_timeout", False),
             ("once_ttl", False),
-            ("once_lease", False),
             ("longest_task", False),
             ("longest_countdown", True),
             ("visibility_margin", True),

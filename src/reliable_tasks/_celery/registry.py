@@ -1,4 +1,4 @@
-"""How far an app is made: its configuration and its tasks."""
+"""An app's tasks, and how far the app is made."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from celery import Celery
 
-__all__ = ["is_configured", "is_finalized", "known_tasks"]
+__all__ = ["is_configured", "is_finalized", "known_tasks", "wire_arguments"]
 
 
 def is_configured(app: Celery) -> bool:
@@ -27,3 +27,9 @@ def known_tasks(app: Celery) -> list[Any]:
     """
     registry: dict[str, Any] = app._tasks  # type: ignore[attr-defined]
     return [task for name, task in sorted(registry.items()) if not name.startswith("celery.")]
+
+
+def wire_arguments(task: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return a call's arguments as a worker receives them: models of pydantic as plain data."""
+    dump = getattr(task, "_dump_pydantic_arguments", None)  # since 5.7, with pydantic=True
+    return dump(args, kwargs) if dump is not None else (args, kwargs)

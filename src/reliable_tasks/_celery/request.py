@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
@@ -17,10 +18,10 @@ from weakref import WeakKeyDictionary
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback  # type: ignore[attr-defined]
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Celery
-from celery.exceptions import Reject
+from celery.exceptions import Ignore, Reject
 from celery.signals import task_failure, worker_ready
 from celery.worker.request import Request
-from celery.worker.state import task_ready
+from celery.worker.state import successful_requests, task_ready
 
 from reliable_tasks._celery.versions import ENDS_EXITS_AND_REJECTS
 
@@ -31,28 +32,33 @@ logger = logging.getLogger("reliable_tasks")
 #: billiard reports a hard time limit first and kills the child afterwards, within 0.2 s.
 _KILL_GRACE = 1.0
 
-_consumers: WeakKeyDictionary[Celery, Any] = WeakKeyDictionary()
+_consumers: WeakKeyDictionary[Celery, weakref.ref[Any]] = WeakKeyDictionary()
 
 
 @worker_ready.connect(weak=False)
 def _remember_consumer(sender: Any, **_: Any) -> None:
-    _consumers[sender.app] = sender
+    _consumers[sender.app] = weakref.ref(sender)
 
 
-class SetAside(Reject):
-    """Raised in a child: give the message back to the broker, after a pause that holds no slot.
+class SetAside(Reject, Ignore):
+    """Raised in a child: run this copy later, after a pause that holds no slot.
+
+    A `Reject` with requeue, should nobody understand it; an `Ignore`, which ``autoretry_for``
+    leaves alone.
 
     Attributes:
-        seconds: The pause.
+        first: The first pause (s); it doubles each time that the same copy is set aside.
+        longest: The longest pause (s).
     """
 
-    def __init__(self, reason: str, seconds: float) -> None:
+    def __init__(self, reason: str, first: float, longest: float) -> None:
         super().__init__(reason, requeue=True)
-        self.args = (reason, seconds)
-        self.seconds = seconds
+        self.args = (reason, first, longest)
+        self.first = first
+        self.longest = longest
 
     def __repr__(self) -> str:
-        return f"set aside for {self.seconds:g} s: {self.args[0]}"
+        return f"set aside: {self.args[0]}"
 
     __str__ = __repr__
 
@@ -60,20 +66,22 @@ class SetAside(Reject):
 class GuardedTask(Protocol):
     """What a `ReliableRequest` asks of its task; each is called in the main process."""
 
-    def reserved(self, headers: dict[str, Any]) -> None:
+    def _reliable_reserved(self, headers: dict[str, Any]) -> None:
         """A message was received: its headers can still be added to."""
 
-    def unfinished(self, headers: dict[str, Any], *, requeued: bool) -> None:
+    def _reliable_unfinished(self, headers: dict[str, Any], *, requeued: bool) -> None:
         """A copy ended without its child having said so, or before it could start."""
 
-    def longest_hold(self, visibility_timeout: float, hard_limit: float) -> float:
-        """How many seconds a message may be held before it must not be started any more."""
+    def _reliable_repeated(self, headers: dict[str, Any]) -> None:
+        """A redelivered copy is about to be acknowledged; perhaps it did not run."""
+
+    def _reliable_slack(self, visibility_timeout: float) -> float:
+        """How many seconds of a visibility timeout must not be counted on."""
 
 
 class ReliableRequest(Request):
     """Celery's request, with nothing lost between a child's death and its message's end."""
 
-    _already_cancelled: bool
     _already_revoked: bool
     _context: Any
 
@@ -81,8 +89,10 @@ class ReliableRequest(Request):
         super().__init__(message, **options)
         self._received_at = time.monotonic()
         self._child_is_gone = False
+        self._is_cancelled = False
         self._is_requeued = False
-        self._guard.reserved(self.request_dict)
+        self._times_set_aside = 0
+        self._guard._reliable_reserved(self.request_dict)
 
     def revoked(self) -> bool:
         """Say whether the task must not be started: revoked, expired, or held for too long."""
@@ -91,7 +101,7 @@ class ReliableRequest(Request):
             if not was_revoked:
                 self._settle(requeued=False)
             return True
-        return self._was_held_too_long()
+        return not self._may_start()
 
     def on_failure(
         self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
@@ -101,7 +111,7 @@ class ReliableRequest(Request):
         if isinstance(error, ExceptionWithTraceback):
             error = error.exc
         if isinstance(error, SetAside):
-            self._give_back_in(error.seconds)
+            self._set_aside(error)
             return
         if isinstance(error, TimeLimitExceeded) and _has_exited(self.worker_pid):
             # billiard looks for dead children every 5 s; the limit's timer can be quicker.
@@ -120,7 +130,24 @@ class ReliableRequest(Request):
             self._call_in(_KILL_GRACE, lambda: self._settle(requeued=False))
         else:
             # A cancelled request's message went back with the connection that was lost.
-            self._settle(requeued=self._already_cancelled)
+            self._settle(requeued=self._is_cancelled)
+
+    def cancel(self, *args: Any, **options: Any) -> None:
+        """Stop a task whose message went back with a lost connection."""
+        self._is_cancelled = True
+        super().cancel(*args, **options)
+
+    def acknowledge(self) -> None:
+        """Acknowledge the message, unless it went back already."""
+        if not self._is_cancelled:
+            if self.task.acks_late and self.delivery_info["redelivered"]:
+                # A copy whose result was stored already is not run, so its child ends nothing.
+                self._guard._reliable_repeated(self.request_dict)
+            super().acknowledge()
+            return
+        # A killed greenlet counts as a success; its copy must not be taken for a repetition.
+        successful_requests.discard(self.id)
+        self._settle(requeued=True)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """Handle a time limit; a task that went back to the queue before it has not failed."""
@@ -140,10 +167,11 @@ class ReliableRequest(Request):
 
     @property
     def _consumer(self) -> Any:
-        return _consumers.get(cast(Celery, self.app))
+        found = _consumers.get(cast(Celery, self.app))
+        return found() if found is not None else None
 
     def _settle(self, *, requeued: bool) -> None:
-        self._guard.unfinished(self.request_dict, requeued=requeued)
+        self._guard._reliable_unfinished(self.request_dict, requeued=requeued)
 
     def _fail(self, error: Reject, exc_info: Any) -> None:
         """Give a rejected task a final state, as Celery does since 5.7."""
@@ -160,53 +188,56 @@ class ReliableRequest(Request):
             einfo=exc_info,
         )
 
-    def _was_held_too_long(self) -> bool:
+    def _may_start(self) -> bool:
         """Keep a message from starting that the broker may hand to somebody else meanwhile.
 
         Stock kombu redelivers a message a `visibility_timeout` after it was *fetched*, wherever
-        it waited since: behind other tasks, for its ETA, for its rate limit.
+        it waited since: behind other tasks, for its ETA, for its rate limit. So where the rest
+        of the timeout does not cover the run, it is started anew; once it is used up, the
+        message belongs to the copy that the broker has made or is about to make.
         """
         timeout = _visibility_timeout(self.message)
-        if timeout is None or not self.task.acks_late or self.acknowledged:
-            return False
-        hard_limit = self.time_limits[0] or self.task.time_limit or 0
+        if timeout is None or self.acknowledged:
+            return True
+        limit = self.time_limits[0] or self.task.time_limit or 0
+        slack = self._guard._reliable_slack(timeout)
         held = time.monotonic() - self._received_at
-        if held <= self._guard.longest_hold(timeout, hard_limit):
-            return False
+        if held + limit <= timeout - slack:
+            return True
+        if held < timeout - slack and _restart_timeout(self.message):
+            return True
         task_ready(self)
-        # Past the longest hold of a task without a run, the broker may have passed it on: a
-        # requeue would take its successor's entry away. The broker brings it back by itself.
-        passed_on = held > self._guard.longest_hold(timeout, 0)
         logger.warning(
-            "Task %s[%s] was held for %.1f s and can not be finished before the broker's "
-            "visibility_timeout of %g s: %s",
+            "Task %s[%s] was held for %.1f s, as long as the broker's visibility_timeout: it is "
+            "left to its redelivery",
             self.name,
             self.id,
             held,
-            timeout,
-            "left to its redelivery" if passed_on else "given back unrun",
         )
-        if passed_on:
-            _forget(self.message)
-            self.acknowledged = True
-        else:
-            self.reject(requeue=True)
-        return True
+        _forget(self.message)
+        self.acknowledged = True
+        return False
 
-    def _give_back_in(self, seconds: float) -> None:
+    def _set_aside(self, answer: SetAside) -> None:
+        """Run this copy again after a pause, as Celery does with an ETA: nothing is requeued."""
         task_ready(self)
         consumer = self._consumer
-        if consumer is None or self.acknowledged:
+        if consumer is None:
             self.reject(requeue=True)
             return
-        # As Celery does for an ETA: a message that waits must not use up the prefetch.
+        pause = min(answer.first * 2**self._times_set_aside, answer.longest)
+        self._times_set_aside += 1
+        logger.info("Task %s[%s] is %s (%.1f s)", self.name, self.id, answer, pause)
+        channel = self.message.channel
+
+        def run_again() -> None:
+            # After a reconnection the broker has the message, and perhaps somebody else.
+            tasks = consumer.task_consumer
+            if tasks is not None and tasks.channel is channel:
+                consumer.apply_eta_task(self)
+
         consumer.qos.increment_eventually()
-
-        def give_back() -> None:
-            self.reject(requeue=True)
-            consumer.qos.decrement_eventually()
-
-        consumer.timer.call_after(seconds, give_back)
+        consumer.timer.call_after(pause, run_again)
 
     def _call_in(self, seconds: float, function: Callable[[], None]) -> None:
         consumer = self._consumer
@@ -238,6 +269,20 @@ def _visibility_timeout(message: Any) -> float | None:
     if not hasattr(message.channel, "unacked_key"):
         return None
     return float(message.channel.visibility_timeout)
+
+
+def _restart_timeout(message: Any) -> bool:
+    """Let a message's visibility timeout begin now, if the broker still counts it as ours."""
+    channel = message.channel
+    try:
+        with channel.conn_or_acquire() as client:
+            changed = client.zadd(
+                channel.unacked_index_key, {message.delivery_tag: time.time()}, xx=True, ch=True
+            )
+    except Exception:
+        logger.warning("The broker does not answer", exc_info=True)
+        return False
+    return bool(changed)
 
 
 def _forget(message: Any) -> None:

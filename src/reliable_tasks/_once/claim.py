@@ -44,7 +44,10 @@ class Claim:
         header = (headers or {}).get(CLAIM)
         if not isinstance(header, dict) or not task_id or header.get("owner") != task_id:
             return None
-        return cls(str(header["key"]), task_id, int(header["attempt"]))
+        name, attempt = header.get("key"), header.get("attempt")
+        if not isinstance(name, str) or not isinstance(attempt, int):
+            return None
+        return cls(name, task_id, attempt)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """A canonical, typed encoding of task arguments.
 
-Two values have one encoding exactly when a worker would see the same value: types are kept
+Two values have one encoding only if a worker would see the same value: types are kept
 apart (``1``, ``"1"``, ``True``), while lists and tuples, which no serializer but pickle tells
 apart, are one. Every piece carries its length, so no two sequences of values run together
 (`bencode`_ is the model).

@@ -138,7 +138,17 @@ def _steps(path: str) -> list[tuple[bool, str]]:
 
 
 def _value(field: _Field, arguments: Mapping[str, Any]) -> Any:
-    value, _ = string.Formatter().get_field(field.path, (), arguments)
+    first = _FIRST_NAME.match(field.path)
+    assert first is not None
+    value = arguments[first.group()]
+    for is_attribute, part in _steps(field.path):
+        # What was a model at the caller is a mapping in the message.
+        if is_attribute and not isinstance(value, Mapping):
+            value = getattr(value, part)
+        elif part.isdigit() and not isinstance(value, Mapping):
+            value = value[int(part)]
+        else:
+            value = value[int(part) if part.isdigit() and int(part) in value else part]
     if field.conversion or field.format_spec:
         # Whoever formats a value asks for its text: {x!s} makes 1 and "1" one key.
         converted = string.Formatter().convert_field(value, field.conversion)

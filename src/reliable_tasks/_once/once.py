@@ -8,6 +8,7 @@ from typing import Any
 
 from celery import Task
 
+from reliable_tasks._celery.registry import wire_arguments
 from reliable_tasks._once.keys import Key
 from reliable_tasks._once.options import OnceOptions
 from reliable_tasks.config import ReliableConfig
@@ -39,7 +40,7 @@ class Once:
 
     def claim_name(self, task: Task[..., Any], args: Any, kwargs: Mapping[str, Any] | None) -> str:
         """Return the name of a call's claim."""
-        return self._key.name(task.name, args, kwargs or {})
+        return self._key.name(task.name, *wire_arguments(task, args or (), kwargs or {}))
 
     def ttl(self, config: ReliableConfig) -> float:
         """Return how long the claim may wait in the queue (s)."""

@@ -56,31 +56,31 @@ def publish(
     name = carried.name if carried and is_retry else once.claim_name(task, args, kwargs)
     continued = carried if carried and carried.name == name else None
     claim = Claim(name, owner, continued.attempt + 1 if continued else retries)
+    headers[CLAIM] = claim.as_header()
     token = uuid4().hex
     ttl = once.ttl(locks.config) + _delay(task, options)
     try:
         ticket = _take(task, locks, claim, token, ttl, continued)
+        if ticket.code is Publish.CLAIMED:
+            return queue(owner, headers)
     except StoreError as error:
         # Perhaps only the reply was lost, and the claim of a task that is not queued stands.
-        _take_back(locks, claim, token, continued)
+        _take_back(locks, claim, token)
         if locks.config.on_store_error == "proceed":
             logger.warning("Task %s[%s] is queued without a claim: %s", task.name, owner, error)
             return queue(owner, headers)
         if isinstance(error, StoreUnavailable):
             raise locks.unavailable(error) from error
         raise
-    if ticket.code is Publish.DUPLICATE:
-        # A retry must not end without a word as somebody's duplicate, whatever its headers say.
-        if continued is not None or retries > 0:
-            raise LockLost(claim.name, claim.owner, ticket.owner)
-        if waited_for or once.options.on_conflict == "raise":
-            raise DuplicateTaskError(claim.name, ticket.owner, ticket.seconds)
-        return _existing(task, claim, ticket, task_id)
-    try:
-        return queue(owner, {**headers, CLAIM: claim.as_header()})
     except BaseException:
-        _take_back(locks, claim, token, continued)
+        _take_back(locks, claim, token)
         raise
+    # A retry must not end without a word as somebody's duplicate, whatever its headers say.
+    if continued is not None or retries > 0:
+        raise LockLost(claim.name, claim.owner, ticket.owner)
+    if waited_for or once.options.on_conflict == "raise":
+        raise DuplicateTaskError(claim.name, ticket.owner, ticket.seconds)
+    return _existing(task, claim, ticket, task_id)
 
 
 def _take(
@@ -128,14 +128,9 @@ def _existing(
     return result
 
 
-def _take_back(locks: Locks, claim: Claim, token: str, continued: Claim | None) -> None:
+def _take_back(locks: Locks, claim: Claim, token: str) -> None:
     try:
-        locks.claims.abandon(
-            claim.name,
-            owner=claim.owner,
-            token=token,
-            back_to=continued.attempt if continued else None,
-        )
+        locks.claims.abandon(claim.name, owner=claim.owner, token=token)
     except StoreError as error:
         logger.warning("A claim on %s may stay until it lapses: %s", claim.name, error)
 

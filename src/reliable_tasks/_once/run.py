@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 from uuid import uuid4
 
@@ -15,27 +16,30 @@ from reliable_tasks._once.claim import HOLDER, Claim, Run
 from reliable_tasks._once.locks import Locks, locks_of
 from reliable_tasks._once.once import Once
 from reliable_tasks._store.claims import Entry, Release
+from reliable_tasks.config import UNLIMITED
 from reliable_tasks.errors import DuplicateTaskError, StoreError
 
 __all__ = ["end_unrun", "enter", "mark_copy"]
 
 logger = logging.getLogger("reliable_tasks")
 
-#: How long a copy waits while another one of its attempt runs, at the most (s). It comes back
-#: sooner when the other's lease ends.
-_WHILE_RUNNING = 5.0
-#: ... while the attempt before it, which published it, is about to end (s).
-_WHILE_ENDING = 0.2
-#: ... while the lock Redis does not answer (s).
-_WHILE_UNAVAILABLE = 5.0
+#: Pauses of a copy that may not start yet, the first and the longest (s): while another copy of
+#: its attempt runs, ...
+_WHILE_RUNNING = (1.0, 5.0)
+#: ... while the attempt before it, which published it, is about to end, ...
+_WHILE_ENDING = (0.1, 5.0)
+#: ... while the lock Redis does not answer.
+_WHILE_UNAVAILABLE = (1.0, 5.0)
 #: The lease outlives the hard limit by what the kill may take (s).
 _KILL_GRACE = 5.0
-#: A run that nothing limits is covered as long as Celery's own default visibility timeout (s).
-_UNLIMITED = 3600.0
+#: After the lock Redis did not answer, a worker's main process lets claims lapse for so long (s):
+#: it cannot wait for each of them, for it has heartbeats to send.
+_MAIN_PROCESS_PAUSE = 30.0
 
 #: Trace states that end a run for good. Without one (SystemExit) the child is about to die, and
 #: the main process decides, for it knows whether the message goes back.
 _ENDED = frozenset({states.SUCCESS, states.FAILURE, states.IGNORED, states.REJECTED, states.RETRY})
+_FINAL = frozenset({states.SUCCESS, states.FAILURE})
 
 
 def mark_copy(headers: dict[str, Any]) -> None:
@@ -86,28 +90,19 @@ def enter(task: Task[..., Any], once: Once) -> None:
     elif ticket.code is Entry.DUPLICATE:
         raise DuplicateTaskError(claim.name, ticket.owner, ticket.seconds)
     else:
-        pause = _WHILE_RUNNING if ticket.code is Entry.RUNNING else _WHILE_ENDING
-        _set_aside(task, "another copy of it is running", min(ticket.seconds + 0.01, pause))
+        first, longest = _WHILE_RUNNING if ticket.code is Entry.RUNNING else _WHILE_ENDING
+        raise SetAside("another copy of it runs", first, min(longest, ticket.seconds + 0.01))
 
 
 def _unavailable(task: Task[..., Any], locks: Locks, error: StoreError) -> None:
-    if locks.config.on_store_error == "raise" and task.acks_late:
-        _set_aside(task, str(error), _WHILE_UNAVAILABLE)
+    if locks.config.on_store_error == "raise":
+        raise SetAside(str(error), *_WHILE_UNAVAILABLE) from None
     logger.error("Task %s[%s] runs without a claim: %s", task.name, task.request.id, error)
-
-
-def _set_aside(task: Task[..., Any], reason: str, seconds: float) -> None:
-    if not task.acks_late:
-        # Acknowledged before it started: there is no message left to give back.
-        logger.error("Task %s[%s] is dropped: %s", task.name, task.request.id, reason)
-        raise Ignore
-    raise SetAside(reason, seconds)
 
 
 def _lease(task: Task[..., Any], locks: Locks) -> float:
     hard_limit = (task.request.timelimit or (None, None))[0] or task.time_limit
-    run = hard_limit or locks.config.longest_task or _UNLIMITED
-    return max(float(run) + _KILL_GRACE, locks.config.once_lease)
+    return float(hard_limit or locks.config.longest_task or UNLIMITED) + _KILL_GRACE
 
 
 def _redelivery(task: Task[..., Any]) -> float:
@@ -119,26 +114,69 @@ def _redelivery(task: Task[..., Any]) -> float:
 @task_postrun.connect(weak=False)
 def _leave(task: Any = None, state: str | None = None, retval: Any = None, **_: Any) -> None:
     run = Run.of(task)
-    if run is None or state not in _ENDED:
+    if run is not None and state in _ENDED:
+        goes_back = state == states.REJECTED and bool(getattr(retval, "requeue", False))
+        _release(task, run.once, run.claim, run.holder, goes_back=goes_back)
+    elif run is None and state in _FINAL and not task.request.is_eager:
+        once = getattr(task, "reliable_once", None)
+        if once is not None and not isinstance(retval, DuplicateTaskError):
+            # It failed before its body began, or ran without the lock Redis.
+            _end_unrun(task, once, vars(task.request), requeued=False)
+
+
+def end_unrun(
+    task: Task[..., Any],
+    once: Once,
+    headers: dict[str, Any],
+    *,
+    requeued: bool,
+    is_routine: bool = False,
+) -> None:
+    """End a copy whose child did not: it was killed, timed out, revoked or never started.
+
+    With ``is_routine`` nothing is said if the claim turns out to be released already.
+    """
+    global _unavailable_until
+    if time.monotonic() < _unavailable_until:
+        logger.warning("The claim of task %s[%s] stays until it lapses", task.name, headers["id"])
         return
-    goes_back = state == states.REJECTED and bool(getattr(retval, "requeue", False))
-    _release(task, run.once, run.claim, run.holder, goes_back=goes_back)
+    # An error here would end the worker.
+    try:
+        if not _end_unrun(task, once, headers, requeued=requeued, is_routine=is_routine):
+            _unavailable_until = time.monotonic() + _MAIN_PROCESS_PAUSE
+    except Exception:
+        logger.exception("The claim of task %s[%s] is not released", task.name, headers.get("id"))
 
 
-def end_unrun(task: Task[..., Any], once: Once, headers: dict[str, Any], *, requeued: bool) -> None:
-    """End a copy whose child did not: it was killed, timed out, revoked or never started."""
+_unavailable_until = 0.0
+
+
+def _end_unrun(
+    task: Task[..., Any],
+    once: Once,
+    headers: dict[str, Any],
+    *,
+    requeued: bool,
+    is_routine: bool = False,
+) -> bool:
     claim = Claim.from_headers(headers, headers.get("id"))
     if claim is None:
         try:
-            name = once.claim_name(task, headers.get("args"), headers.get("kwargs") or {})
-        except Exception:
-            # Arguments that do not fit the task: no copy of it ever had a claim. An error would
-            # end the worker.
-            logger.debug("Task %s[%s] has no claim", task.name, headers["id"], exc_info=True)
-            return
+            name = once.claim_name(task, headers.get("args"), headers.get("kwargs"))
+        except (TypeError, LookupError, AttributeError):
+            # Arguments that do not fit the task: no copy of it ever had a claim.
+            return True
         claim = Claim(name, str(headers["id"]), int(headers.get("retries") or 0))
     holder = str(headers.get(HOLDER) or "")
-    _release(task, once, claim, holder, goes_back=requeued, may_be_unentered=True)
+    return _release(
+        task,
+        once,
+        claim,
+        holder,
+        goes_back=requeued,
+        may_be_unentered=True,
+        is_routine=is_routine,
+    )
 
 
 def _release(
@@ -149,7 +187,9 @@ def _release(
     *,
     goes_back: bool,
     may_be_unentered: bool = False,
-) -> None:
+    is_routine: bool = False,
+) -> bool:
+    """Release a claim; return whether the lock Redis answered."""
     locks = locks_of(task.app)
     try:
         outcome, owner = locks.claims.release(
@@ -162,7 +202,9 @@ def _release(
         )
     except StoreError as error:
         logger.warning("A claim on %s may stay until it lapses: %s", claim.name, error)
-        return
+        return False
+    if is_routine:
+        return True
     if outcome is Release.LAPSED:
         logger.warning(
             "Task %s[%s] ended after its claim on %s had lapsed", task.name, claim.owner, claim.name
@@ -175,3 +217,4 @@ def _release(
             owner if owner != claim.owner else "a later run of it",
             claim.name,
         )
+    return True

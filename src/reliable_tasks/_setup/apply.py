@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from celery import Celery, bootsteps
 from celery.local import maybe_evaluate
 
+from reliable_tasks._celery.queues import check_queues
 from reliable_tasks._celery.registry import is_configured, is_finalized, known_tasks
 from reliable_tasks._celery.settings import explicit, put
 from reliable_tasks._celery.versions import check_versions
@@ -82,42 +84,37 @@ class _Setup:
         self._changes: list[Change] = []
         self._concerns: list[Concern] = []
         self._filled: dict[str, dict[str, Any]] = {}
-        self._error: ConfigError | None = None
         self._knew_all_tasks = False
+        self.concurrency: int | None = None
 
     def on_after_configure(self, **_: Any) -> None:
-        try:
+        # Celery would only log what its signal's receivers raise; whoever looks meets it again.
+        with suppress(ConfigError):
             self.apply()
-        except ConfigError as error:
-            # Celery would only log what its signal's receivers raise.
-            self._error = error
+
+    @property
+    def concerns(self) -> list[Concern]:
+        return list(self._concerns)
 
     def outcome(self) -> tuple[list[Change], list[Concern]]:
         app = self._here()
         app.conf.get("broker_url")  # reads a configuration that is still pending
-        if self._error is not None:
-            raise self._error
         # Tasks, and with them limits and retry policies, may have been made since.
         self.apply()
-        return list(self._changes), list(self._concerns)
+        return list(self._changes), self.concerns
 
     def apply(self) -> None:
         app = self._here()
-        self._error = None
         read_config(app)
         self._knew_all_tasks = is_finalized(app)
         changes: list[Change] = []
-        facts = Facts.of(
-            app,
-            transport_options=self._own(app, "broker_transport_options"),
-            backend_options=self._own(app, "result_backend_transport_options"),
-        )
+        facts = Facts.of(app, transport_options=self._own(app, "broker_transport_options"))
         for rule in rules.SETTINGS:
             is_set, value = explicit(app, rule.setting)
             if not is_set and rule.applies(facts) and value != rule.value:
                 put(app, rule.setting, rule.value)
                 changes.append(Change(rule.setting, value, rule.value, rule.reason))
-        timeout = recommend(app, known_tasks(app))
+        timeout = recommend(app, known_tasks(app), concurrency=self.concurrency)
         changes += self._fill(
             app, "broker_transport_options", rules.transport_options(facts, timeout)
         )
@@ -177,10 +174,13 @@ class StartCheck(bootsteps.Step):
         super().__init__(worker, **options)
         app = worker.app
         setup = _setups[app]
+        setup.concurrency = worker.concurrency
         setup.apply()
         if any(getattr(task, "reliable_once", None) for task in known_tasks(app)):
-            locks_of(app)
-        for concern in setup.outcome()[1]:
+            locks_of(app).claims.client  # noqa: B018 - a bad address is an error here
+        if Facts.of(app).broker == "amqp":
+            check_queues(app)
+        for concern in setup.concerns:
             logger.warning("%s", concern)
         pool = _pool_name(worker)
         if Facts.of(app).broker == "redis" and pool in ("gevent", "eventlet"):

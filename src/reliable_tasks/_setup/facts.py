@@ -24,7 +24,6 @@ class Facts:
         broker_scheme: The scheme of its URL.
         backend_scheme: The scheme of the result backend's URL, or ``""`` without one.
         transport_options: The user's ``broker_transport_options``.
-        backend_options: The user's ``result_backend_transport_options``.
     """
 
     app: Celery
@@ -32,7 +31,6 @@ class Facts:
     broker_scheme: str
     backend_scheme: str
     transport_options: Mapping[str, Any]
-    backend_options: Mapping[str, Any]
 
     @classmethod
     def of(
@@ -40,7 +38,6 @@ class Facts:
         app: Celery,
         *,
         transport_options: Mapping[str, Any] | None = None,
-        backend_options: Mapping[str, Any] | None = None,
     ) -> Facts:
         """Collect the facts; reads the app's configuration."""
         broker = as_text(app.conf.broker_read_url).split(";")[0] or "amqp://"
@@ -56,7 +53,6 @@ class Facts:
             broker_scheme=_scheme(broker),
             backend_scheme=_scheme(backend) if backend not in ("", "disabled") else "",
             transport_options=transport_options or {},
-            backend_options=backend_options or {},
         )
 
     @property

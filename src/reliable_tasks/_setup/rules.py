@@ -14,7 +14,7 @@ from typing import Any
 from reliable_tasks._celery.settings import explicit
 from reliable_tasks._setup.facts import Facts
 from reliable_tasks._setup.report import Concern
-from reliable_tasks._setup.visibility import VisibilityTimeout
+from reliable_tasks._setup.visibility import VisibilityTimeout, count
 
 __all__ = ["CHECKS", "SETTINGS", "Rule", "backend_options", "concerns", "transport_options"]
 
@@ -66,13 +66,15 @@ SETTINGS: tuple[Rule, ...] = (
     Rule(
         "worker_deduplicate_successful_tasks",
         True,
-        "a task that had succeeded when its worker died is acknowledged, not run again",
+        "a task that had succeeded when its worker died is acknowledged, not run again; so a "
+        "task_id of your own must not be used twice while its result is kept",
         _has_backend,
     ),
     Rule(
         "worker_soft_shutdown_timeout",
-        20.0,
-        "a cold shutdown lets running tasks end for 20 s before it gives them back",
+        8.0,
+        "a cold shutdown lets running tasks end for 8 s before it gives them back; keep it below "
+        "the time that your platform grants (docker 10 s, Kubernetes 30 s)",
     ),
     Rule(
         "broker_connection_retry_on_startup",
@@ -223,8 +225,8 @@ def concerns(facts: Facts, timeout: VisibilityTimeout, knows_all_tasks: bool) ->
         yield Concern(
             "task_time_limit",
             None,
-            f"{len(timeout.unlimited)} tasks have no hard time limit ({names}): no "
-            "visibility_timeout is safe for them; give them a preset or time_limit=, or say "
+            f"{count(timeout.unlimited)} no hard time limit ({names}): no "
+            "visibility_timeout is safe without; give them a preset or time_limit=, or say "
             "apply_reliable_config(longest_task=...)",
         )
 

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from celery import Celery
+from celery.utils.time import rate
 
 from reliable_tasks._celery.registry import known_tasks
 from reliable_tasks._once.locks import read_config
 from reliable_tasks._retrying import Policy
+from reliable_tasks.config import UNLIMITED
 
 __all__ = ["VisibilityTimeout", "recommend", "recommended_visibility_timeout"]
-
-#: What a task may take that nothing limits: Celery's own default visibility timeout (s).
-_UNLIMITED = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,9 @@ def recommended_visibility_timeout(
 ) -> VisibilityTimeout:
     """Say which ``visibility_timeout`` an app needs, and why.
 
-    It is the time that a message can wait in a worker's prefetch behind tasks that take as long
-    as they may, plus the longest task, plus the longest countdown, ETA or retry delay (a worker
-    holds a message while it waits for its time), plus a margin.
+    It is the time that a message can wait in a worker's prefetch, behind tasks that take as long
+    as they may and for its rate limit, plus the longest task, plus the longest countdown, ETA or
+    retry delay (a worker holds a message while it waits for its time), plus a margin.
 
     Args:
         app: The app, with its tasks imported.
@@ -75,6 +75,7 @@ def recommend(
     *,
     longest_task: float | None = None,
     longest_countdown: float | None = None,
+    concurrency: int | None = None,
 ) -> VisibilityTimeout:
     """Do what `recommended_visibility_timeout` does, for the tasks that are known so far."""
     config = read_config(app)
@@ -94,9 +95,19 @@ def recommend(
     if delay:
         total += delay
         reasons.append(f"{delay:g} s {delay_reason}")
+    held = multiplier * (concurrency or app.conf.worker_concurrency or os.cpu_count() or 1)
+    spread, rate_reason = max(_rate_waits(tasks, held), default=(0.0, ""))
+    if spread:
+        total += spread
+        reasons.append(f"{spread:g} s {rate_reason}")
     reasons.append(f"{config.visibility_margin:g} s margin")
     seconds = math.ceil(total + config.visibility_margin)
     return VisibilityTimeout(seconds, tuple(reasons), unlimited)
+
+
+def count(names: Sequence[str]) -> str:
+    """Return how many tasks have something, as the beginning of a sentence."""
+    return f"{len(names)} task{'s have' if len(names) > 1 else ' has'}"
 
 
 def _longest_run(tasks: Sequence[Any], stated: float | None) -> tuple[float, str, tuple[str, ...]]:
@@ -108,10 +119,10 @@ def _longest_run(tasks: Sequence[Any], stated: float | None) -> tuple[float, str
             return float(stated), f"{stated:g} s the longest task, as stated", ()
         return longest, f"{longest:g} s hard limit of {name}", ()
     if unlimited or not limits:
-        why = f"{len(unlimited)} tasks have no hard limit" if unlimited else "no tasks are known"
-        if longest > _UNLIMITED:
+        why = f"{count(unlimited)} no hard limit" if unlimited else "no tasks are known"
+        if longest > UNLIMITED:
             return longest, f"{longest:g} s hard limit of {name} ({why})", unlimited
-        return _UNLIMITED, f"{_UNLIMITED:g} s because {why}", unlimited
+        return UNLIMITED, f"{UNLIMITED:g} s because {why}", unlimited
     return longest, f"{longest:g} s hard limit of {name}", ()
 
 
@@ -130,6 +141,13 @@ def _retry_delays(tasks: Iterable[Any]) -> Iterable[tuple[float, str]]:
             )
         elif _calls_retry(task):
             yield float(task.default_retry_delay), f"default_retry_delay of {task.name}"
+
+
+def _rate_waits(tasks: Iterable[Any], held: int) -> Iterable[tuple[float, str]]:
+    for task in tasks:
+        per_second = rate(task.rate_limit) if task.rate_limit else 0
+        if per_second:
+            yield held / per_second, f"for {held} held messages at {task.rate_limit} ({task.name})"
 
 
 def _calls_retry(task: Any) -> bool:

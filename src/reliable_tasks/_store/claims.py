@@ -104,10 +104,9 @@ class Claims:
         answer = load("claim_continue")(self.client, [self._keys.claim(name)], args)
         return _ticket(Publish, answer)
 
-    def abandon(self, name: str, *, owner: str, token: str, back_to: int | None) -> bool:
-        """Take back a publish that failed; ``back_to`` is the attempt that goes on instead."""
-        args: list[str | int] = [owner, token, "" if back_to is None else back_to]
-        return bool(load("claim_abandon")(self.client, [self._keys.claim(name)], args))
+    def abandon(self, name: str, *, owner: str, token: str) -> bool:
+        """Take back a publish that failed."""
+        return bool(load("claim_abandon")(self.client, [self._keys.claim(name)], [owner, token]))
 
     def enter(
         self,

@@ -75,6 +75,8 @@ class Client:
     timeout: float
 
 
+#: A child's copies of its parent's clients. Were they collected, redis-py would close them.
+_inherited: list[Client] = []
 _clients: dict[tuple[int, tuple[str, float, str]], Client] = {}
 _lock = threading.Lock()
 
@@ -82,6 +84,7 @@ _lock = threading.Lock()
 def _after_fork() -> None:
     global _lock
     _lock = threading.Lock()
+    _inherited.extend(_clients.values())
     _clients.clear()
 
 

@@ -18,6 +18,8 @@ __all__ = ["Item", "Load", "expected_seconds", "fingerprint", "gather"]
 
 #: So many files fit into the time, on two cores too.
 MOST_FILES = 1200
+#: What lies among the standard library's sources and is none of them.
+_INSTALLED = frozenset({"site-packages", "dist-packages"})
 #: So many are looked at before the choice is made, so that ``--input /`` ends as well.
 _MOST_FOUND = 20_000
 _LARGEST = 4 * 1024 * 1024
@@ -73,14 +75,14 @@ def gather(root: Path | None, seed: int, check: Callable[[], None]) -> Load:
     Args:
         root: The directory; by default the standard library's sources.
         seed: The choice, the order and the pauses follow from it.
-        check: Called for each file; raises where the user wants to leave.
+        check: Called again and again; raises where the user wants to leave.
     """
     draw = random.Random(f"load {seed}")
     if root is None:
         root = Path(sysconfig.get_path("stdlib"))
-        found = [*_sources(root)]
+        found = [path for path in _files(root, check, _INSTALLED) if path.endswith(".py")]
     else:
-        found = [*itertools.islice(_files(root.absolute()), _MOST_FOUND)]
+        found = [*itertools.islice(_files(root.absolute(), check), _MOST_FOUND)]
     draw.shuffle(found)
     chosen: list[tuple[str, Fingerprint]] = []
     skipped: Counter[str] = Counter()
@@ -117,15 +119,12 @@ def _pauses(count: int, draw: random.Random) -> list[float]:
     return [round(pause, 3) for pause in pauses]
 
 
-def _sources(root: Path) -> Iterator[str]:
-    for path in _files(root):
-        if path.endswith(".py") and not {"site-packages", "dist-packages"} & {*Path(path).parts}:
-            yield path
-
-
-def _files(root: Path) -> Iterator[str]:
+def _files(
+    root: Path, check: Callable[[], None], left_out: frozenset[str] = frozenset()
+) -> Iterator[str]:
     for directory, below, names in os.walk(root):
-        below.sort()
+        check()
+        below[:] = sorted({*below} - left_out)
         yield from (str(Path(directory, name)) for name in sorted(names))
 
 

@@ -1,6 +1,8 @@
 -- Purpose: let the owner publish its own continuation (a retry, a replacement): the claim
---          stays, and every copy of an earlier attempt is from now on known as continued.
---          Safe to repeat: a second call with the same token answers as the first did.
+--          stays, and waits for it. Earlier copies count as continued only when the run that
+--          published has ended, or the continuation has started: before, the publish may fail
+--          or its process die, and then nobody but an earlier copy is left to run.
+--          Safe to repeat.
 -- KEYS[1]  the claim
 -- ARGV[1]  owner: the task's id
 -- ARGV[2]  attempt of the continuation
@@ -11,18 +13,18 @@
 -- Returns: {1, owner, ttl in ms, fence}           continued, or taken anew because it had lapsed
 --          {0, its owner, ms until it lapses, fence}  another task or another run has it
 -- Commands: TIME HMGET HSET PEXPIRE PTTL
-local owner, token, fence, holder, attempt =
-    unpack(redis.call('HMGET', KEYS[1], 'owner', 'token', 'fence', 'holder', 'attempt'))
+local owner, fence, holder, attempt =
+    unpack(redis.call('HMGET', KEYS[1], 'owner', 'fence', 'holder', 'attempt'))
 local now = redis.call('TIME')
 if not owner then
     fence = string.format('%.0f', now[1] * 1000000 + now[2])
-    redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'fence', fence, 'task', ARGV[5],
-        'since', string.format('%.0f', now[1] * 1000))
+    redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'attempt', ARGV[2] - 1, 'fence', fence,
+        'task', ARGV[5], 'since', string.format('%.0f', now[1] * 1000))
 elseif owner ~= ARGV[1]
-    or (token ~= ARGV[3] and tonumber(attempt) >= tonumber(ARGV[2]))
+    or tonumber(attempt) >= tonumber(ARGV[2])
     or (holder and ARGV[6] ~= '' and holder ~= ARGV[6]) then
     return {0, owner, redis.call('PTTL', KEYS[1]), fence}
 end
-redis.call('HSET', KEYS[1], 'attempt', ARGV[2], 'token', ARGV[3])
+redis.call('HSET', KEYS[1], 'next_attempt', ARGV[2], 'token', ARGV[3])
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 return {1, ARGV[1], tonumber(ARGV[4]), fence}

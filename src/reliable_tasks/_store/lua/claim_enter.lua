@@ -12,7 +12,7 @@
 --          {3, owner, ms until its lease ends, fence}  another copy of this attempt runs
 --          {4, owner, ms until its lease ends, fence}  the attempt before this one still runs
 --          {0, its owner, ms until it lapses, fence}  another task owns the key
--- Commands: TIME HMGET HSET PEXPIRE PTTL
+-- Commands: TIME HMGET HDEL HSET PEXPIRE PTTL
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local owner, attempt, holder, lease_end, fence, holder_attempt = unpack(redis.call('HMGET',
@@ -35,6 +35,7 @@ elseif holder ~= ARGV[3] then
     end
     fence = string.format('%.0f', math.max(tonumber(fence) + 1, time[1] * 1000000 + time[2]))
 end
+redis.call('HDEL', KEYS[1], 'next_attempt')
 redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'attempt', ARGV[2], 'fence', fence,
     'holder', ARGV[3], 'holder_attempt', ARGV[2],
     'lease_end', string.format('%.0f', now + ARGV[4]))

@@ -1,19 +1,19 @@
 -- Purpose: end a run, or a task that never ran: free the claim, or keep it for the copy that
---          follows (a continuation that is published already, or a requeue).
+--          follows (a continuation that is published already, or the same copy again).
 -- KEYS[1]  the claim
 -- ARGV[1]  owner: the task's id
 -- ARGV[2]  attempt of the copy that ends
 -- ARGV[3]  holder: its token
--- ARGV[4]  ttl: how long a copy that follows may wait in the queue, ms, or 0 to free the claim
+-- ARGV[4]  ttl: how long the same copy may wait in the queue, ms, or 0 if it does not go back
 -- ARGV[5]  '1' if the copy may have ended before it entered: then a claim that nobody holds
 --          is its own too; '0' if only the holder may release
 -- Returns: {1, owner}      freed
 --          {2, owner}      kept for what follows
 --          {3, ''}         it had lapsed already
 --          {0, its owner}  not ours: another task's, or another run's
--- Commands: TIME HMGET HDEL PEXPIRE PTTL DEL
-local owner, attempt, holder, lease_end =
-    unpack(redis.call('HMGET', KEYS[1], 'owner', 'attempt', 'holder', 'lease_end'))
+-- Commands: TIME HMGET HSET HDEL PEXPIRE PTTL DEL
+local owner, attempt, next_attempt, holder, lease_end = unpack(redis.call('HMGET', KEYS[1],
+    'owner', 'attempt', 'next_attempt', 'holder', 'lease_end'))
 if not owner then
     return {3, ''}
 end
@@ -27,13 +27,15 @@ if holder ~= ARGV[3] then
         return {0, owner}
     end
 end
-local continued = tonumber(attempt) > tonumber(ARGV[2])
-if not continued and ARGV[4] == '0' then
+local latest = math.max(tonumber(attempt), tonumber(next_attempt or 0))
+if ARGV[4] == '0' and latest <= tonumber(ARGV[2]) then
     redis.call('DEL', KEYS[1])
     return {1, owner}
 end
-redis.call('HDEL', KEYS[1], 'holder', 'holder_attempt', 'lease_end')
-if not continued then
+redis.call('HDEL', KEYS[1], 'holder', 'holder_attempt', 'lease_end', 'next_attempt')
+if ARGV[4] == '0' then
+    redis.call('HSET', KEYS[1], 'attempt', latest)
+else
     redis.call('PEXPIRE', KEYS[1], math.max(tonumber(ARGV[4]), redis.call('PTTL', KEYS[1])))
 end
 return {2, owner}
