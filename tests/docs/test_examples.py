@@ -1,0 +1,250 @@
+"""Every block of the README and the docs is what it says it is."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import pkgutil
+import re
+import shlex
+import sys
+import tomllib
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import redis
+from celery import _state
+from celery.app.log import Logging
+from celery.bin.celery import celery as celery_command
+from celery.contrib.testing.worker import start_worker
+from celery.signals import setup_logging
+
+from reliable_tasks import ReliableWarning
+from reliable_tasks._store.client import forget_clients
+from tests.docs.fences import ROOT, Fence, fences_of, pages
+
+_PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+_NOTES = re.compile(r"worker|warns|raises|output(: .+)?")
+
+#: Languages that are not run here, and why.
+_NOT_RUN = {
+    "{checks}": "made from the code by docs/_ext",
+    "{eval-rst}": "made by Sphinx, which `make docs` runs with warnings as errors",
+    "{include}": "made by Sphinx",
+    "{rules}": "made from the code by docs/_ext",
+    "{settings}": "made from the code by docs/_ext",
+    "{toctree}": "made by Sphinx",
+}
+
+
+@pytest.fixture
+def celery_as_new() -> Iterator[None]:
+    """Give Celery's process-wide state back as it was: current app, shared tasks, logging."""
+    before = _state.default_app, _state._tls.current_app
+    finalizers, apps = set(_state._on_app_finalizers), set(_state._apps)
+    # Where somebody else sets logging up, a worker leaves it alone.
+    setup_logging.connect(_leave_logging_alone)
+    was_set_up = Logging._setup
+    yield
+    Logging._setup = was_set_up
+    setup_logging.disconnect(_leave_logging_alone)
+    _state.default_app, _state._tls.current_app = before
+    _state._on_app_finalizers.intersection_update(finalizers)
+    for app in set(_state._apps) - apps:
+        # A shared task would be made in it too.
+        _state._deregister_app(app)
+    forget_clients()
+
+
+def _leave_logging_alone(**_: Any) -> None:
+    """Stand in for a user's own way of setting logging up."""
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
+    """The module that a page's code stands in: a user's ``tasks.py``."""
+    module = types.ModuleType("tasks")
+    monkeypatch.setitem(sys.modules, "tasks", module)
+    yield module
+    # A result unsubscribes when it goes: while its server is there.
+    module.__dict__.clear()
+    gc.collect()
+
+
+@pytest.mark.usefixtures("celery_as_new")
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.stem)
+def test_a_page_does_what_it_says(
+    page: Path, module: types.ModuleType, redis_url: str, redis_client: redis.Redis
+) -> None:
+    """The blocks of a page run in order, as one program, and print what it says they print."""
+    printed = ""
+    for fence in fences_of(page):
+        code = fence.code.replace("redis://localhost:6379/", redis_url[:-1])
+        where = f"{page.relative_to(ROOT)}:{fence.line}"
+        assert _NOTES.fullmatch(fence.note or "worker"), f"{where}: unknown note {fence.note!r}"
+        if fence.language == "python":
+            printed = _run(code, fence, module, page)
+        elif fence.language == "text":
+            assert fence.note.startswith("output"), f"{where}: say what prints this"
+            if statement := fence.note.partition(": ")[2]:
+                printed = _run(statement, fence, module, page)
+            assert _matches(printed, code), f"{where}: printed was\n{printed}"
+        elif fence.language == "console":
+            for command in _commands(fence):
+                printed = _check_command(command, where, redis_client)
+        else:
+            assert fence.language.split()[0] in _NOT_RUN, f"{where}: {fence.language!r} is not run"
+
+
+def test_a_block_that_is_wrong_is_noticed(module: types.ModuleType, tmp_path: Path) -> None:
+    """An example that raises, or prints something else, fails this suite at its own line."""
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n\n```python\nx = 1\nassert x == 2\n```\n")
+    (fence,) = fences_of(page)
+    with pytest.raises(AssertionError) as caught:
+        _run(fence.code, fence, module, page)
+    assert caught.traceback[-1].lineno + 1 == 5
+    assert not _matches("one\ntwo\n", "one\n")
+    assert not _matches("one\ntwo\n", "...\nthree\n")
+    assert _matches("one\ntwo\nthree\n", "one\n...\nthree\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "make nonsense",
+        "pip install reliable_task",
+        "pip install 'reliable-tasks[nonsense]'",
+        "celery -A tasks worker --nonsense",
+        "nonsense",
+    ],
+)
+def test_a_command_that_does_not_exist_is_noticed(command: str) -> None:
+    """A page cannot name a make target, an extra or an option that does not exist."""
+    with pytest.raises((AssertionError, click.ClickException)):
+        _check_command(command, "page", redis.Redis())
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    """A page that nobody can reach from the start page is not documentation."""
+    index = (ROOT / "docs" / "index.md").read_text("utf-8")
+    listed = re.search(r"```{toctree}\n(.*?)```", index, re.DOTALL)
+    assert listed is not None
+    names = [line for line in listed[1].splitlines() if line and not line.startswith(":")]
+    assert sorted(names) == sorted(
+        page.stem for page in pages() if page.stem not in ("README", "index")
+    )
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    """A relative link in the README or the docs names a file that exists."""
+    for page in pages():
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def _run(code: str, fence: Fence, module: types.ModuleType, page: Path) -> str:
+    """Run a block, and return what it printed."""
+    # Empty lines in front, so that a traceback names the line of the page.
+    compiled = compile("\n" * (fence.line - 1) + code, str(page), "exec")
+    printed = io.StringIO()
+    with contextlib.ExitStack() as around:
+        around.enter_context(contextlib.redirect_stdout(printed))
+        if fence.note == "worker":
+            app = module.__dict__["app"]
+            around.enter_context(start_worker(app, pool="solo", perform_ping_check=False))
+        elif fence.note == "warns":
+            around.enter_context(pytest.warns(ReliableWarning))
+        elif fence.note == "raises":
+            caught = around.enter_context(pytest.raises(Exception))
+        exec(compiled, module.__dict__)  # noqa: S102 - our own pages
+    if fence.note == "raises":
+        return f"{caught.type.__name__}: {caught.value}\n"
+    return printed.getvalue()
+
+
+def _matches(printed: str, expected: str) -> bool:
+    """Compare, where a line of three dots stands for any lines."""
+    pattern = "".join(
+        r"(?:.*\n)*?" if line.strip() == "..." else re.escape(line.rstrip()) + r"[ ]*\n"
+        for line in expected.splitlines()
+    )
+    return re.fullmatch(pattern, printed) is not None
+
+
+def _commands(fence: Fence) -> Iterator[str]:
+    for line in fence.code.splitlines():
+        assert line.startswith("$ "), f"{line!r} is no command: write '$ ' before it"
+        yield line.removeprefix("$ ")
+
+
+def _check_command(command: str, where: str, client: redis.Redis) -> str:
+    """Check that a command exists, as far as that can be known without running it."""
+    name, *arguments = shlex.split(command, comments=True)
+    checks: dict[str, Callable[[], Any]] = {
+        "make": lambda: _check_make(arguments),
+        "pip": lambda: _check_pip(arguments),
+        "celery": lambda: _check_click(celery_command, arguments),
+        "redis-cli": lambda: _ask_redis(client, arguments),
+        "reliable-tasks": lambda: _check_script("reliable-tasks", arguments),
+    }
+    assert name in checks, f"{where}: nothing here can check {name!r}"
+    return str(checks[name]() or "")
+
+
+def _check_make(arguments: list[str]) -> None:
+    target = arguments[0]
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), f"no target {target!r}"
+    for argument in arguments[1:]:
+        variable = argument.partition("=")[0]
+        assert re.search(rf"^{variable} *\?=", makefile, re.MULTILINE), f"no variable {variable!r}"
+
+
+def _check_pip(arguments: list[str]) -> None:
+    assert arguments[0] == "install"
+    for requirement in arguments[1:]:
+        name, _, extras = requirement.rstrip("]").partition("[")
+        assert name == _PROJECT["name"]
+        known = _PROJECT["optional-dependencies"]
+        assert all(extra in known for extra in extras.split(",") if extra)
+
+
+def _check_click(command: click.Command, arguments: list[str]) -> None:
+    while isinstance(command, click.Group):
+        # Only parsed: an app that does not exist is not loaded.
+        options = []
+        while arguments and arguments[0].startswith("-"):
+            options += arguments[:2]
+            arguments = arguments[2:]
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert all(option in known for option in options[::2])
+        subcommand = command.commands.get(arguments[0])
+        assert subcommand is not None, f"no command {arguments[0]!r}"
+        command, arguments = subcommand, arguments[1:]
+    known = {
+        option
+        for parameter in command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    for argument in arguments:
+        if argument.startswith("-"):
+            assert argument.partition("=")[0] in known, f"{command.name} has no option {argument!r}"
+
+
+def _check_script(script: str, arguments: list[str]) -> None:
+    # Read from the project, for its metadata is there only where it is installed.
+    _check_click(pkgutil.resolve_name(_PROJECT["scripts"][script]), arguments)
+
+
+def _ask_redis(client: redis.Redis, arguments: list[str]) -> str:
+    if arguments[:2] == ["--scan", "--pattern"]:
+        found: Any = sorted(client.scan_iter(match=arguments[2]))
+    else:
+        found = client.execute_command(*arguments)
+    return "".join(f"{line}\n" for line in (found if isinstance(found, list) else [found]))
