@@ -12,6 +12,7 @@ from celery.exceptions import Ignore, Reject, Retry
 from celery.result import EagerResult
 from kombu.exceptions import OperationalError
 
+from reliable_tasks._celery.delays import with_short_delay
 from reliable_tasks._celery.request import SetAside
 from reliable_tasks._celery.settings import explicit
 from reliable_tasks._celery.versions import check_versions
@@ -155,7 +156,14 @@ class ReliableTask(_Task):
         def queue(identity: str | None, headers: Mapping[str, Any] | None) -> ReliableResult:
             given = options if headers is None else {**options, "headers": dict(headers)}
             result = super(ReliableTask, self).apply_async(
-                args, kwargs, identity, producer, link, link_error, shadow, **given
+                args,
+                kwargs,
+                identity,
+                producer,
+                link,
+                link_error,
+                shadow,
+                **with_short_delay(self.app, given),
             )
             return _as_reliable(result)
 

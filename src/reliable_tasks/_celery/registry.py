@@ -6,7 +6,7 @@ from typing import Any
 
 from celery import Celery
 
-__all__ = ["is_configured", "is_finalized", "known_tasks", "wire_arguments"]
+__all__ = ["hard_limit", "is_configured", "is_finalized", "known_tasks", "wire_arguments"]
 
 
 def is_configured(app: Celery) -> bool:
@@ -33,3 +33,18 @@ def wire_arguments(task: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Return a call's arguments as a worker receives them: models of pydantic as plain data."""
     dump = getattr(task, "_dump_pydantic_arguments", None)  # since 5.7, with pydantic=True
     return dump(args, kwargs) if dump is not None else (args, kwargs)
+
+
+def hard_limit(task: Any, of_call: Any = None) -> float:
+    """Return after how many seconds a run is killed, 0 if it never is.
+
+    Args:
+        task: The task.
+        of_call: The hard and the soft limit that the message carries, if any.
+    """
+    hard, soft = of_call or (None, None)
+    # Before 5.7 a task does not take over the limits of its app, which its worker goes by.
+    hard = hard or task.time_limit or task.app.conf.task_time_limit or 0
+    soft = soft or task.soft_time_limit or task.app.conf.task_soft_time_limit or 0
+    # The timer of the hard limit starts when the soft one has struck.
+    return float(max(hard, soft)) if hard else 0.0

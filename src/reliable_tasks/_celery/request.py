@@ -23,6 +23,7 @@ from celery.signals import task_failure, worker_ready
 from celery.worker.request import Request
 from celery.worker.state import successful_requests, task_ready
 
+from reliable_tasks._celery.registry import hard_limit
 from reliable_tasks._celery.versions import ENDS_EXITS_AND_REJECTS
 
 __all__ = ["GuardedTask", "ReliableRequest", "SetAside"]
@@ -199,7 +200,7 @@ class ReliableRequest(Request):
         timeout = _visibility_timeout(self.message)
         if timeout is None or self.acknowledged:
             return True
-        limit = self.time_limits[0] or self.task.time_limit or 0
+        limit = hard_limit(self.task, self.time_limits)
         slack = self._guard._reliable_slack(timeout)
         held = time.monotonic() - self._received_at
         if held + limit <= timeout - slack:

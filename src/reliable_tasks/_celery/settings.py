@@ -39,6 +39,9 @@ def put(app: Celery, key: str, value: Any) -> None:
     is_set, before = explicit(app, key)
     _ours.setdefault(app, {})[key] = (value, before if is_set else _UNSET)
     app.conf[key] = value
+    if app.conf.get(key) is not value:
+        # Before 5.7 what the user set with a namespace hides what is written later without.
+        app.conf[_names(app, key)[0]] = value
 
 
 def reliable_settings(app: Celery) -> dict[str, Any]:
@@ -72,5 +75,6 @@ def _maps(app: Celery) -> list[Mapping[str, Any]]:
 
 def _names(app: Celery, key: str) -> tuple[str, ...]:
     # Celery's own list of a setting's names: with the namespace, and as it was called before 4.0.
-    names: tuple[str, ...] = tuple(app.conf._to_keys(key))
-    return names
+    # Before 5.7 the old name is left to another function.
+    conf: Any = app.conf
+    return (*conf._to_keys(key), *(old_name(key) for old_name in conf._keys or ()))

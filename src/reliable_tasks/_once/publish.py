@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
 from celery import Task
 
+from reliable_tasks._celery.delays import delay_of
 from reliable_tasks._once.claim import CLAIM, HOLDER, Claim, Run
 from reliable_tasks._once.locks import Locks, locks_of
 from reliable_tasks._once.once import Once
@@ -58,7 +58,7 @@ def publish(
     claim = Claim(name, owner, continued.attempt + 1 if continued else retries)
     headers[CLAIM] = claim.as_header()
     token = uuid4().hex
-    ttl = once.ttl(locks.config) + _delay(task, options)
+    ttl = once.ttl(locks.config) + delay_of(task.app, options)
     try:
         ticket = _take(task, locks, claim, token, ttl, continued)
         if ticket.code is Publish.CLAIMED:
@@ -133,17 +133,3 @@ def _take_back(locks: Locks, claim: Claim, token: str) -> None:
         locks.claims.abandon(claim.name, owner=claim.owner, token=token)
     except StoreError as error:
         logger.warning("A claim on %s may stay until it lapses: %s", claim.name, error)
-
-
-def _delay(task: Task[..., Any], options: Mapping[str, Any]) -> float:
-    """Return the seconds until the task may start, from ``countdown`` or ``eta``."""
-    countdown, eta = options.get("countdown"), options.get("eta")
-    if countdown:
-        return max(float(countdown), 0.0)
-    if isinstance(eta, str):
-        eta = datetime.fromisoformat(eta)
-    if isinstance(eta, datetime):
-        if eta.tzinfo is None:
-            eta = eta.replace(tzinfo=task.app.timezone)
-        return max((eta - datetime.now(UTC)).total_seconds(), 0.0)
-    return 0.0

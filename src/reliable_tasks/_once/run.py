@@ -11,6 +11,7 @@ from celery import Task, states
 from celery.exceptions import Ignore
 from celery.signals import task_postrun
 
+from reliable_tasks._celery.registry import hard_limit
 from reliable_tasks._celery.request import SetAside
 from reliable_tasks._once.claim import HOLDER, Claim, Run
 from reliable_tasks._once.locks import Locks, locks_of
@@ -71,7 +72,7 @@ def enter(task: Task[..., Any], once: Once) -> None:
             attempt=claim.attempt,
             holder=holder,
             lease=lease,
-            ttl=max(lease, _redelivery(task)) + _KILL_GRACE,
+            ttl=_redelivery(task, lease),
             task=task.name,
         )
     except StoreError as error:
@@ -101,14 +102,14 @@ def _unavailable(task: Task[..., Any], locks: Locks, error: StoreError) -> None:
 
 
 def _lease(task: Task[..., Any], locks: Locks) -> float:
-    hard_limit = (task.request.timelimit or (None, None))[0] or task.time_limit
-    return float(hard_limit or locks.config.longest_task or UNLIMITED) + _KILL_GRACE
+    limit = hard_limit(task, task.request.timelimit)
+    return (limit or locks.config.longest_task or UNLIMITED) + _KILL_GRACE
 
 
-def _redelivery(task: Task[..., Any]) -> float:
-    """Return how long a dead worker's message can stay with the broker."""
+def _redelivery(task: Task[..., Any], lease: float) -> float:
+    """Return within how many seconds a copy of a message comes back if it comes back at all."""
     options = task.app.conf.broker_transport_options or {}
-    return float(options.get("visibility_timeout") or 0)
+    return max(lease, float(options.get("visibility_timeout") or 0)) + _KILL_GRACE
 
 
 @task_postrun.connect(weak=False)
@@ -199,6 +200,7 @@ def _release(
             holder=holder,
             keep_for=once.ttl(locks.config) if goes_back else 0.0,
             may_be_unentered=may_be_unentered,
+            remember=_redelivery(task, _lease(task, locks)),
         )
     except StoreError as error:
         logger.warning("A claim on %s may stay until it lapses: %s", claim.name, error)

@@ -61,6 +61,12 @@ class Facts:
         return bool(self.backend_scheme)
 
     @property
+    def backend_is_remote_redis(self) -> bool:
+        """Whether that Redis is reached by TCP."""
+        socket = as_text(self.app.conf.result_backend).startswith(("socket:", "redis+socket:"))
+        return self.backend_is_redis and not socket
+
+    @property
     def backend_is_redis(self) -> bool:
         """Whether results are kept in a Redis."""
         return is_redis_url(f"{self.backend_scheme}://")

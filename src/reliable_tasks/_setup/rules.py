@@ -41,6 +41,10 @@ def _backend_is_redis(facts: Facts) -> bool:
     return facts.backend_is_redis
 
 
+def _backend_is_remote_redis(facts: Facts) -> bool:
+    return facts.backend_is_remote_redis
+
+
 SETTINGS: tuple[Rule, ...] = (
     Rule(
         "task_acks_late",
@@ -138,7 +142,7 @@ SETTINGS: tuple[Rule, ...] = (
         "redis_socket_keepalive",
         True,
         "a connection that a firewall dropped is noticed",
-        _backend_is_redis,
+        _backend_is_remote_redis,
     ),
     Rule(
         "redis_retry_on_timeout",

@@ -17,7 +17,7 @@ from typing import Any
 from celery import Celery
 from celery.utils.time import rate
 
-from reliable_tasks._celery.registry import known_tasks
+from reliable_tasks._celery.registry import hard_limit, known_tasks
 from reliable_tasks._once.locks import read_config
 from reliable_tasks._retrying import Policy
 from reliable_tasks.config import UNLIMITED
@@ -111,8 +111,8 @@ def count(names: Sequence[str]) -> str:
 
 
 def _longest_run(tasks: Sequence[Any], stated: float | None) -> tuple[float, str, tuple[str, ...]]:
-    limits = [(float(task.time_limit), task.name) for task in tasks if task.time_limit]
-    unlimited = tuple(task.name for task in tasks if not task.time_limit)
+    limits = [(hard_limit(task), task.name) for task in tasks if hard_limit(task)]
+    unlimited = tuple(task.name for task in tasks if not hard_limit(task))
     longest, name = max(limits, default=(0.0, ""))
     if stated is not None:
         if stated >= longest:

@@ -121,7 +121,7 @@ class Claims:
     ) -> Ticket[Entry]:
         """Start a copy of the task, or learn why it must not run."""
         args: list[str | int] = [owner, attempt, holder, _ms(lease), _ms(ttl), task]
-        answer = load("claim_enter")(self.client, [self._keys.claim(name)], args)
+        answer = load("claim_enter")(self.client, self._both(name), args)
         return _ticket(Entry, answer)
 
     def release(
@@ -133,11 +133,26 @@ class Claims:
         holder: str,
         keep_for: float = 0,
         may_be_unentered: bool = False,
+        remember: float = 0,
     ) -> tuple[Release, str]:
-        """End a run; with ``keep_for`` (seconds) the claim waits for the copy that follows."""
-        args: list[str | int] = [owner, attempt, holder, _ms(keep_for), int(may_be_unentered)]
-        code, other = load("claim_release")(self.client, [self._keys.claim(name)], args)
+        """End a run; with ``keep_for`` (seconds) the claim waits for the copy that follows.
+
+        The last attempt of a task that was continued is remembered for ``remember`` seconds.
+        """
+        unentered = int(may_be_unentered)
+        args: list[str | int] = [
+            owner,
+            attempt,
+            holder,
+            _ms(keep_for),
+            unentered,
+            max(_ms(remember), 1),
+        ]
+        code, other = load("claim_release")(self.client, self._both(name), args)
         return Release(int(code)), str(other)
+
+    def _both(self, name: str) -> list[str]:
+        return [self._keys.claim(name), self._keys.ended(name)]
 
     def read(self, name: str) -> dict[str, str]:
         """Return the claim's record, empty where nobody holds the key."""

@@ -4,6 +4,7 @@
 key                                       type  what
 ========================================  ====  =================================================
 ``<prefix>claim:{<claim name>}``          hash  who owns a ``@once`` key; see ``lua/README.md``
+``<prefix>ended:{<claim name>}``          str   the last attempt of a task that was retried
 ========================================  ====  =================================================
 
 ``<prefix>`` is kombu's ``global_keyprefix`` followed by ``reliable_key_prefix``. The braces are
@@ -26,6 +27,10 @@ class Keys:
     def claim(self, name: str) -> str:
         """Return the key of the claim called ``name``."""
         return f"{self.prefix}claim:{{{name}}}"
+
+    def ended(self, name: str) -> str:
+        """Return the key that remembers the last attempt of the claim's last owner."""
+        return f"{self.prefix}ended:{{{name}}}"
 
     def claims_pattern(self) -> str:
         """Return the ``SCAN`` pattern that finds every claim."""

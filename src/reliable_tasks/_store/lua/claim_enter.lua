@@ -1,6 +1,7 @@
 -- Purpose: let a copy of a task start, or say why it must not.
 --          Safe to repeat: the holder enters again.
 -- KEYS[1]  the claim
+-- KEYS[2]  '<owner>:<attempt>' of the task that ended last, if it was ever continued
 -- ARGV[1]  owner: the task's id
 -- ARGV[2]  attempt of this copy
 -- ARGV[3]  holder: this copy's token
@@ -12,11 +13,17 @@
 --          {3, owner, ms until its lease ends, fence}  another copy of this attempt runs
 --          {4, owner, ms until its lease ends, fence}  the attempt before this one still runs
 --          {0, its owner, ms until it lapses, fence}  another task owns the key
--- Commands: TIME HMGET HDEL HSET PEXPIRE PTTL
+-- Commands: TIME HMGET GET HDEL HSET PEXPIRE PTTL
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local owner, attempt, holder, lease_end, fence, holder_attempt = unpack(redis.call('HMGET',
     KEYS[1], 'owner', 'attempt', 'holder', 'lease_end', 'fence', 'holder_attempt'))
+if owner ~= ARGV[1] then
+    local ended, last = string.match(redis.call('GET', KEYS[2]) or '', '^(.*):(%d+)$')
+    if ended == ARGV[1] and tonumber(last) > tonumber(ARGV[2]) then
+        return {2, ended, 0, fence or 0}
+    end
+end
 if not owner then
     -- Never claimed (published by name), or lapsed in a long queue: the key is free.
     redis.call('HSET', KEYS[1], 'task', ARGV[6], 'since', string.format('%.0f', now))

@@ -1,17 +1,19 @@
 -- Purpose: end a run, or a task that never ran: free the claim, or keep it for the copy that
 --          follows (a continuation that is published already, or the same copy again).
 -- KEYS[1]  the claim
+-- KEYS[2]  where to remember '<owner>:<attempt>' of a task that was continued
 -- ARGV[1]  owner: the task's id
 -- ARGV[2]  attempt of the copy that ends
 -- ARGV[3]  holder: its token
 -- ARGV[4]  ttl: how long the same copy may wait in the queue, ms, or 0 if it does not go back
 -- ARGV[5]  '1' if the copy may have ended before it entered: then a claim that nobody holds
 --          is its own too; '0' if only the holder may release
+-- ARGV[6]  ttl of that memory, ms: as long as a copy of an earlier attempt can come back
 -- Returns: {1, owner}      freed
 --          {2, owner}      kept for what follows
 --          {3, ''}         it had lapsed already
 --          {0, its owner}  not ours: another task's, or another run's
--- Commands: TIME HMGET HSET HDEL PEXPIRE PTTL DEL
+-- Commands: TIME HMGET HSET HDEL SET PEXPIRE PTTL DEL
 local owner, attempt, next_attempt, holder, lease_end = unpack(redis.call('HMGET', KEYS[1],
     'owner', 'attempt', 'next_attempt', 'holder', 'lease_end'))
 if not owner then
@@ -30,6 +32,9 @@ end
 local latest = math.max(tonumber(attempt), tonumber(next_attempt or 0))
 if ARGV[4] == '0' and latest <= tonumber(ARGV[2]) then
     redis.call('DEL', KEYS[1])
+    if latest > 0 then
+        redis.call('SET', KEYS[2], owner .. ':' .. string.format('%.0f', latest), 'PX', ARGV[6])
+    end
     return {1, owner}
 end
 redis.call('HDEL', KEYS[1], 'holder', 'holder_attempt', 'lease_end', 'next_attempt')
