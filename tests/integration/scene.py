@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 from celery import Celery
+from celery.result import AsyncResult
 
 from reliable_tasks import ReliableResult
 from reliable_tasks._once.locks import locks_of
@@ -26,6 +25,7 @@ class Scene:
         broker: The broker's URL.
         backend: The result backend's URL.
         settings: Settings of client and workers, on top of what the library sets.
+        limit: Hard time limit of the tasks (s).
         env: More environment variables of the workers.
 
     Attributes:
@@ -41,40 +41,76 @@ class Scene:
         backend: str | None,
         *,
         settings: dict[str, Any] | None = None,
+        limit: int = shop.LIMIT,
         env: dict[str, str] | None = None,
     ) -> None:
-        self.app: Celery = shop.build(broker, backend, **(settings or {}))
+        self.app: Celery = shop.build(broker, backend, limit=limit, **(settings or {}))
         self.journal = Journal(directory)
         self.workers: list[WorkerProcess] = []
         self._env = {
             "RT_JOURNAL": str(directory),
-            "RT_SETTINGS": json.dumps(settings or {}),
+            "RT_LIMIT": str(limit),
             **(env or {}),
         }
+        self._settings = settings or {}
+        self._results: list[Any] = []
         self._broker, self._backend = broker, backend
 
     def worker(self, **options: Any) -> WorkerProcess:
-        """Start a worker; takes what `WorkerProcess` takes."""
-        env = {**self._env, **options.pop("env", {})}
-        given = {"broker_url": self._broker, "result_url": self._backend, **options}
-        worker = WorkerProcess("tests.integration.apps.shop", env=env, **given)
-        self.workers.append(worker)
-        worker.start()
+        """Start a worker; takes what `WorkerProcess` takes, and ``settings`` of its own."""
+        (worker,) = self.crew(1, **options)
         return worker
+
+    def crew(self, count: int, **options: Any) -> list[WorkerProcess]:
+        """Start some workers at once; takes what `worker` takes."""
+        settings = {**self._settings, **options.pop("settings", {})}
+        given = {
+            "broker_url": self._broker,
+            "result_url": self._backend,
+            # Workers that do not wait for each other start in half the time.
+            "args": ["--without-mingle", "--without-gossip"],
+            "env": {**self._env, "RT_SETTINGS": json.dumps(settings)},
+            **options,
+        }
+        crew = [WorkerProcess("tests.integration.apps.shop", **given) for _ in range(count)]
+        self.workers += crew
+        for worker in crew:
+            worker.start(wait=False)
+        for worker in crew:
+            worker.wait_ready()
+        return crew
 
     def call(self, task: str, *args: Any, **options: Any) -> ReliableResult:
         """Queue a task; options are those of ``apply_async``."""
-        return self.app.tasks[task].apply_async(args, **options)
+        return self.keep(self.app.tasks[task].apply_async(args, **options))
+
+    def send(self, task: str, *args: Any) -> Any:
+        """Queue a task by its name."""
+        return self.keep(self.app.send_task(task, args))
+
+    def keep(self, result: Any) -> Any:
+        """Keep a result: Celery tells the server when one is collected, also one that is gone."""
+        for other in (getattr(result, "parent", None), *getattr(result, "results", ())):
+            if other is not None:
+                self.keep(other)
+        if isinstance(result, AsyncResult):
+            self._results.append(result)
+        return result
 
     @property
     def claims(self) -> Claims:
         """The app's claims."""
         return locks_of(self.app).claims
 
+    def claim_name(self, *args: Any, task: str = "act") -> str:
+        """Return the name of a call's claim."""
+        called = self.app.tasks[task]
+        name: str = called.reliable_once.claim_name(called, args, None)
+        return name
+
     def claim(self, *args: Any, task: str = "act") -> dict[str, str]:
         """Return the claim of a call, empty where the key is free."""
-        called = self.app.tasks[task]
-        return self.claims.read(called.reliable_once.claim_name(called, args, None))
+        return self.claims.read(self.claim_name(*args, task=task))
 
     def starts(self, name: str) -> int:
         """Say how often a call was started."""
@@ -102,12 +138,21 @@ class Scene:
         """What the workers have written."""
         return "\n\n".join(f"{worker.hostname}:\n{worker.log[-3000:]}" for worker in self.workers)
 
+    def stop_workers(self) -> None:
+        """Stop the workers, while the servers that they say goodbye to are still there."""
+        for worker in self.workers:
+            if worker.running:
+                worker.terminate()
+        for worker in self.workers:
+            worker.stop()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        stop: list[Callable[[], None]] = [worker.stop for worker in self.workers]
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.app.close)
-            for one in stop:
-                stack.callback(one)
+        try:
+            self.stop_workers()
+        finally:
+            for result in self._results:
+                result.backend = None
+            self.app.close()

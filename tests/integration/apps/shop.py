@@ -1,7 +1,8 @@
 """The app of the integration tests: tasks that do what they are told, and say when.
 
 A worker finds its settings in the environment: ``RT_BROKER_URL``, ``RT_RESULT_URL``,
-``RT_SETTINGS`` (JSON, on top of what the library sets) and ``RT_JOURNAL`` (a directory).
+``RT_SETTINGS`` (JSON, on top of what the library sets), ``RT_LIMIT`` (seconds) and
+``RT_JOURNAL`` (a directory).
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from typing import Any
 
 import tenacity
 from celery import Celery, Task
-from celery.exceptions import Ignore, Reject, Retry
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
 from reliable_tasks import ReliableTask, apply_reliable_config, once, presets
 from tests.integration.apps.journal import Journal
 
 #: Hard time limit of the tasks (s): short, for the time to recovery follows from it.
-LIMIT = int(os.environ.get("RT_LIMIT", "4"))
+LIMIT = 4
+#: What ``flaky`` waits before each of its retries (s).
+WAITS = (0.3, 1.7, 0.6)
 
 journal = Journal(Path(os.environ.get("RT_JOURNAL", "/nonexistent")))
 
@@ -38,6 +41,17 @@ def told(task: Task, name: str) -> Iterator[None]:
         yield
     finally:
         journal.write("end", **about)
+
+
+def _note_attempt(state: tenacity.RetryCallState) -> None:
+    """Write down what tenacity knows when an attempt begins."""
+    journal.write(
+        "attempt",
+        name=state.args[0],
+        number=state.attempt_number,
+        age=time.monotonic() - state.start_time,
+        idle_for=state.idle_for,
+    )
 
 
 def _is_first(name: str) -> bool:
@@ -78,6 +92,11 @@ def _retry(task: Task, name: str) -> None:
         raise task.retry(countdown=0)
 
 
+def _wait_and_retry(task: Task, name: str) -> None:
+    journal.wait_at(name)
+    _retry(task, name)
+
+
 def _retry_later(task: Task, name: str) -> None:
     if task.request.retries == 0:
         raise task.retry(countdown=1.2)
@@ -89,6 +108,16 @@ def _retry_and_die(task: Task, name: str) -> None:
             task.retry(countdown=0)
         except Retry:
             _kill_own_child()
+
+
+def _retry_and_take_worker_down(task: Task, name: str) -> None:
+    if task.request.retries == 0:
+        try:
+            task.retry(countdown=0)
+        except Retry:
+            os.kill(os.getppid(), signal.SIGKILL)
+            _kill_own_child()
+    raise ValueError(name)
 
 
 def _replace_same(task: Task, name: str) -> None:
@@ -104,6 +133,13 @@ def _sleep(task: Task, name: str) -> None:
     time.sleep(30)
 
 
+def _sleep_on(task: Task, name: str) -> None:
+    try:
+        time.sleep(30)
+    except SoftTimeLimitExceeded:
+        time.sleep(30)
+
+
 def _exit(task: Task, name: str) -> None:
     if _is_first(name):
         raise SystemExit(3)
@@ -117,59 +153,76 @@ def _die(task: Task, name: str) -> None:
 _ACTIONS = {
     action.__name__.removeprefix("_"): action
     for action in (
-        *(_succeed, _wait, _fail, _ignore, _reject, _requeue, _retry, _retry_later),
-        *(_retry_and_die, _replace_same, _replace_other, _sleep, _exit, _die),
+        *(
+            _succeed,
+            _wait,
+            _fail,
+            _ignore,
+            _reject,
+            _requeue,
+            _retry,
+            _retry_later,
+            _wait_and_retry,
+        ),
+        *(_retry_and_die, _retry_and_take_worker_down, _replace_same, _replace_other),
+        *(_sleep, _sleep_on, _exit, _die),
     )
 }
 
 
-def build(broker: str, backend: str | None = None, **settings: Any) -> Celery:
+def build(
+    broker: str, backend: str | None = None, *, limit: int = LIMIT, **settings: Any
+) -> Celery:
     """Make the app, the same for a worker and for its client."""
     app = Celery("shop", broker=broker, backend=backend, set_as_current=False)
     app.conf.update(settings)
     apply_reliable_config(app)
-    limits = presets.time_limit(hard=LIMIT)
+    limits = presets.time_limit(hard=limit)
 
-    @app.task(name="act", base=ReliableTask, bind=True, **limits)
+    @app.task(shared=False, name="act", base=ReliableTask, bind=True, **limits)
     @once(key="{name}")
     def act(self: Task, name: str, what: str = "succeed") -> str:
         with told(self, name):
             _ACTIONS[what](self, name)
         return name
 
-    @app.task(name="strict", base=ReliableTask, bind=True, **limits)
+    @app.task(shared=False, name="strict", base=ReliableTask, bind=True, **limits)
     @once(key="{name}", on_conflict="raise")
     def strict(self: Task, name: str) -> str:
         with told(self, name):
             journal.wait_at(name)
         return name
 
-    @app.task(name="brief", base=ReliableTask, bind=True, **limits)
+    @app.task(shared=False, name="brief", base=ReliableTask, bind=True, **limits)
     @once(key="{name}", ttl=0.4)
     def brief(self: Task, name: str) -> str:
         with told(self, name):
             journal.wait_at(name)
         return name
 
-    @app.task(name="sleep", base=ReliableTask, bind=True, **limits)
+    @app.task(shared=False, name="sleep", base=ReliableTask, bind=True, **limits)
     def sleep(self: Task, name: str, seconds: float = 0) -> str:
         with told(self, name):
             time.sleep(seconds)
         return name
 
-    @app.task(name="limited", base=ReliableTask, bind=True, rate_limit="1/s", **limits)
+    @app.task(
+        shared=False, name="limited", base=ReliableTask, bind=True, rate_limit="1/s", **limits
+    )
     def limited(self: Task, name: str, seconds: float = 0) -> str:
         with told(self, name):
             time.sleep(seconds)
         return name
 
     @app.task(
+        shared=False,
         name="flaky",
         base=ReliableTask,
         bind=True,
-        retrying=(
-            tenacity.stop_after_attempt(4),
-            tenacity.wait_chain(*map(tenacity.wait_fixed, (0.3, 1.7, 0.6))),
+        retrying=tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(4),
+            wait=tenacity.wait_chain(*map(tenacity.wait_fixed, WAITS)),
+            before=_note_attempt,
         ),
         **limits,
     )
@@ -180,14 +233,8 @@ def build(broker: str, backend: str | None = None, **settings: Any) -> Celery:
                 raise ConnectionError(name)
         return self.request.retries
 
-    @app.task(name="unguarded", base=ReliableTask, bind=True, acks_late=False, **limits)
-    @once(key="{name}")
-    def unguarded(self: Task, name: str) -> str:
-        with told(self, name):
-            return name
-
     # What Celery does by itself, for comparison.
-    @app.task(name="plain", bind=True)
+    @app.task(shared=False, name="plain", bind=True, time_limit=limit)
     def plain(self: Task, name: str, seconds: float = 0) -> str:
         with told(self, name):
             time.sleep(seconds)
@@ -199,5 +246,6 @@ def build(broker: str, backend: str | None = None, **settings: Any) -> Celery:
 app = build(
     os.environ.get("RT_BROKER_URL", "memory://"),
     os.environ.get("RT_RESULT_URL"),
+    limit=int(os.environ.get("RT_LIMIT", LIMIT)),
     **json.loads(os.environ.get("RT_SETTINGS", "{}")),
 )

@@ -1,0 +1,150 @@
+"""One suite, two servers: what users test against and what they run on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+import time_machine
+
+from reliable_tasks._store.claims import Claims, Entry, Publish, Release, Ticket
+from reliable_tasks._store.client import ServerAddress, forget_clients
+from reliable_tasks.testing import fake_redis
+from tests.support import wait_until
+
+#: Tokens of two publishes.
+FIRST, SECOND = "t1", "t2"
+NAME = "shop.send_invoice:invoice_7:0123456789abcdef"
+
+
+class Store:
+    """Claims in one of the servers, with short names for what the tests call often.
+
+    Args:
+        address: Where the server is.
+        traveller: The clock of a fake server; a real one has its own.
+    """
+
+    def __init__(
+        self, address: ServerAddress, traveller: time_machine.Traveller | None = None
+    ) -> None:
+        self.address = address
+        self.claims = Claims(address, "reliable:")
+        self._traveller = traveller
+
+    @property
+    def server(self) -> redis.Redis:
+        """A client of the server."""
+        return self.claims.client.redis
+
+    @property
+    def key(self) -> str:
+        """The key of the claim that the tests are about."""
+        return f"{self.address.key_prefix}reliable:claim:{{{NAME}}}"
+
+    @property
+    def record(self) -> dict[str, str]:
+        """The claim as it stands."""
+        return self.claims.read(NAME)
+
+    @property
+    def lapses_in(self) -> float:
+        """Seconds until the server forgets the claim."""
+        left: Any = self.server.pttl(self.key)
+        return float(left) / 1000
+
+    def now(self) -> float:
+        """The server's clock."""
+        seconds, micros = self.server.time()  # type: ignore[misc]
+        return float(seconds) + float(micros) / 1e6
+
+    def let_pass(self, seconds: float) -> None:
+        """Return when the server's clock has moved on."""
+        if self._traveller is not None:
+            self._traveller.shift(seconds)
+            return
+        end = self.now() + seconds
+        wait_until(lambda: self.now() > end, seconds + 5)
+
+    def acquire(
+        self, owner: str = "one", attempt: int = 0, token: str = FIRST, ttl: float = 60
+    ) -> Ticket[Publish]:
+        """Publish a new call."""
+        return self.claims.acquire(
+            NAME, owner=owner, attempt=attempt, token=token, ttl=ttl, task="shop.send_invoice"
+        )
+
+    def continue_(
+        self,
+        owner: str = "one",
+        attempt: int = 1,
+        token: str = SECOND,
+        ttl: float = 60,
+        holder: str = "h1",
+    ) -> Ticket[Publish]:
+        """Publish a retry."""
+        return self.claims.continue_(
+            NAME,
+            owner=owner,
+            attempt=attempt,
+            token=token,
+            ttl=ttl,
+            task="shop.send_invoice",
+            holder=holder,
+        )
+
+    def enter(
+        self,
+        owner: str = "one",
+        attempt: int = 0,
+        holder: str = "h1",
+        lease: float = 30,
+        ttl: float = 60,
+    ) -> Ticket[Entry]:
+        """Start a copy."""
+        return self.claims.enter(
+            NAME,
+            owner=owner,
+            attempt=attempt,
+            holder=holder,
+            lease=lease,
+            ttl=ttl,
+            task="shop.send_invoice",
+        )
+
+    def release(
+        self,
+        owner: str = "one",
+        attempt: int = 0,
+        holder: str = "h1",
+        keep_for: float = 0,
+        may_be_unentered: bool = False,
+        remember: float = 0,
+    ) -> tuple[Release, str]:
+        """End a copy."""
+        return self.claims.release(
+            NAME,
+            owner=owner,
+            attempt=attempt,
+            holder=holder,
+            keep_for=keep_for,
+            may_be_unentered=may_be_unentered,
+            remember=remember,
+        )
+
+    def abandon(self, owner: str = "one", token: str = FIRST) -> bool:
+        """Take a publish back."""
+        return self.claims.abandon(NAME, owner=owner, token=token)
+
+
+@pytest.fixture(params=["fakeredis", "server"])
+def store(request: pytest.FixtureRequest) -> Iterator[Store]:
+    """An empty store on each kind of server in turn."""
+    if request.param == "server":
+        yield Store(ServerAddress(request.getfixturevalue("redis_url"), timeout=5.0))
+        forget_clients()
+        return
+    with fake_redis(), time_machine.travel(1_800_000_000, tick=True) as traveller:
+        yield Store(ServerAddress("redis://fake/0", timeout=5.0), traveller)

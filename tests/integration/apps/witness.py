@@ -1,0 +1,70 @@
+"""An app without this library that writes down what Celery's signals bring in a real worker."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from celery import Celery, Task, signals
+from celery.exceptions import Ignore, Reject
+from celery.worker import request as worker_request
+
+from tests.integration.apps.journal import Journal
+
+journal = Journal(Path(os.environ.get("RT_JOURNAL", "/nonexistent")))
+
+app = Celery(
+    "witness",
+    broker=os.environ.get("RT_BROKER_URL"),
+    backend=os.environ.get("RT_RESULT_URL"),
+    set_as_current=False,
+)
+
+
+@signals.worker_ready.connect
+def _on_ready(sender: Any, **_: Any) -> None:
+    journal.write(
+        "ready",
+        sender=f"{type(sender).__module__}.{type(sender).__qualname__}",
+        is_the_workers=sender.app is app,
+        has=[
+            name
+            for name in ("qos.increment_eventually", "qos.decrement_eventually", "timer.call_after")
+            if callable(getattr(getattr(sender, name.split(".")[0]), name.split(".")[1], None))
+        ],
+    )
+
+
+@signals.task_postrun.connect
+def _on_postrun(sender: Any, task: Any, task_id: str, state: str, **_: Any) -> None:
+    journal.write(
+        "postrun",
+        what=task.request.args[0],
+        state=state,
+        stored=app.AsyncResult(task_id).state,
+        is_the_task=sender is task,
+        token=task.request.get("token_of_the_main_process"),
+    )
+
+
+class Request(worker_request.Request):
+    """A request of ours, found by its name, whose headers reach the child."""
+
+    def __init__(self, message: Any, **options: Any) -> None:
+        super().__init__(message, **options)
+        self.request_dict["token_of_the_main_process"] = os.getpid()
+
+
+@app.task(shared=False, name="end", bind=True, acks_late=True, Request=f"{__name__}:Request")
+def end(self: Task, what: str) -> str:
+    """End as told."""
+    if what == "FAILURE":
+        raise ValueError(what)
+    if what == "IGNORED":
+        raise Ignore
+    if what == "REJECTED":
+        raise Reject("told to", requeue=False)
+    if what == "RETRY" and self.request.retries == 0:
+        raise self.retry(countdown=0)
+    return what

@@ -1,0 +1,87 @@
+"""The pools beside prefork: where the task and what the main process does share one process."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from uuid import uuid4
+
+import pytest
+
+from reliable_tasks.demo._server import EmbeddedServer
+from tests.integration.conftest import StartScene
+from tests.integration.scene import Scene
+
+
+@pytest.fixture(scope="module", params=["threads", "solo", "gevent", "eventlet"])
+def shop(
+    request: pytest.FixtureRequest, module_redis: EmbeddedServer, module_scenes: StartScene
+) -> Scene:
+    """One worker of each kind, each on databases of its own."""
+    pool = request.param
+    if pool in ("gevent", "eventlet") and importlib.util.find_spec(pool) is None:
+        # Celery advises against eventlet, and the test extra leaves it out.
+        if os.environ.get("CI") and pool == "gevent":
+            pytest.fail(f"CI has to run these tests, and {pool} is not installed")
+        pytest.skip(f"{pool} is not installed")
+    number = 2 * request.param_index
+    broker, results = (f"redis://127.0.0.1:{module_redis.port}/{n}" for n in (number, number + 1))
+    scene = module_scenes(broker, results)
+    scene.worker(pool=pool, concurrency=1 if pool == "solo" else 4)
+    return scene
+
+
+@pytest.fixture
+def name() -> str:
+    """A `@once` key of the test's own."""
+    return uuid4().hex[:8]
+
+
+def test_a_task_runs_with_its_claim_and_frees_it(shop: Scene, name: str) -> None:
+    """The key is held while the task runs, joined by duplicates, and free afterwards."""
+    result = shop.call("act", name, "wait")
+    shop.wait_starts(name)
+    claim = shop.claim(name)
+    assert (claim["owner"], claim["holder_attempt"]) == (result.id, "0")
+    again = shop.call("act", name)
+    assert again.duplicate
+    shop.journal.open(name)
+    assert again.get(timeout=10) == name
+    shop.wait_free(name)
+    assert shop.starts(name) == 1
+
+
+def test_a_failure_frees_the_key(shop: Scene, name: str) -> None:
+    """An error ends the claim as a result does."""
+    result = shop.call("act", name, "fail")
+    with pytest.raises(ValueError, match=name):
+        result.get(timeout=10)
+    shop.wait_free(name)
+
+
+def test_a_policy_retries(shop: Scene, name: str) -> None:
+    """Attempts follow each other with one claim."""
+    assert shop.call("flaky", name, 2).get(timeout=15) == 2
+    shop.wait_free(name, 2, task="flaky")
+    attempts = [event.data["attempt"] for event in shop.journal.events("start", name=name)]
+    assert attempts == [0, 1, 2]
+
+
+def test_a_copy_of_a_running_task_is_set_aside(shop: Scene, name: str) -> None:
+    """A message whose other copy runs waits in the worker without a slot, then runs."""
+    result = shop.call("act", name, countdown=0.5)
+    shop.claims.enter(
+        shop.claim_name(name),
+        owner=result.id,
+        attempt=0,
+        holder="elsewhere",
+        lease=2.0,
+        ttl=30.0,
+        task="act",
+    )
+    shop.workers[0].wait_log(f"{result.id}.* set aside")
+    assert shop.starts(name) == 0
+    assert shop.call("act", f"{name}, meanwhile").get(timeout=10) == f"{name}, meanwhile"
+    assert result.get(timeout=10) == name
+    shop.wait_free(name)
+    assert shop.starts(name) == 1

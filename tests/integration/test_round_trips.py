@@ -1,0 +1,129 @@
+"""What the library costs in round trips, counted by the servers.
+
+MONITOR shows what scripts call as well; those lines cost no round trip and are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from reliable_tasks._store.scripts import load
+from reliable_tasks.demo._server import EmbeddedServer
+from tests.integration.conftest import other_database
+from tests.integration.scene import Scene
+from tests.support import Monitor
+
+SCRIPTS = {
+    load(name).sha: name
+    for name in (
+        *("claim_acquire", "claim_continue", "claim_abandon"),
+        *("claim_enter", "claim_release"),
+    )
+}
+
+
+@dataclass
+class Watched:
+    """An app, and the servers that it talks to."""
+
+    scene: Scene
+    servers: tuple[EmbeddedServer, ...]
+
+    def sent(self, action: Callable[[], object]) -> list[str]:
+        """Return what the servers are sent while something is done; our scripts by name."""
+        monitors = [Monitor(server.url) for server in self.servers]
+        for monitor in monitors:
+            monitor.__enter__()
+        action()
+        for monitor in monitors:
+            monitor.__exit__(None, None, None)
+        return [
+            next((name for sha, name in SCRIPTS.items() if sha in command.text), command.name)
+            for monitor in monitors
+            for command in monitor.commands
+        ]
+
+    def scripts(self, action: Callable[[], object]) -> list[str]:
+        """Return which of our scripts are run while something is done."""
+        return [command for command in self.sent(action) if command.startswith("claim_")]
+
+
+@pytest.fixture(scope="module", params=["the broker", "another"])
+def caller(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Watched]:
+    """An app without a worker, so that nobody but the caller talks to its servers."""
+    with EmbeddedServer() as broker, EmbeddedServer() as locks:
+        settings = {"reliable_redis_url": locks.url} if request.param == "another" else {}
+        directory: Path = tmp_path_factory.mktemp("round-trips")
+        results = other_database(broker)
+        with Scene(directory, broker.url, results, settings=settings) as scene:
+            for task in ("act", "sleep", "plain"):
+                # Connections are open and scripts loaded before anything is counted.
+                scene.call(task, "warm-up")
+            yield Watched(scene, (broker, locks))
+
+
+@pytest.fixture(scope="module")
+def shop(caller: Watched) -> Watched:
+    """The same app with a worker, for the tests that come after those of the caller."""
+    caller.scene.worker()
+    caller.scene.call("flaky", "warm-up", 1).get(timeout=10)
+    caller.scene.wait_free("warm-up", 1, task="flaky")
+    caller.scene.wait_free("warm-up")
+    return caller
+
+
+def test_a_call_costs_one_round_trip_more_than_plain_celery(caller: Watched) -> None:
+    """The claim is taken in one script; all else is what Celery sends."""
+    plain = caller.sent(lambda: caller.scene.call("plain", "first"))
+    assert "LPUSH" in plain
+    once = caller.sent(lambda: caller.scene.call("act", "first"))
+    assert sorted(once) == sorted([*plain, "claim_acquire"])
+
+
+def test_a_duplicate_costs_one_round_trip(caller: Watched) -> None:
+    """Nothing is queued, so nothing but the claim is asked for."""
+    caller.scene.call("act", "twice")
+    assert caller.sent(lambda: caller.scene.call("act", "twice")) == ["claim_acquire"]
+
+
+def test_a_call_without_once_costs_nothing(caller: Watched) -> None:
+    """A ReliableTask that uses no feature of ours sends what a plain task sends."""
+    plain = caller.sent(lambda: caller.scene.call("plain", "second"))
+    assert caller.sent(lambda: caller.scene.call("sleep", "second")) == plain
+
+
+def test_a_run_costs_one_round_trip_at_its_start_and_one_at_its_end(shop: Watched) -> None:
+    """From the call to the freed key three scripts are sent."""
+    name = uuid4().hex
+
+    def run() -> None:
+        shop.scene.call("act", name).get(timeout=10)
+        shop.scene.wait_free(name)
+
+    assert shop.scripts(run) == ["claim_acquire", "claim_enter", "claim_release"]
+
+
+def test_a_retry_costs_a_round_trip_for_each_of_its_steps(shop: Watched) -> None:
+    """A retry is a publish like another, and the end of one run before the start of the next."""
+    name = uuid4().hex
+
+    def run() -> None:
+        shop.scene.call("flaky", name, 1).get(timeout=10)
+        shop.scene.wait_free(name, 1, task="flaky")
+
+    assert shop.scripts(run) == [
+        *("claim_acquire", "claim_enter", "claim_continue", "claim_release"),
+        *("claim_enter", "claim_release"),
+    ]
+
+
+def test_a_run_without_once_costs_nothing(shop: Watched) -> None:
+    """None of our scripts is run for a ReliableTask that uses no feature of ours."""
+    assert shop.scripts(lambda: shop.scene.call("sleep", uuid4().hex).get(timeout=10)) == []

@@ -1,0 +1,235 @@
+"""Claims against a model of a few lines: whatever happens in whatever order."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import time_machine
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from reliable_tasks._store.claims import Claims, Entry, Publish, Release
+from reliable_tasks._store.client import ServerAddress
+from reliable_tasks.testing import fake_redis
+
+NAME, TTL, LEASE, MEMORY = "name", 100, 30, 50
+
+owners = st.sampled_from(["one", "two"])
+attempts = st.integers(0, 2)
+tokens = st.sampled_from(["t1", "t2", "t3"])
+holders = st.sampled_from(["h1", "h2", "h3"])
+
+
+@dataclass
+class Record:
+    """A claim, as the model sees it."""
+
+    owner: str
+    attempt: int
+    token: str
+    expires: float
+    holder: str | None = None
+    holder_attempt: int = -1
+    lease_end: float = 0.0
+    next_attempt: int | None = None
+
+
+class Machine(RuleBasedStateMachine):
+    """Two tasks, their attempts and copies, and a clock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = ExitStack()
+        self.stack.enter_context(fake_redis())
+        self.clock = self.stack.enter_context(time_machine.travel(1_800_000_000.5, tick=False))
+        self.now = 0.0
+        self.claims = Claims(ServerAddress("redis://fake/0", 5.0), "p:")
+        self.claim: Record | None = None
+        self.ended: tuple[str, int, float] | None = None
+        self.fence = 0
+        self.last_holder: str | None = None
+
+    def teardown(self) -> None:
+        """End the fake server."""
+        self.stack.close()
+
+    def tick(self, seconds: float = 0.001) -> None:
+        """Let time pass; each operation takes some."""
+        self.now += seconds
+        self.clock.shift(seconds)
+        if self.claim and self.now >= self.claim.expires:
+            self.claim = None
+
+    def saw(self, fence: int, *, new: bool) -> None:
+        """A claim that changed hands has a greater fence, any other the same."""
+        if new:
+            assert fence > self.fence
+        else:
+            assert fence == self.fence
+        self.fence = fence
+
+    def holder_lives(self) -> bool:
+        """Say whether a copy runs, as far as its lease tells."""
+        return bool(self.claim and self.claim.holder and self.claim.lease_end > self.now)
+
+    def remembers(self, owner: str, attempt: int) -> bool:
+        """Say whether a later attempt of a task is known to have ended."""
+        if self.ended is None:
+            return False
+        ended, last, until = self.ended
+        return ended == owner and last > attempt and until > self.now
+
+    @rule(seconds=st.sampled_from([1, 7, 29, 31, 70, 101]))
+    def wait(self, seconds: int) -> None:
+        """Time passes, and never so that something lapses in this very moment."""
+        self.tick(seconds + 0.01)
+
+    @rule(owner=owners, attempt=attempts, token=tokens)
+    def acquire(self, owner: str, attempt: int, token: str) -> None:
+        """A call is published."""
+        self.tick()
+        answer = self.claims.acquire(
+            NAME, owner=owner, attempt=attempt, token=token, ttl=TTL, task="t"
+        )
+        if self.claim is None:
+            self.claim = Record(owner, attempt, token, self.now + TTL)
+            assert answer.code is Publish.CLAIMED
+            self.saw(answer.fence, new=True)
+            return
+        is_repeat = (self.claim.owner, self.claim.token) == (owner, token)
+        assert answer.code is (Publish.CLAIMED if is_repeat else Publish.DUPLICATE)
+        assert answer.owner == self.claim.owner
+        self.saw(answer.fence, new=False)
+
+    @rule(owner=owners, attempt=attempts, token=tokens, holder=holders | st.just(""))
+    def continue_(self, owner: str, attempt: int, token: str, holder: str) -> None:
+        """A retry is published."""
+        self.tick()
+        answer = self.claims.continue_(
+            NAME, owner=owner, attempt=attempt, token=token, ttl=TTL, task="t", holder=holder
+        )
+        claim = self.claim
+        if claim is None:
+            self.claim = Record(owner, attempt - 1, token, self.now + TTL, next_attempt=attempt)
+            assert answer.code is Publish.CLAIMED
+            self.saw(answer.fence, new=True)
+            return
+        self.saw(answer.fence, new=False)
+        if (
+            claim.owner != owner
+            or claim.attempt >= attempt
+            or (claim.holder and holder and claim.holder != holder)
+        ):
+            assert (answer.code, answer.owner) == (Publish.DUPLICATE, claim.owner)
+            return
+        assert answer.code is Publish.CLAIMED
+        claim.next_attempt, claim.token, claim.expires = attempt, token, self.now + TTL
+
+    @rule(owner=owners, attempt=attempts, holder=holders)
+    def enter(self, owner: str, attempt: int, holder: str) -> None:
+        """A copy starts."""
+        self.tick()
+        answer = self.claims.enter(
+            NAME, owner=owner, attempt=attempt, holder=holder, lease=LEASE, ttl=TTL, task="t"
+        )
+        claim = self.claim
+        if (claim is None or claim.owner != owner) and self.remembers(owner, attempt):
+            assert (answer.code, answer.owner) == (Entry.CONTINUED, owner)
+            return
+        if claim and claim.owner != owner:
+            assert (answer.code, answer.owner) == (Entry.DUPLICATE, claim.owner)
+        elif claim and claim.attempt > attempt:
+            assert answer.code is Entry.CONTINUED
+        elif claim and claim.holder != holder and self.holder_lives():
+            before = claim.holder_attempt < attempt
+            assert answer.code is (Entry.PREDECESSOR_RUNNING if before else Entry.RUNNING)
+        else:
+            assert answer.code is Entry.ENTERED
+            self.saw(answer.fence, new=claim is None or claim.holder != holder)
+            token = claim.token if claim else ""
+            self.claim = Record(owner, attempt, token, self.now + TTL)
+            self.claim.holder, self.claim.holder_attempt = holder, attempt
+            self.claim.lease_end = self.now + LEASE
+            return
+        self.saw(answer.fence, new=False)
+
+    @rule(
+        owner=owners,
+        attempt=attempts,
+        holder=holders,
+        keep_for=st.sampled_from([0, 50]),
+        may_be_unentered=st.booleans(),
+    )
+    def release(
+        self, owner: str, attempt: int, holder: str, keep_for: int, may_be_unentered: bool
+    ) -> None:
+        """A copy ends."""
+        self.tick()
+        code, other = self.claims.release(
+            NAME,
+            owner=owner,
+            attempt=attempt,
+            holder=holder,
+            keep_for=keep_for,
+            may_be_unentered=may_be_unentered,
+            remember=MEMORY,
+        )
+        claim = self.claim
+        if claim is None:
+            assert code is Release.LAPSED
+            return
+        assert other == claim.owner
+        is_ours = claim.holder == holder or (may_be_unentered and not self.holder_lives())
+        if claim.owner != owner or not is_ours:
+            assert code is Release.NOT_OURS
+        elif keep_for or max(claim.attempt, claim.next_attempt or 0) > attempt:
+            assert code is Release.KEPT
+            if keep_for:
+                claim.expires = max(claim.expires, self.now + keep_for)
+            else:
+                claim.attempt = max(claim.attempt, claim.next_attempt or 0)
+            claim.holder, claim.holder_attempt, claim.next_attempt = None, -1, None
+        else:
+            assert code is Release.FREED
+            latest = max(claim.attempt, claim.next_attempt or 0)
+            if latest > 0:
+                self.ended = (owner, latest, self.now + MEMORY)
+            self.claim = None
+
+    @rule(owner=owners, token=tokens)
+    def abandon(self, owner: str, token: str) -> None:
+        """A publish failed."""
+        self.tick()
+        answer = self.claims.abandon(NAME, owner=owner, token=token)
+        claim = self.claim
+        if claim is None or (claim.owner, claim.token) != (owner, token):
+            assert not answer
+        elif claim.next_attempt is not None:
+            assert answer
+            claim.next_attempt, claim.token = None, ""
+        elif claim.holder:
+            assert not answer
+        else:
+            assert answer
+            self.claim = None
+
+    @invariant()
+    def the_record_is_the_models(self) -> None:
+        """After every step both know the same."""
+        record: dict[str, Any] = self.claims.read(NAME)
+        if self.claim is None:
+            assert record == {}
+            return
+        assert record["owner"] == self.claim.owner
+        assert int(record["attempt"]) == self.claim.attempt
+        assert record.get("token", "") == self.claim.token
+        assert record.get("holder") == self.claim.holder
+        next_attempt = self.claim.next_attempt
+        assert record.get("next_attempt") == (None if next_attempt is None else str(next_attempt))
+
+
+TestClaims = Machine.TestCase
+TestClaims.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)

@@ -1,0 +1,104 @@
+"""The library's own settings: what is taken, what is refused, and with which words."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
+import pytest
+
+from reliable_tasks import ConfigError, ReliableConfig
+from reliable_tasks.config import nearest
+
+SECONDS = ["store_timeout", "once_ttl"]
+OPTIONAL_SECONDS = ["longest_task", "longest_countdown"]
+ZERO_ALLOWED = ["longest_countdown", "visibility_margin"]
+
+
+def test_defaults_need_no_setting() -> None:
+    """An app without any setting of ours gets the documented defaults."""
+    config = ReliableConfig.from_mapping({})
+    assert config == ReliableConfig()
+    assert (config.once_ttl, config.store_timeout, config.on_store_error) == (3600.0, 5.0, "raise")
+
+
+def test_every_setting_is_explained() -> None:
+    """The reference page is made of these texts."""
+    for setting in fields(ReliableConfig):
+        assert setting.metadata["doc"].endswith("."), setting.name
+        assert isinstance(setting.metadata["unit"], str)
+
+
+def test_settings_are_read_by_their_full_names() -> None:
+    """Names in app.conf have the prefix, attributes have not."""
+    config = ReliableConfig.from_mapping({"reliable_once_ttl": 5, "reliable_key_prefix": "x:"})
+    assert (config.once_ttl, config.key_prefix) == (5, "x:")
+
+
+def test_settings_do_not_change() -> None:
+    """Who holds the settings can rely on them."""
+    with pytest.raises(FrozenInstanceError):
+        ReliableConfig().once_ttl = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", [*SECONDS, *OPTIONAL_SECONDS, "visibility_margin"])
+@pytest.mark.parametrize("value", [-1, -0.5, "5", True, float("nan"), float("inf"), [1]])
+def test_what_is_no_time_is_refused(name: str, value: Any) -> None:
+    """The message names the setting, its value and what to give."""
+    with pytest.raises(ConfigError) as caught:
+        ReliableConfig.from_mapping({f"reliable_{name}": value})
+    assert f"reliable_{name} = {value!r}: give a number of seconds" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [*SECONDS, "longest_task"])
+def test_zero_is_no_duration(name: str) -> None:
+    """Where no time at all makes no sense, zero is refused."""
+    with pytest.raises(ConfigError, match="more than 0"):
+        ReliableConfig(**{name: 0})
+
+
+@pytest.mark.parametrize("name", ZERO_ALLOWED)
+def test_zero_is_an_allowance(name: str) -> None:
+    """No countdown and no margin are things one can say."""
+    assert getattr(ReliableConfig(**{name: 0}), name) == 0
+
+
+@pytest.mark.parametrize("name", [*SECONDS, "visibility_margin"])
+def test_none_is_no_time(name: str) -> None:
+    """Only what may be left open may be None."""
+    with pytest.raises(ConfigError, match=name):
+        ReliableConfig(**{name: None})
+
+
+@pytest.mark.parametrize("name", OPTIONAL_SECONDS)
+def test_what_may_be_left_open_is(name: str) -> None:
+    """None says that the user has not stated it."""
+    assert getattr(ReliableConfig(**{name: None}), name) is None
+
+
+def test_an_unknown_choice_names_the_nearest() -> None:
+    """A typing error in a value is answered with the value that was meant."""
+    with pytest.raises(
+        ConfigError, match=r"reliable_on_store_error = 'procede'; did you mean 'proceed'\?"
+    ):
+        ReliableConfig(on_store_error="procede")
+
+
+def test_an_unknown_setting_names_the_nearest() -> None:
+    """A typing error in a name is answered with the name that was meant."""
+    with pytest.raises(
+        ConfigError, match=r"'reliable_once_tll'; did you mean 'reliable_once_ttl'\?"
+    ):
+        ReliableConfig.from_mapping({"reliable_once_tll": 5})
+
+
+@pytest.mark.parametrize("prefix", ["a{b", "b}"])
+def test_a_prefix_must_not_make_a_hash_tag(prefix: str) -> None:
+    """Braces would move all keys of Redis Cluster into one slot."""
+    with pytest.raises(ConfigError, match="reliable_key_prefix"):
+        ReliableConfig(key_prefix=prefix)
+
+
+def test_without_a_near_name_all_are_listed() -> None:
+    """A name that resembles none is answered with all there are."""
+    assert nearest("zzz", ["b", "a"]) == "; known are a, b"
