@@ -9,6 +9,9 @@
 PYTHON ?= python3
 CELERY ?=
 ARGS   ?=
+# Real workers mostly wait: more test processes than two cores still help. Each process has
+# servers of its own, and the tests of a file share workers.
+WORKERS ?= -n 4 --dist loadfile
 
 VENV := .venv$(if $(CELERY),-$(CELERY))
 BIN  := $(VENV)/bin
@@ -30,7 +33,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/reliable-tasks demo $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from celery import Celery
@@ -66,9 +68,7 @@ def measure(publishers: dict[str, Publish], rounds: int, calls: int) -> dict[str
 
 def interval(ratios: list[float]) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of the median ratio."""
-    medians = sorted(
-        statistics.median(random.choices(ratios, k=len(ratios))) for _ in range(2000)
-    )
+    medians = sorted(statistics.median(random.choices(ratios, k=len(ratios))) for _ in range(2000))
     return medians[50], medians[-51]
 
 
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--calls", type=int, default=500)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the numbers here")
     given = parser.parse_args(arguments)
     with EmbeddedServer() as server:
         rates = measure(contenders(server.url), given.rounds, given.calls)
@@ -93,10 +93,6 @@ def main(arguments: list[str] | None = None) -> None:
                 "interval": [round(edge, 3) for edge in interval(ratios)],
             }
         )
-    if given.json:
-        machine = f"{platform.machine()}, Python {platform.python_version()}"
-        print(json.dumps({"machine": machine, "rounds": given.rounds, "rows": rows}, indent=2))
-        return
     print(f"{'publishing':<14} {'calls/s':>8} {'of plain':>9}   95 % interval")
     for row in rows:
         low, high = row["interval"]
@@ -104,6 +100,12 @@ def main(arguments: list[str] | None = None) -> None:
             f"{row['contender']:<14} {row['calls_per_second']:>8} {row['ratio']:>9.2f}"
             f"   {low:.2f} to {high:.2f}"
         )
+    if given.json:
+        machine = (
+            f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+        )
+        kept = {"machine": machine, "rounds": given.rounds, "calls": given.calls, "rows": rows}
+        given.json.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ the slot. What tenacity would remember in the process travels in a message heade
 from __future__ import annotations
 
 import functools
+import inspect
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -219,6 +220,16 @@ class Policy:
 
     def _refuse_what_cannot_work(self) -> None:
         policy = self._retrying
+        for name, strategy in (
+            ("stop", policy.stop),
+            ("wait", policy.wait),
+            ("retry", policy.retry),
+        ):
+            if _is_asynchronous(strategy):
+                raise ConfigError(
+                    f"{self._where}: {name}={strategy!r} is asynchronous, and a Celery task is "
+                    "not; use tenacity's own stop_*, wait_* and retry_if_* objects"
+                )
         if policy.sleep is not tenacity.nap.sleep:
             raise ConfigError(
                 f"{self._where}: 'sleep' is never called, for the wait is spent in the broker; "
@@ -238,6 +249,15 @@ class Policy:
 
 def _contains(stop: Any, kind: type) -> bool:
     return isinstance(stop, kind) or any(_contains(s, kind) for s in getattr(stop, "stops", ()))
+
+
+def _is_asynchronous(strategy: Any) -> bool:
+    parts = getattr(strategy, "retries", ())
+    return (
+        inspect.iscoroutinefunction(strategy)
+        or inspect.iscoroutinefunction(type(strategy).__call__)
+        or any(_is_asynchronous(part) for part in parts)
+    )
 
 
 def _shown(state: tenacity.RetryCallState) -> str:

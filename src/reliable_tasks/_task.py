@@ -13,7 +13,7 @@ from celery.result import EagerResult
 from kombu.exceptions import OperationalError
 
 from reliable_tasks._celery.delays import with_short_delay
-from reliable_tasks._celery.request import SetAside
+from reliable_tasks._celery.request import SetAside, remember_consumer
 from reliable_tasks._celery.settings import explicit
 from reliable_tasks._celery.versions import check_versions
 from reliable_tasks._once.claim import CLAIM, Claim, Run
@@ -231,6 +231,11 @@ class ReliableTask(_Task):
             headers = {**(sig.options.get("headers") or {}), CLAIM: run.claim.as_header()}
             sig.set(headers=headers)
         return super().on_replace(sig)
+
+    def start_strategy(self, app: Celery, consumer: Any, **options: Any) -> Any:
+        """Get ready to receive messages. A worker calls it when it has connected."""
+        remember_consumer(app, consumer)
+        return super().start_strategy(app, consumer, **options)
 
     # -- what the worker's main process asks (GuardedTask) --------------------------------------
 

@@ -10,9 +10,18 @@ from typing import Any, Self
 
 from reliable_tasks.errors import ConfigError
 
-__all__ = ["UNLIMITED", "ReliableConfig", "nearest"]
+__all__ = ["REDIS_OPTIONS", "UNLIMITED", "ReliableConfig", "nearest"]
 
 PREFIX = "reliable_"
+
+#: What a Redis URL cannot say: the same names as in Celery's transport options, and ``ssl``.
+REDIS_OPTIONS = (
+    "global_keyprefix",
+    "master_name",
+    "min_other_sentinels",
+    "sentinel_kwargs",
+    "ssl",
+)
 
 #: How long a task may run that nothing limits: Celery's own default visibility timeout (s).
 UNLIMITED = 3600.0
@@ -116,6 +125,11 @@ class ReliableConfig:
             if not is_number or not (0 < value < inf or (may_be_zero and value == 0)):
                 least = "0 or more" if may_be_zero else "more than 0"
                 raise ConfigError(f"reliable_{name} = {value!r}: give a number of seconds, {least}")
+        for name in self.redis_options or {}:
+            if name not in REDIS_OPTIONS:
+                raise ConfigError(
+                    f"reliable_redis_options[{name!r}]" + nearest(name, list(REDIS_OPTIONS))
+                )
         for setting in fields(self):
             choices = setting.metadata["choices"]
             value = getattr(self, setting.name)

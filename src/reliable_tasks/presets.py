@@ -76,12 +76,17 @@ else:
         def __ror__(self, other: Mapping[str, Any]) -> Preset:
             return Preset(**{**other, **self})
 
-        def __hash__(self) -> int:
-            return hash(tuple(sorted((name, id(value)) for name, value in self.items())))
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _preset, (dict(self),)
 
         def __repr__(self) -> str:
             options = ", ".join(f"{name}={value!r}" for name, value in self.items())
             return f"Preset({options})"
+
+
+def _preset(options: Any) -> Any:
+    make: Any = Preset
+    return make(**options)
 
 
 def time_limit(*, hard: int, soft: int | None = None) -> Preset:

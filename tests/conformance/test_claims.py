@@ -431,7 +431,8 @@ def test_a_memory_is_the_owners_alone(store: Store) -> None:
     store.release(attempt=1, remember=60)
     assert store.enter(owner="two", holder="h2").code is Entry.ENTERED
     assert store.enter(holder="h3").code is Entry.CONTINUED
-    assert store.enter(attempt=1, holder="h4").code is Entry.DUPLICATE
+    assert store.enter(attempt=1, holder="h4").code is Entry.CONTINUED
+    assert store.enter(attempt=2, holder="h5").code is Entry.DUPLICATE
 
 
 def test_a_task_that_was_never_continued_leaves_nothing(store: Store) -> None:

@@ -27,6 +27,7 @@ from kombu import Connection
 from reliable_tasks._celery.settings import explicit
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.apps.journal import Event, Journal
+from tests.integration.apps.witness import NEEDED
 from tests.support import WorkerProcess, wait_until
 
 
@@ -282,14 +283,14 @@ def events(
 class TestSignals:
     """What a real worker's signals bring, written down by an app of Celery's own."""
 
-    def test_worker_ready_comes_from_the_consumer(self, events: list[Event]) -> None:
-        """It has the prefetch count and the timer that a message set aside needs."""
-        (ready,) = [event for event in events if event.name == "ready"]
-        assert ready.data["sender"] == f"{Consumer.__module__}.{Consumer.__qualname__}"
-        assert ready.data["is_the_workers"]
-        assert ready.data["has"] == [
-            *("qos.increment_eventually", "qos.decrement_eventually", "timer.call_after")
-        ]
+    def test_a_task_is_started_by_the_consumer(self, events: list[Event]) -> None:
+        """It has the prefetch count, the timer and the channel that a copy set aside needs."""
+        received = [event.data for event in events if event.name == "received"]
+        assert received
+        for data in received:
+            assert data["consumer"] == f"{Consumer.__module__}.{Consumer.__qualname__}"
+            assert data["is_known"]
+            assert data["has"] == list(NEEDED)
 
     @pytest.mark.parametrize("way", ["SUCCESS", "FAILURE", "IGNORED", "REJECTED", "RETRY"])
     def test_postrun_says_how_a_run_ended(self, events: list[Event], way: str) -> None:

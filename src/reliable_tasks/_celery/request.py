@@ -19,14 +19,14 @@ from billiard.einfo import ExceptionInfo, ExceptionWithTraceback  # type: ignore
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Celery
 from celery.exceptions import Ignore, Reject
-from celery.signals import task_failure, worker_ready
+from celery.signals import task_failure
 from celery.worker.request import Request
 from celery.worker.state import successful_requests, task_ready
 
 from reliable_tasks._celery.registry import hard_limit
 from reliable_tasks._celery.versions import ENDS_EXITS_AND_REJECTS
 
-__all__ = ["GuardedTask", "ReliableRequest", "SetAside"]
+__all__ = ["GuardedTask", "ReliableRequest", "SetAside", "remember_consumer"]
 
 logger = logging.getLogger("reliable_tasks")
 
@@ -36,9 +36,9 @@ _KILL_GRACE = 1.0
 _consumers: WeakKeyDictionary[Celery, weakref.ref[Any]] = WeakKeyDictionary()
 
 
-@worker_ready.connect(weak=False)
-def _remember_consumer(sender: Any, **_: Any) -> None:
-    _consumers[sender.app] = weakref.ref(sender)
+def remember_consumer(app: Celery, consumer: Any) -> None:
+    """Note who runs an app's tasks in this process: it has the timer and the prefetch count."""
+    _consumers[app] = weakref.ref(consumer)
 
 
 class SetAside(Reject, Ignore):

@@ -15,7 +15,7 @@ from reliable_tasks._once.once import Once
 from reliable_tasks._once.options import Lifetime, OnceOptions, OnConflict
 from reliable_tasks.errors import ConfigError
 
-__all__ = ["BAD_BASE", "OPTIONS", "once", "once_options"]
+__all__ = ["BAD_BASE", "OPTIONS", "once", "once_options", "refuse_plain_base"]
 
 #: The attribute under which a function, a task or a class carries its options.
 OPTIONS = "__reliable_once__"
@@ -121,6 +121,17 @@ def _adopt(task: Any, options: OnceOptions) -> None:
         base = cls.__mro__[1].__name__
         raise ConfigError(BAD_BASE.format(task=getattr(task, "name", None) or cls, base=base))
     adopt(options)
+
+
+def refuse_plain_base(task: Any) -> None:
+    """Refuse a task whose ``run`` method has an ``@once`` that its base knows nothing of.
+
+    Raises:
+        ConfigError: With the base to use.
+    """
+    cls = type(task)
+    if once_options(task.run) is not None and not hasattr(cls, "adopt_once"):
+        raise ConfigError(BAD_BASE.format(task=task.name, base=cls.__mro__[1].__name__))
 
 
 class _Doc(str):

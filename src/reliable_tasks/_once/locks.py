@@ -12,7 +12,7 @@ from kombu.exceptions import OperationalError
 from reliable_tasks._celery.settings import reliable_settings
 from reliable_tasks._store.claims import Claims
 from reliable_tasks._store.client import ServerAddress, as_text, is_redis_url, shown
-from reliable_tasks.config import ReliableConfig
+from reliable_tasks.config import REDIS_OPTIONS, ReliableConfig
 from reliable_tasks.errors import ConfigError, StoreUnavailable
 
 __all__ = ["BrokerUnavailable", "Locks", "locks_of", "read_config"]
@@ -92,8 +92,7 @@ def _build(app: Celery, config: ReliableConfig) -> Locks:
 
 def _options(transport_options: Any, use_ssl: Any) -> dict[str, Any]:
     options = dict(transport_options or {})
-    kept = ("global_keyprefix", "master_name", "min_other_sentinels", "sentinel_kwargs")
-    found = {name: options[name] for name in kept if options.get(name)}
+    found = {name: options[name] for name in REDIS_OPTIONS if options.get(name)}
     if use_ssl:
         found["ssl"] = use_ssl
     return found

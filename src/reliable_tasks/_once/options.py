@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from math import inf
 from typing import Literal, get_args
 
 from reliable_tasks._once.keys import KeySpec
@@ -12,6 +13,8 @@ from reliable_tasks.errors import ConfigError
 
 __all__ = ["Lifetime", "OnConflict", "OnceOptions"]
 
+#: Redis counts in milliseconds.
+_SHORTEST = 0.001
 #: How long a key stays taken.
 Lifetime = Literal["until_executed"]
 #: What a publish does when the key is taken.
@@ -36,7 +39,7 @@ class OnceOptions:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(f"@once({name}={value!r})" + nearest(str(value), list(allowed)))
-        if self.ttl is not None and not self.ttl_seconds(0) > 0:
+        if self.ttl is not None and not _SHORTEST <= self.ttl_seconds(0) < inf:
             raise ConfigError(f"@once(ttl={self.ttl!r}): give seconds or a timedelta, more than 0")
 
     def ttl_seconds(self, default: float) -> float:

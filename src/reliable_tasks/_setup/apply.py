@@ -16,6 +16,7 @@ from reliable_tasks._celery.queues import check_queues
 from reliable_tasks._celery.registry import is_configured, is_finalized, known_tasks
 from reliable_tasks._celery.settings import explicit, put
 from reliable_tasks._celery.versions import check_versions
+from reliable_tasks._once.decorator import refuse_plain_base
 from reliable_tasks._once.locks import locks_of, read_config
 from reliable_tasks._setup import rules
 from reliable_tasks._setup.facts import Facts
@@ -176,6 +177,8 @@ class StartCheck(bootsteps.Step):
         setup = _setups[app]
         setup.concurrency = worker.concurrency
         setup.apply()
+        for task in known_tasks(app):
+            refuse_plain_base(task)
         if any(getattr(task, "reliable_once", None) for task in known_tasks(app)):
             locks_of(app).claims.client  # noqa: B018 - a bad address is an error here
         if Facts.of(app).broker == "amqp":

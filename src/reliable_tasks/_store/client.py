@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -265,13 +265,13 @@ def _take_tls_from(url: str) -> tuple[str, dict[str, Any]]:
     """Split Celery's TLS parameters (``?ssl_cert_reqs=CERT_REQUIRED``) from a URL."""
     parsed = urlsplit(url)
     found: dict[str, Any] = {}
-    kept = []
+    kept: list[tuple[str, str]] = []
     for name, values in parse_qs(parsed.query).items():
         if name in ("ssl_cert_reqs", "ssl_check_hostname", *_TLS_FILES):
             found[name] = _certificate_rule(name, values[0])
         else:
-            kept.append(f"{name}={values[0]}")
-    return parsed._replace(query="&".join(kept)).geturl(), found
+            kept.append((name, values[0]))
+    return parsed._replace(query=urlencode(kept)).geturl(), found
 
 
 def _certificate_rule(name: str, value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,6 @@ app = Celery(
     backend=os.environ.get("RT_RESULT_URL"),
     set_as_current=False,
 )
-
-
-@signals.worker_ready.connect
-def _on_ready(sender: Any, **_: Any) -> None:
-    journal.write(
-        "ready",
-        sender=f"{type(sender).__module__}.{type(sender).__qualname__}",
-        is_the_workers=sender.app is app,
-        has=[
-            name
-            for name in ("qos.increment_eventually", "qos.decrement_eventually", "timer.call_after")
-            if callable(getattr(getattr(sender, name.split(".")[0]), name.split(".")[1], None))
-        ],
-    )
 
 
 @signals.task_postrun.connect
@@ -56,7 +43,49 @@ class Request(worker_request.Request):
         self.request_dict["token_of_the_main_process"] = os.getpid()
 
 
-@app.task(shared=False, name="end", bind=True, acks_late=True, Request=f"{__name__}:Request")
+NEEDED = (
+    "qos.increment_eventually",
+    "qos.decrement_eventually",
+    "timer.call_after",
+    "apply_eta_task",
+    "task_consumer.channel",
+)
+
+
+_consumers: list[Any] = []
+
+
+class Watched(Task):
+    """A task that learns which consumer will hand it its messages."""
+
+    def start_strategy(self, app: Celery, consumer: Any, **options: Any) -> Any:
+        """Remember the consumer, which is not complete yet."""
+        _consumers.append(consumer)
+        return super().start_strategy(app, consumer, **options)
+
+
+@signals.task_received.connect
+def _on_received(sender: Any, **_: Any) -> None:
+    """Write down what of the consumer a message needs that is set aside."""
+    journal.write(
+        "received",
+        consumer=f"{type(sender).__module__}.{type(sender).__qualname__}",
+        is_known=_consumers[-1] is sender,
+        has=[name for name in NEEDED if _has(sender, name)],
+    )
+
+
+def _has(consumer: Any, path: str) -> bool:
+    try:
+        operator.attrgetter(path)(consumer)
+    except AttributeError:
+        return False
+    return True
+
+
+@app.task(
+    shared=False, name="end", bind=True, base=Watched, acks_late=True, Request=f"{__name__}:Request"
+)
 def end(self: Task, what: str) -> str:
     """End as told."""
     if what == "FAILURE":

@@ -84,7 +84,7 @@ class Bench:
     def start_consumer(self) -> None:
         """Let the worker be ready."""
         self.consumer = Consumer(self)
-        request_module._remember_consumer(sender=self.consumer)
+        request_module.remember_consumer(self.app, self.consumer)
 
     def raise_prefetch(self, number: int) -> None:
         """Change how many messages may be held."""

@@ -9,7 +9,7 @@
 -- ARGV[5]  ttl: how long the claim lives if nobody releases it, ms
 -- ARGV[6]  task: the task's name, for people who look
 -- Returns: {1, owner, lease in ms, fence}             entered
---          {2, owner, 0, fence}                       a later attempt exists: do not run
+--          {2, owner, 0, fence}                       a later attempt exists, or it has ended
 --          {3, owner, ms until its lease ends, fence}  another copy of this attempt runs
 --          {4, owner, ms until its lease ends, fence}  the attempt before this one still runs
 --          {0, its owner, ms until it lapses, fence}  another task owns the key
@@ -20,7 +20,7 @@ local owner, attempt, holder, lease_end, fence, holder_attempt = unpack(redis.ca
     KEYS[1], 'owner', 'attempt', 'holder', 'lease_end', 'fence', 'holder_attempt'))
 if owner ~= ARGV[1] then
     local ended, last = string.match(redis.call('GET', KEYS[2]) or '', '^(.*):(%d+)$')
-    if ended == ARGV[1] and tonumber(last) > tonumber(ARGV[2]) then
+    if ended == ARGV[1] and tonumber(last) >= tonumber(ARGV[2]) then
         return {2, ended, 0, fence or 0}
     end
 end

@@ -1,0 +1,9 @@
+"""Runs all benchmarks, one after the other."""
+
+from __future__ import annotations
+
+from benchmarks import enqueue, recovery
+
+for benchmark in (enqueue, recovery):
+    print(f"== {benchmark.__name__}", flush=True)
+    benchmark.main([])
