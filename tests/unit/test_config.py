@@ -15,6 +15,12 @@ OPTIONAL_SECONDS = ["longest_task", "longest_countdown"]
 ZERO_ALLOWED = ["longest_countdown", "visibility_margin"]
 
 
+def test_an_unknown_option_of_the_lock_redis_is_refused() -> None:
+    """A misspelt master_name would show only when Sentinel is asked."""
+    with pytest.raises(ConfigError, match="did you mean 'master_name'"):
+        ReliableConfig(redis_options={"mastername": "shop"})
+
+
 def test_defaults_need_no_setting() -> None:
     """An app without any setting of ours gets the documented defaults."""
     config = ReliableConfig.from_mapping({})

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tenacity
+import tenacity.asyncio
 import time_machine
 
 from reliable_tasks import ConfigError, RetriesExhausted
@@ -22,6 +23,19 @@ RETRY = tenacity.retry_if_exception_type(OSError)
 def start(policy: Policy, retries: int = 0, header: Any = None) -> tenacity.RetryCallState:
     """An attempt that begins."""
     return policy.start(print, (1,), {"a": 2}, retries, header)
+
+
+@pytest.mark.parametrize(
+    "retry",
+    [
+        tenacity.asyncio.retry_if_exception(lambda error: None),  # type: ignore[arg-type]
+        tenacity.asyncio.retry_if_exception(lambda error: None) | RETRY,  # type: ignore[arg-type]
+    ],
+)
+def test_an_asynchronous_strategy_is_refused(retry: Any) -> None:
+    """The coroutine that it returns would be true whatever it says."""
+    with pytest.raises(ConfigError, match="is asynchronous, and a Celery task is not"):
+        Policy({"retry": retry}, "t")
 
 
 # -- what is taken ---------------------------------------------------------------------------

@@ -33,6 +33,9 @@ logger = logging.getLogger("reliable_tasks")
 #: billiard reports a hard time limit first and kills the child afterwards, within 0.2 s.
 _KILL_GRACE = 1.0
 
+#: Enough for any pause to reach its longest, and few enough for a float.
+_MOST_DOUBLINGS = 20
+
 _consumers: WeakKeyDictionary[Celery, weakref.ref[Any]] = WeakKeyDictionary()
 
 
@@ -226,7 +229,8 @@ class ReliableRequest(Request):
         if consumer is None:
             self.reject(requeue=True)
             return
-        pause = min(answer.first * 2**self._times_set_aside, answer.longest)
+        doublings = min(self._times_set_aside, _MOST_DOUBLINGS)
+        pause = min(answer.first * 2**doublings, answer.longest)
         self._times_set_aside += 1
         logger.info("Task %s[%s] is %s (%.1f s)", self.name, self.id, answer, pause)
         channel = self.message.channel

@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from celery import Celery
 
-from reliable_tasks._celery.registry import is_configured, is_finalized, known_tasks
+from reliable_tasks._celery.registry import hard_limit, is_configured, is_finalized, known_tasks
+
+
+def body() -> None:
+    """Do nothing."""
+
+
+@pytest.mark.parametrize(
+    ("options", "of_call", "seconds"),
+    [
+        ({}, None, 0),
+        ({"time_limit": 9}, None, 9),
+        ({"time_limit": 9}, (3, None), 3),
+        ({"time_limit": 9, "soft_time_limit": 7}, (1, None), 7),
+        ({"soft_time_limit": 7}, None, 0),
+    ],
+)
+def test_a_run_is_killed_at_the_later_of_its_limits(
+    options: dict[str, Any], of_call: Any, seconds: float
+) -> None:
+    """Celery starts the timer of the hard limit when the soft one has struck."""
+    with Celery("limits", set_as_current=False) as app:
+        task = app.task(shared=False, **options)(body)
+        assert hard_limit(task, of_call) == seconds
 
 
 def test_looking_changes_nothing() -> None:

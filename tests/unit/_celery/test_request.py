@@ -440,6 +440,15 @@ def test_the_pauses_of_a_copy_grow(bench: Bench, send: Any) -> None:
     assert pauses == [1.0, 2.0, 4.0, 5.0, 5.0]
 
 
+def test_a_pause_stays_a_number_however_often_it_comes(bench: Bench, send: Any) -> None:
+    """A lock Redis can be away for hours, and 2 ** 1100 is more than a float holds."""
+    send.delay(7)
+    request = bench.receive()
+    for _ in range(1100):
+        request.on_failure(failure(BUSY), return_ok=True)
+    assert bench.timer.calls[-1][0] == 5.0
+
+
 def test_after_a_reconnection_a_copy_is_left_to_the_broker(bench: Bench, send: Any) -> None:
     """Its message went back with the channel that it came by."""
     send.delay(7)

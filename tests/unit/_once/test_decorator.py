@@ -10,6 +10,7 @@ import pytest
 from celery import Celery, Task, shared_task
 
 from reliable_tasks import ConfigError, ReliableTask, once
+from reliable_tasks._once.decorator import refuse_plain_base
 
 
 def names(task: Any, *args: Any, **kwargs: Any) -> str:
@@ -168,6 +169,21 @@ def test_on_the_run_method(app: Celery) -> None:
             pass
 
     assert names(app.register_task(T()), 7) == "t:7"
+
+
+def test_on_the_run_method_of_a_plain_task_a_worker_refuses_it(app: Celery) -> None:
+    """Nothing of ours is near when such a class is made, so the worker looks at its start."""
+
+    class Plain(Task):  # type: ignore[type-arg]
+        name = "plain"
+
+        @once(key="{number}")
+        def run(self, number: int) -> None:
+            """Do nothing."""
+
+    task = app.register_task(Plain())
+    with pytest.raises(ConfigError, match="@once on plain has no effect, for its base is Task"):
+        refuse_plain_base(task)
 
 
 def test_on_a_static_run_method(app: Celery) -> None:

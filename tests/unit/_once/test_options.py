@@ -19,7 +19,19 @@ def test_a_time_is_seconds_or_a_timedelta() -> None:
 
 
 @pytest.mark.parametrize(
-    "ttl", [0, -1, True, "5", [5], timedelta(0), timedelta(seconds=-1), float("nan")]
+    "ttl",
+    [
+        0,
+        -1,
+        True,
+        "5",
+        [5],
+        timedelta(0),
+        timedelta(seconds=-1),
+        float("nan"),
+        float("inf"),
+        0.0001,
+    ],
 )
 def test_what_is_no_time_is_refused(ttl: Any) -> None:
     """The message shows the value and what to give."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -114,17 +115,19 @@ def soon(zone: Any = None) -> datetime:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, 60),
-        ({"countdown": 100}, 160),
-        ({"countdown": 0}, 60),
-        ({"countdown": -5}, 60),
-        ({"eta": soon()}, 160),
-        ({"eta": soon().isoformat()}, 160),
-        ({"eta": soon(ZoneInfo("Asia/Tokyo"))}, 160),
-        ({"eta": soon() - timedelta(days=1)}, 60),
+        (dict, 60),
+        (lambda: {"countdown": 100}, 160),
+        (lambda: {"countdown": 0}, 60),
+        (lambda: {"countdown": -5}, 60),
+        (lambda: {"eta": soon()}, 160),
+        (lambda: {"eta": soon().isoformat()}, 160),
+        (lambda: {"eta": soon(ZoneInfo("Asia/Tokyo"))}, 160),
+        (lambda: {"eta": soon() - timedelta(days=1)}, 60),
     ],
 )
-def test_a_claim_outlives_its_wait(app: Celery, options: Any, expected: float) -> None:
+def test_a_claim_outlives_its_wait(
+    app: Celery, options: Callable[[], dict[str, Any]], expected: float
+) -> None:
     """The allowance begins when the task may start."""
     app.conf.reliable_once_ttl = 60
 
@@ -133,7 +136,7 @@ def test_a_claim_outlives_its_wait(app: Celery, options: Any, expected: float) -
     def t() -> None:
         pass
 
-    t.apply_async(**options)
+    t.apply_async(**options())
     assert lapses_in(app) == pytest.approx(expected, abs=20)
 
 
