@@ -29,6 +29,7 @@ from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.apps.journal import Event, Journal
 from tests.integration.apps.witness import NEEDED
 from tests.support import WorkerProcess, wait_until
+from tests.unit.conftest import own_celery  # noqa: F401 - shared tasks would reach later apps
 
 
 @pytest.fixture

@@ -22,6 +22,9 @@ __all__ = ["EmbeddedServer", "free_port", "tied_to_parent"]
 _START_TIMEOUT = 10.0
 _STOP_TIMEOUT = 10.0
 _START_ATTEMPTS = 5
+_SOCKET = "server.sock"
+#: What a socket address holds on macOS; Linux takes four bytes more.
+_LONGEST_SOCKET_PATH = 103
 
 # Sets PR_SET_PDEATHSIG (1) and becomes the command. A parent that died before the
 # call was made sends no signal any more, so its absence is looked for afterwards.
@@ -131,7 +134,7 @@ class EmbeddedServer:
         """The Unix socket that the server listens on as well."""
         if self._home is None:
             raise RuntimeError("the server is not running: it has no socket")
-        return self._home / "server.sock"
+        return self._home / _SOCKET
 
     @property
     def log(self) -> str:
@@ -162,7 +165,7 @@ class EmbeddedServer:
             return
         self._starter = os.getpid()
         if self._home is None:
-            self._home = Path(tempfile.mkdtemp(prefix="reliable-tasks-"))
+            self._home = _make_home()
         attempts = _START_ATTEMPTS if self._port is None else 1
         for _ in range(attempts):
             port = self._port or free_port()
@@ -203,7 +206,7 @@ class EmbeddedServer:
             self._binary,
             *("--bind", "127.0.0.1"),
             *("--port", str(port)),
-            *("--unixsocket", str(home / "server.sock")),
+            *("--unixsocket", str(home / _SOCKET)),
             *("--dir", str(self._directory or home)),
             *("--save", ""),
             *self._args,
@@ -222,7 +225,7 @@ class EmbeddedServer:
         while time.monotonic() < deadline and self.running:
             # Asked over the socket in our own directory: on the TCP port a server that
             # took it first would answer in place of ours.
-            if _answers(home / "server.sock"):
+            if _answers(home / _SOCKET):
                 return True
             time.sleep(0.01)
         self._end(signal.SIGKILL)
@@ -238,6 +241,14 @@ class EmbeddedServer:
             self._process.kill()
             self._process.wait()
         self._process = None
+
+
+def _make_home() -> Path:
+    home = Path(tempfile.mkdtemp(prefix="reliable-tasks-"))
+    if len(os.fsencode(home / _SOCKET)) <= _LONGEST_SOCKET_PATH:
+        return home
+    home.rmdir()
+    return Path(tempfile.mkdtemp(prefix="reliable-tasks-", dir="/tmp"))
 
 
 def _find_binary() -> str:
