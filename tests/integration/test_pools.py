@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from uuid import uuid4
 
 import pytest
@@ -19,11 +17,6 @@ def shop(
 ) -> Scene:
     """One worker of each kind, each on databases of its own."""
     pool = request.param
-    if pool in ("gevent", "eventlet") and importlib.util.find_spec(pool) is None:
-        # Celery advises against eventlet, and the test extra leaves it out.
-        if os.environ.get("CI") and pool == "gevent":
-            pytest.fail(f"CI has to run these tests, and {pool} is not installed")
-        pytest.skip(f"{pool} is not installed")
     number = 2 * request.param_index
     broker, results = (f"redis://127.0.0.1:{module_redis.port}/{n}" for n in (number, number + 1))
     scene = module_scenes(broker, results)

@@ -14,8 +14,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("module", ["api.py", "wrong.py"])
 def test_a_users_module_is_checked(module: str, tmp_path: Path) -> None:
     """No error in what is right; in ``wrong.py`` an ignore that is not needed would be one."""
-    pytest.importorskip("mypy", reason="comes with the extra lint")
-    pytest.importorskip("celery-stubs", reason="comes with the extra lint")
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path)]
     checked = subprocess.run(
         [*command, str(Path(__file__).with_name(module))],
