@@ -91,25 +91,17 @@ def _take(
     ttl: float,
     continued: Claim | None,
 ) -> Ticket[Publish]:
+    asked: dict[str, Any] = {
+        "owner": claim.owner,
+        "attempt": claim.attempt,
+        "token": token,
+        "ttl": ttl,
+        "task": task.name,
+    }
     if continued is None:
-        return locks.claims.acquire(
-            claim.name,
-            owner=claim.owner,
-            attempt=claim.attempt,
-            token=token,
-            ttl=ttl,
-            task=task.name,
-        )
+        return locks.claims.acquire(claim.name, **asked)
     run = Run.of(task)
-    return locks.claims.continue_(
-        claim.name,
-        owner=claim.owner,
-        attempt=claim.attempt,
-        token=token,
-        ttl=ttl,
-        task=task.name,
-        holder=run.holder if run else "",
-    )
+    return locks.claims.continue_(claim.name, holder=run.holder if run else "", **asked)
 
 
 def _existing(
