@@ -25,12 +25,7 @@ from reliable_tasks._once.publish import publish
 from reliable_tasks._once.result import ReliableResult
 from reliable_tasks._once.run import end_unrun, enter, mark_copy
 from reliable_tasks._retrying import RETRYING, GiveUp, Policy, RetryIn, Retrying
-from reliable_tasks.errors import (
-    ConfigError,
-    DuplicateTaskError,
-    LockLost,
-    StoreUnavailable,
-)
+from reliable_tasks.errors import ConfigError, DuplicateTaskError, LockLost, StoreError
 
 if TYPE_CHECKING:
     _Task = Task[..., Any]
@@ -219,7 +214,7 @@ class ReliableTask(_Task):
             cause = rejected.args[0]
             if isinstance(cause, LockLost):
                 raise cause from None
-            if isinstance(cause, (OperationalError, StoreUnavailable)):
+            if isinstance(cause, (OperationalError, StoreError)):
                 reason = f"its retry could not be published: {cause}"
                 raise SetAside(reason, *_AFTER_FAILED_RETRY) from None
             raise

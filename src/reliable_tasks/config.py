@@ -80,7 +80,7 @@ class ReliableConfig:
         "raise",
         "What a publish does when the lock Redis does not answer: `raise` refuses the call, "
         "`proceed` queues it without a claim and says so in the log. A worker never fails a "
-        "task for it: with `raise` it puts the message back until the lock Redis answers, "
+        "task for it: with `raise` it keeps the message and tries again until it answers, "
         "with `proceed` it runs it unguarded.",
         choices=("raise", "proceed"),
     )

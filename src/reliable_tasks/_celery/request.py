@@ -17,11 +17,11 @@ from weakref import WeakKeyDictionary
 
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback  # type: ignore[attr-defined]
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
-from celery import Celery
+from celery import Celery, Task
 from celery.exceptions import Ignore, Reject
 from celery.signals import task_failure
 from celery.worker.request import Request
-from celery.worker.state import successful_requests, task_ready
+from celery.worker.state import successful_requests, task_ready, task_reserved
 
 from reliable_tasks._celery.registry import hard_limit
 from reliable_tasks._celery.versions import ENDS_EXITS_AND_REJECTS
@@ -36,6 +36,10 @@ _KILL_GRACE = 1.0
 #: Enough for any pause to reach its longest, and few enough for a float.
 _MOST_DOUBLINGS = 20
 
+#: So many copies may wait in a worker beyond its prefetch.
+_MOST_WAITING = 100
+
+_waiting: weakref.WeakSet[Any] = weakref.WeakSet()
 _consumers: WeakKeyDictionary[Celery, weakref.ref[Any]] = WeakKeyDictionary()
 
 
@@ -92,7 +96,7 @@ class ReliableRequest(Request):
     def __init__(self, message: Any, **options: Any) -> None:
         super().__init__(message, **options)
         self._received_at = time.monotonic()
-        self._child_is_gone = False
+        self._ends_here = False
         self._is_cancelled = False
         self._is_requeued = False
         self._times_set_aside = 0
@@ -100,12 +104,19 @@ class ReliableRequest(Request):
 
     def revoked(self) -> bool:
         """Say whether the task must not be started: revoked, expired, or held for too long."""
-        was_revoked = self._already_revoked
-        if super().revoked():
-            if not was_revoked:
-                self._settle(requeued=False)
+        if self._already_revoked:
             return True
+        self._ends_here = True
+        if super().revoked():
+            self._settle(requeued=False)
+            return True
+        self._ends_here = False
         return not self._may_start()
+
+    def terminate(self, pool: Any, signal: Any = None) -> None:
+        """Kill a task that was revoked while it runs; its claim is released when it is dead."""
+        self._ends_here = bool(self.time_start)
+        super().terminate(pool, signal)
 
     def on_failure(
         self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
@@ -125,10 +136,10 @@ class ReliableRequest(Request):
                 exc_info = _lost_worker(repr(error))
             elif isinstance(error, Reject) and not error.requeue:  # type: ignore[attr-defined]
                 self._fail(error, exc_info)
-        # With return_ok the child itself reported: its claim is released already.
-        self._child_is_gone = not return_ok
+        # With return_ok the child itself reported, and released its claim.
+        self._ends_here = not return_ok
         super().on_failure(exc_info, send_failed_event, return_ok)
-        if not self._child_is_gone or self._is_requeued:
+        if not self._ends_here or self._is_requeued:
             return
         if isinstance(error, TimeLimitExceeded):
             self._call_in(_KILL_GRACE, lambda: self._settle(requeued=False))
@@ -144,7 +155,8 @@ class ReliableRequest(Request):
     def acknowledge(self) -> None:
         """Acknowledge the message, unless it went back already."""
         if not self._is_cancelled:
-            if self.task.acks_late and self.delivery_info["redelivered"]:
+            is_repetition = self.task.acks_late and self.delivery_info["redelivered"]
+            if is_repetition and not self.acknowledged and not self._ends_here:
                 # A copy whose result was stored already is not run, so its child ends nothing.
                 self._guard._reliable_repeated(self.request_dict)
             super().acknowledge()
@@ -155,12 +167,16 @@ class ReliableRequest(Request):
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """Handle a time limit; a task that went back to the queue before it has not failed."""
-        if soft or not self._is_requeued:
-            super().on_timeout(soft, timeout)
+        if self._is_requeued and not soft:
+            return
+        super().on_timeout(soft, timeout)
+        if not soft and not self._ends_here:
+            # gevent says no more than this; in prefork on_failure came before.
+            self._settle(requeued=False)
 
     def reject(self, requeue: bool = False) -> None:
         """Reject the message; a requeued one finds its claim free to enter."""
-        if requeue and self._child_is_gone and not self.acknowledged:
+        if requeue and self._ends_here and not self.acknowledged:
             self._is_requeued = True
             self._settle(requeued=True)
         super().reject(requeue)
@@ -208,7 +224,9 @@ class ReliableRequest(Request):
         held = time.monotonic() - self._received_at
         if held + limit <= timeout - slack:
             return True
+        restarted_at = time.monotonic()
         if held < timeout - slack and _restart_timeout(self.message):
+            self._received_at = restarted_at
             return True
         task_ready(self)
         logger.warning(
@@ -223,26 +241,60 @@ class ReliableRequest(Request):
         return False
 
     def _set_aside(self, answer: SetAside) -> None:
-        """Run this copy again after a pause, as Celery does with an ETA: nothing is requeued."""
+        """Run this copy again after a pause that holds no slot."""
         task_ready(self)
-        consumer = self._consumer
-        if consumer is None:
-            self.reject(requeue=True)
-            return
+        # Of the run that is over: a revoke with terminate must not kill that child again.
+        self.time_start = self.worker_pid = self._apply_result = None
         doublings = min(self._times_set_aside, _MOST_DOUBLINGS)
         pause = min(answer.first * 2**doublings, answer.longest)
         self._times_set_aside += 1
         logger.info("Task %s[%s] is %s (%.1f s)", self.name, self.id, answer, pause)
+        consumer = self._consumer
+        if consumer is None:
+            self.reject(requeue=True)
+        elif _visibility_timeout(self.message) is not None or not self._send_again(pause):
+            self._wait_here(consumer, pause)
+
+    def _wait_here(self, consumer: Any, pause: float) -> None:
+        """Keep the message for a pause, as Celery does with an ETA: nothing is requeued."""
         channel = self.message.channel
+        # Not without bound: with the lock Redis away each copy in the queue would come to wait.
+        raises_prefetch = len(_waiting) < _MOST_WAITING
+        if raises_prefetch:
+            _waiting.add(self)
+            consumer.qos.increment_eventually()
 
         def run_again() -> None:
+            _waiting.discard(self)
             # After a reconnection the broker has the message, and perhaps somebody else.
             tasks = consumer.task_consumer
-            if tasks is not None and tasks.channel is channel:
-                consumer.apply_eta_task(self)
+            if tasks is None or tasks.channel is not channel:
+                return
+            task_reserved(self)
+            consumer.on_task_request(self)
+            if raises_prefetch:
+                consumer.qos.decrement_eventually()
 
-        consumer.qos.increment_eventually()
         consumer.timer.call_after(pause, run_again)
+
+    def _send_again(self, pause: float) -> bool:
+        """Publish the same copy with a delay and acknowledge this one.
+
+        With quorum queues a worker cannot raise its prefetch, so a copy that waits in it would
+        stop it; and a requeue counts towards the queue's delivery limit.
+        """
+        request = self._context
+        # Native delayed delivery knows whole seconds.
+        copy = self.task.signature_from_request(
+            request, countdown=max(round(pause), 1), retries=request.retries
+        )
+        try:
+            Task.apply_async(self.task, copy.args, copy.kwargs, **copy.options)
+        except Exception:
+            logger.warning("Task %s[%s] waits in the worker", self.name, self.id, exc_info=True)
+            return False
+        super().acknowledge()
+        return True
 
     def _call_in(self, seconds: float, function: Callable[[], None]) -> None:
         consumer = self._consumer

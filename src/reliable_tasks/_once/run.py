@@ -53,7 +53,7 @@ def enter(task: Task[..., Any], once: Once) -> None:
 
     Raises:
         Ignore: A later attempt exists; this copy is acknowledged unrun.
-        SetAside: Another copy runs, or the lock Redis does not answer; the message goes back.
+        SetAside: Another copy runs, or the lock Redis does not answer; this copy tries again.
         DuplicateTaskError: Another task owns the key.
     """
     request = task.request
@@ -138,12 +138,13 @@ def end_unrun(
     With ``is_routine`` nothing is said if the claim turns out to be released already.
     """
     global _unavailable_until
-    if time.monotonic() < _unavailable_until:
+    if time.monotonic() < _unavailable_until and not requeued:
         logger.warning("The claim of task %s[%s] stays until it lapses", task.name, headers["id"])
         return
     # An error here would end the worker.
     try:
-        if not _end_unrun(task, once, headers, requeued=requeued, is_routine=is_routine):
+        answered = _end_unrun(task, once, headers, requeued=requeued, is_routine=is_routine)
+        if not answered and not is_routine:
             _unavailable_until = time.monotonic() + _MAIN_PROCESS_PAUSE
     except Exception:
         logger.exception("The claim of task %s[%s] is not released", task.name, headers.get("id"))

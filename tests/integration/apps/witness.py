@@ -47,7 +47,7 @@ NEEDED = (
     "qos.increment_eventually",
     "qos.decrement_eventually",
     "timer.call_after",
-    "apply_eta_task",
+    "on_task_request",
     "task_consumer.channel",
 )
 

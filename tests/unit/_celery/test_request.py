@@ -21,6 +21,7 @@ from celery import Celery
 from celery.exceptions import Reject
 from celery.signals import task_failure
 from celery.worker import state as worker_state
+from kombu.exceptions import OperationalError
 
 from reliable_tasks import ReliableTask, once
 from reliable_tasks._celery import request as request_module
@@ -60,10 +61,9 @@ class Consumer:
             decrement_eventually=lambda: bench.raise_prefetch(-1),
         )
 
-    def apply_eta_task(self, request: ReliableRequest) -> None:
+    def on_task_request(self, request: ReliableRequest) -> None:
         """Run a request whose time has come."""
         self.again.append(request)
-        self.qos.decrement_eventually()
 
 
 class Bench:
@@ -212,6 +212,7 @@ def test_a_killed_child_of_an_early_ack_frees_its_claim(bench: Bench, app: Celer
     assert claims(app) == []
 
 
+@pytest.mark.usefixtures("on_redis")
 def test_an_error_may_come_without_its_traceback(bench: Bench, send: Any) -> None:
     """Pools without processes hand it over as it is."""
     send.delay(7)
@@ -414,6 +415,13 @@ def test_a_first_delivery_costs_no_look_at_the_claim(bench: Bench, app: Celery, 
 BUSY = SetAside("busy", 1.0, 5.0)
 
 
+@pytest.fixture
+def on_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take messages for those of kombu's Redis transport, which can wait in a worker."""
+    monkeypatch.setattr(request_module, "_visibility_timeout", lambda message: 3600.0)
+
+
+@pytest.mark.usefixtures("on_redis")
 def test_a_copy_that_is_set_aside_waits_without_a_slot(
     bench: Bench, app: Celery, send: Any
 ) -> None:
@@ -429,6 +437,7 @@ def test_a_copy_that_is_set_aside_waits_without_a_slot(
     assert len(claims(app)) == 1
 
 
+@pytest.mark.usefixtures("on_redis")
 def test_the_pauses_of_a_copy_grow(bench: Bench, send: Any) -> None:
     """From the first to the longest."""
     send.delay(7)
@@ -440,6 +449,7 @@ def test_the_pauses_of_a_copy_grow(bench: Bench, send: Any) -> None:
     assert pauses == [1.0, 2.0, 4.0, 5.0, 5.0]
 
 
+@pytest.mark.usefixtures("on_redis")
 def test_a_pause_stays_a_number_however_often_it_comes(bench: Bench, send: Any) -> None:
     """A lock Redis can be away for hours, and 2 ** 1100 is more than a float holds."""
     send.delay(7)
@@ -449,6 +459,65 @@ def test_a_pause_stays_a_number_however_often_it_comes(bench: Bench, send: Any) 
     assert bench.timer.calls[-1][0] == 5.0
 
 
+@pytest.mark.usefixtures("on_redis")
+def test_the_worker_does_not_take_in_the_whole_queue(
+    bench: Bench, send: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond a bound a copy that waits uses up the prefetch."""
+    monkeypatch.setattr(request_module, "_MOST_WAITING", 0)
+    send.delay(7)
+    request = bench.receive()
+    request.on_failure(failure(BUSY), return_ok=True)
+    assert bench.prefetch == 0
+    bench.timer.fire()
+    assert (bench.prefetch, bench.consumer.again) == (0, [request])
+
+
+@pytest.mark.usefixtures("on_redis")
+def test_a_run_that_is_over_is_not_killed_again(bench: Bench, send: Any) -> None:
+    """A revoke with terminate would hit the child's next task."""
+    send.delay(7)
+    request = bench.receive()
+    request.on_accepted(4242, time.monotonic())
+    request.on_failure(failure(BUSY), return_ok=True)
+    assert (request.time_start, request.worker_pid) == (None, None)
+
+
+def test_with_another_broker_the_copy_is_sent_again(
+    bench: Bench, app: Celery, send: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker cannot raise its prefetch for quorum queues: what waits in it would stop it."""
+    result = send.apply_async((7,), headers={"x": "1"})
+    request = bench.receive()
+    request.on_failure(failure(BUSY), return_ok=True)
+    assert (bench.ended, bench.timer.calls) == (["ack"], [])
+    again = take(app)
+    assert again.headers["id"] == result.id
+    assert again.headers["retries"] == 0
+    assert again.headers["x"] == "1"
+    assert again.headers["eta"]
+    assert again.headers["reliable_claim"] == request.request_dict["reliable_claim"]
+    assert len(claims(app)) == 1
+
+
+def test_a_copy_that_cannot_be_sent_again_waits(
+    bench: Bench, send: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is acknowledged that is not queued."""
+    send.delay(7)
+    request = bench.receive()
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise OperationalError("away")
+
+    monkeypatch.setattr(request_module.Task, "apply_async", refuse)
+    request.on_failure(failure(BUSY), return_ok=True)
+    assert bench.ended == []
+    bench.timer.fire()
+    assert bench.consumer.again == [request]
+
+
+@pytest.mark.usefixtures("on_redis")
 def test_after_a_reconnection_a_copy_is_left_to_the_broker(bench: Bench, send: Any) -> None:
     """Its message went back with the channel that it came by."""
     send.delay(7)
