@@ -113,6 +113,32 @@ def test_killed_tasks_run_once_more(
     assert not scene.call("act", "claimed").duplicate
 
 
+def test_a_copy_that_waits_does_not_stop_its_worker(
+    scenes: StartScene, rabbitmq_url: str, redis_url: str
+) -> None:
+    """With quorum queues a worker cannot fetch more while it holds a message that must wait."""
+    scene = scenes(rabbitmq_url, redis_url)
+    worker = scene.worker(concurrency=1)
+    # The delay is there so that the claim can be entered before the worker gets the message.
+    waits = scene.call("act", "waits", countdown=1)
+    scene.claims.enter(
+        scene.claim_name("waits"),
+        owner=waits.id,
+        attempt=0,
+        holder="elsewhere",
+        lease=12.0,
+        ttl=60.0,
+        task="act",
+    )
+    worker.wait_log(f"{waits.id}.* set aside", timeout=15)
+    begun = time.monotonic()
+    assert scene.call("act", "other").get(timeout=20) == "other"
+    assert time.monotonic() - begun < 6, scene.logs
+    assert waits.get(timeout=30) == "waits"
+    scene.wait_free("waits")
+    assert scene.starts("waits") == 1
+
+
 def test_a_dead_broker_raises_and_leaves_no_claim(
     scenes: StartScene, rabbitmq_server: RabbitMQServer, rabbitmq_url: str, redis_url: str
 ) -> None:

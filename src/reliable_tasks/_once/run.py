@@ -58,11 +58,7 @@ def enter(task: Task[..., Any], once: Once) -> None:
     """
     request = task.request
     locks = locks_of(task.app)
-    claim = Claim.from_headers(request.headers, request.id)
-    if claim is None:
-        # Published by name, or while the lock Redis was away.
-        name = once.claim_name(task, request.args, request.kwargs)
-        claim = Claim(name, str(request.id), int(request.retries or 0))
+    claim = _claim_of(task, once, vars(request))
     holder = str(request.get(HOLDER) or uuid4().hex)
     lease = _lease(task, locks)
     try:
@@ -93,6 +89,15 @@ def enter(task: Task[..., Any], once: Once) -> None:
     else:
         first, longest = _WHILE_RUNNING if ticket.code is Entry.RUNNING else _WHILE_ENDING
         raise SetAside("another copy of it runs", first, min(longest, ticket.seconds + 0.01))
+
+
+def _claim_of(task: Task[..., Any], once: Once, headers: dict[str, Any]) -> Claim:
+    """Return the claim that a message carries, or that of its arguments if it came by name."""
+    claim = Claim.from_headers(headers, headers.get("id"))
+    if claim is None:
+        name = once.claim_name(task, headers.get("args"), headers.get("kwargs"))
+        claim = Claim(name, str(headers["id"]), int(headers.get("retries") or 0))
+    return claim
 
 
 def _unavailable(task: Task[..., Any], locks: Locks, error: StoreError) -> None:
@@ -161,14 +166,11 @@ def _end_unrun(
     requeued: bool,
     is_routine: bool = False,
 ) -> bool:
-    claim = Claim.from_headers(headers, headers.get("id"))
-    if claim is None:
-        try:
-            name = once.claim_name(task, headers.get("args"), headers.get("kwargs"))
-        except (TypeError, LookupError, AttributeError):
-            # Arguments that do not fit the task: no copy of it ever had a claim.
-            return True
-        claim = Claim(name, str(headers["id"]), int(headers.get("retries") or 0))
+    try:
+        claim = _claim_of(task, once, headers)
+    except (TypeError, LookupError, AttributeError):
+        # Arguments that do not fit the task: no copy of it ever had a claim.
+        return True
     holder = str(headers.get(HOLDER) or "")
     return _release(
         task,
