@@ -107,7 +107,10 @@ def _retry_and_die(task: Task, name: str) -> None:
         try:
             task.retry(countdown=0)
         except Retry:
-            _kill_own_child()
+            # Once: the attempt may run again before its retry, and must get past this.
+            if _is_first(name):
+                _kill_own_child()
+            raise
 
 
 def _retry_and_take_worker_down(task: Task, name: str) -> None:
