@@ -63,15 +63,7 @@ def test_a_policy_retries(shop: Scene, name: str) -> None:
 def test_a_copy_of_a_running_task_is_set_aside(shop: Scene, name: str) -> None:
     """A message whose other copy runs waits in the worker without a slot, then runs."""
     result = shop.call("act", name, countdown=0.5)
-    shop.claims.enter(
-        shop.claim_name(name),
-        owner=result.id,
-        attempt=0,
-        holder="elsewhere",
-        lease=2.0,
-        ttl=30.0,
-        task="act",
-    )
+    shop.run_elsewhere(name, result.id, lease=2.0)
     shop.workers[0].wait_log(f"{result.id}.* set aside")
     assert shop.starts(name) == 0
     assert shop.call("act", f"{name}, meanwhile").get(timeout=10) == f"{name}, meanwhile"

@@ -121,15 +121,7 @@ def test_a_copy_that_waits_does_not_stop_its_worker(
     worker = scene.worker(concurrency=1)
     # The delay is there so that the claim can be entered before the worker gets the message.
     waits = scene.call("act", "waits", countdown=1)
-    scene.claims.enter(
-        scene.claim_name("waits"),
-        owner=waits.id,
-        attempt=0,
-        holder="elsewhere",
-        lease=12.0,
-        ttl=60.0,
-        task="act",
-    )
+    scene.run_elsewhere("waits", waits.id, lease=12.0)
     worker.wait_log(f"{waits.id}.* set aside", timeout=15)
     begun = time.monotonic()
     assert scene.call("act", "other").get(timeout=20) == "other"
@@ -186,15 +178,7 @@ def test_a_message_set_aside_comes_back(scene: Scene) -> None:
     """A copy whose other copy runs waits without a slot, and runs when it can."""
     worker = scene.worker()
     result = scene.call("act", "order", countdown=1)
-    scene.claims.enter(
-        scene.claim_name("order"),
-        owner=result.id,
-        attempt=0,
-        holder="elsewhere",
-        lease=3.0,
-        ttl=30.0,
-        task="act",
-    )
+    scene.run_elsewhere("order", result.id, lease=3.0)
     worker.wait_log(f"{result.id}.* set aside", timeout=15)
     assert result.get(timeout=15) == "order"
     assert scene.starts("order") == 1
