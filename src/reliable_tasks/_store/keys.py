@@ -5,10 +5,20 @@ key                                       type  what
 ========================================  ====  =================================================
 ``<prefix>claim:{<claim name>}``          hash  who owns a ``@once`` key; see ``lua/README.md``
 ``<prefix>ended:{<claim name>}``          str   the last attempt of a task that was retried
+``<prefix>leases``                        zset  delivery tag -> when its lease ends (ms)
+``<prefix>run:{<task id>}``               hash  which copy of a task may run, and its crashes
+``<prefix>sent:<token>``                  str   a message that was queued in the last minutes
+``<prefix>bell:<queue>``                  list  wakes one worker that waits for a queue
+``<prefix>queues``                        zset  queue's lists -> when a worker last named them
+``<prefix>beats``                         zset  worker -> its last sign of life (ms)
+``<prefix>keepers``                       hash  worker -> how to tell its connection
+``<prefix>sweeper``                       hash  the worker that sweeps, and since when
+``<prefix>undecodable``                   list  messages that no worker could read
 ========================================  ====  =================================================
 
 ``<prefix>`` is kombu's ``global_keyprefix`` followed by ``reliable_key_prefix``. The braces are
-a Redis Cluster hash tag: all that belongs to one claim lives in one slot.
+a Redis Cluster hash tag: all that belongs to one claim lives in one slot. Messages themselves
+lie under stock kombu's own keys.
 """
 
 from __future__ import annotations
@@ -36,3 +46,50 @@ class Keys:
         """Return the ``SCAN`` pattern that finds every claim."""
         escaped = "".join("\\" + c if c in "*?[]\\^" else c for c in self.prefix)
         return f"{escaped}claim:{{*}}"
+
+    @property
+    def leases(self) -> str:
+        """The key of all leases."""
+        return f"{self.prefix}leases"
+
+    @property
+    def runs(self) -> str:
+        """What the key of a run begins with; the id follows in braces."""
+        return f"{self.prefix}run:"
+
+    def run(self, task_id: str) -> str:
+        """Return the key of a task's run."""
+        return f"{self.runs}{{{task_id}}}"
+
+    def sent(self, token: str) -> str:
+        """Return the key that remembers a publish."""
+        return f"{self.prefix}sent:{token}"
+
+    def bell(self, queue: str) -> str:
+        """Return the key of a queue's bell."""
+        return f"{self.prefix}bell:{queue}"
+
+    @property
+    def queues(self) -> str:
+        """The key of the queues that somebody waits for."""
+        return f"{self.prefix}queues"
+
+    @property
+    def beats(self) -> str:
+        """The key of the workers' signs of life."""
+        return f"{self.prefix}beats"
+
+    @property
+    def keepers(self) -> str:
+        """The key of the keepers' connections."""
+        return f"{self.prefix}keepers"
+
+    @property
+    def sweeper(self) -> str:
+        """The key of the elected sweeper."""
+        return f"{self.prefix}sweeper"
+
+    @property
+    def undecodable(self) -> str:
+        """The key of the messages that no worker could read."""
+        return f"{self.prefix}undecodable"

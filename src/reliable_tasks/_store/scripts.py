@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import re
 import time
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -18,6 +21,11 @@ __all__ = ["Script", "load"]
 # A reply can be lost after the script ran. Every script is written to be repeated, so one that
 # failed on the way is sent again, where redis-py's own retries are off (they cannot know).
 _PAUSE = 0.05
+
+_USES = re.compile(r"^-- Uses: (.+)$", re.MULTILINE)
+
+Key = str | bytes
+Argument = str | bytes | int
 
 
 class Script:
@@ -45,13 +53,20 @@ class Script:
             time.sleep(_PAUSE)
             return self._evaluate(client, keys, args)
 
-    def _evaluate(self, client: Client, keys: list[str], args: list[str | int]) -> Any:
-        server = client.redis
+    def on(self, server: redis.Redis, keys: Sequence[Key], args: Sequence[Argument]) -> Any:
+        """Run the script once on a client of somebody else's, whose errors are left as they are.
+
+        The keys are complete: kombu's client would put its prefix before the first one alone.
+        """
+        execute = functools.partial(redis.Redis.execute_command, server)
         try:
-            try:
-                return server.evalsha(self.sha, len(keys), *keys, *args)
-            except redis.exceptions.NoScriptError:
-                return server.eval(self.source, len(keys), *keys, *args)
+            return execute("EVALSHA", self.sha, len(keys), *keys, *args)
+        except redis.exceptions.NoScriptError:
+            return execute("EVAL", self.source, len(keys), *keys, *args)
+
+    def _evaluate(self, client: Client, keys: list[str], args: list[str | int]) -> Any:
+        try:
+            return self.on(client.redis, keys, args)
         except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
             raise StoreUnavailable(client.shown_url, str(error)) from error
         except redis.RedisError as error:
@@ -60,6 +75,12 @@ class Script:
 
 @cache
 def load(name: str) -> Script:
-    """Return the script in ``lua/<name>.lua``."""
-    source = resources.files(__package__).joinpath("lua", f"{name}.lua").read_text("utf-8")
-    return Script(name, source)
+    """Return the script in ``lua/<name>.lua``, behind the shared functions that it uses."""
+    source = _read(f"{name}.lua")
+    used = _USES.search(source)
+    shared = [_read("shared", f"{part}.lua") for part in (used[1].split() if used else ())]
+    return Script(name, "".join([*shared, source]))
+
+
+def _read(*path: str) -> str:
+    return resources.files(__package__).joinpath("lua", *path).read_text("utf-8")

@@ -12,19 +12,6 @@
 -- ARGV[6]  holder: the token of the run that continues, or '' where it is not known
 -- Returns: {1, owner, ttl in ms, fence}           continued, or taken anew because it had lapsed
 --          {0, its owner, ms until it lapses, fence}  another task or another run has it
--- Commands: TIME HMGET HSET PEXPIRE PTTL
-local owner, fence, holder, attempt =
-    unpack(redis.call('HMGET', KEYS[1], 'owner', 'fence', 'holder', 'attempt'))
-local now = redis.call('TIME')
-if not owner then
-    fence = string.format('%.0f', now[1] * 1000000 + now[2])
-    redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'attempt', ARGV[2] - 1, 'fence', fence,
-        'task', ARGV[5], 'since', string.format('%.0f', now[1] * 1000))
-elseif owner ~= ARGV[1]
-    or tonumber(attempt) >= tonumber(ARGV[2])
-    or (holder and ARGV[6] ~= '' and holder ~= ARGV[6]) then
-    return {0, owner, redis.call('PTTL', KEYS[1]), fence}
-end
-redis.call('HSET', KEYS[1], 'next_attempt', ARGV[2], 'token', ARGV[3])
-redis.call('PEXPIRE', KEYS[1], ARGV[4])
-return {1, ARGV[1], tonumber(ARGV[4]), fence}
+-- Uses: claim_continue
+-- Commands: none
+return claim_continue(KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6])

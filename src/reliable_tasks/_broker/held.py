@@ -1,0 +1,185 @@
+"""What this process holds of one broker: its deliveries, whatever becomes of its connections.
+
+A delivery belongs to a process, not to a connection. So a connection that is lost hands nothing
+back, and what could not be said to the broker is said when it answers again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+from uuid import uuid4
+
+import redis
+
+from reliable_tasks._store.messages import Copy, Delivery, Guard, Messages
+
+__all__ = ["Held", "held_for"]
+
+logger = logging.getLogger("reliable_tasks")
+
+#: What may go wrong on the way to a server that is there again later.
+UNREACHABLE = (
+    redis.exceptions.ConnectionError,
+    redis.exceptions.TimeoutError,
+    redis.exceptions.ReadOnlyError,
+    OSError,
+)
+
+
+class Held:
+    """The deliveries of one process from one broker.
+
+    Attributes:
+        worker: This process' name in tags and beats; never used again.
+        messages: The scripts, with the keys they work on.
+        lease: Seconds.
+        server: The client for settling and putting back; it outlives every channel.
+        keepers: The client of the thread that renews.
+        detects_deaths: Whether a lost connection may count as a worker's death.
+        renewed_at: When the last renewal that the server confirmed was sent (monotonic s).
+    """
+
+    def __init__(
+        self, messages: Messages, lease: float, server: redis.Redis, keepers: redis.Redis
+    ) -> None:
+        self.worker = uuid4().hex[:16]
+        self.messages = messages
+        self.lease = lease
+        self.server = server
+        self.keepers = keepers
+        self.detects_deaths = True
+        self.renewed_at = time.monotonic()
+        self._deliveries: dict[str, Delivery] = {}
+        self._unsaid: dict[str, Callable[[redis.Redis], Any]] = {}
+        self._over: set[str] = set()
+        self._fetches = 0
+
+    def next_prefix(self) -> str:
+        """Return what the tags of the next fetch begin with."""
+        self._fetches += 1
+        return f"{self.worker}:{self._fetches}:"
+
+    def take(self, delivery: Delivery) -> None:
+        """Hold a delivery that was fetched."""
+        self._deliveries[delivery.tag] = delivery
+
+    def get(self, tag: str) -> Delivery | None:
+        """Return a delivery that this process holds."""
+        return self._deliveries.get(tag)
+
+    def to_renew(self, now: float) -> list[str]:
+        """Return the tags of all that is held, but for runs that have hung."""
+        return [tag for tag, d in list(self._deliveries.items()) if now < d.renew_until]
+
+    def __len__(self) -> int:
+        return len(self._deliveries)
+
+    def settle(self, tag: str) -> None:
+        """Acknowledge or discard a delivery; at the latest when the broker answers again."""
+        delivery = self._deliveries.get(tag)
+        if delivery is not None:
+            self._say(delivery, lambda server: self._settle(server, delivery))
+
+    def requeue(self, tag: str, *, to_back: bool = False, is_crash: bool = False) -> None:
+        """Put a delivery's message back; at the latest when the broker answers again."""
+        delivery = self._deliveries.get(tag)
+        if delivery is not None:
+            self._say(
+                delivery,
+                lambda server: self.messages.requeue(
+                    server, delivery, to_back=to_back, is_crash=is_crash
+                ),
+            )
+
+    def hold(self, delivery: Delivery) -> Copy:
+        """Ask the guard again; a broker that does not answer says that the copy must wait."""
+        try:
+            delivery.copy = self.messages.hold(self.server, delivery)
+        except UNREACHABLE as error:
+            logger.warning("The broker does not answer: %s", error)
+            delivery.copy = Copy(Guard.HELD_ELSEWHERE, delivery.copy.crashes, 1.0)
+        return delivery.copy
+
+    def say_what_is_unsaid(self, server: redis.Redis) -> None:
+        """Settle and put back what could not be while the broker was away.
+
+        Raises:
+            redis.ConnectionError: It is away again; what is left is kept.
+        """
+        for tag, say in list(self._unsaid.items()):
+            say(server)
+            self._unsaid.pop(tag, None)
+            self._deliveries.pop(tag, None)
+
+    @property
+    def unsaid(self) -> int:
+        """How many deliveries ended without the broker having heard of it."""
+        return len(self._unsaid)
+
+    def note_over(self, tags: Iterable[str]) -> None:
+        """Note deliveries that the broker took back although this process holds them."""
+        for tag in tags:
+            delivery = self._deliveries.get(tag)
+            if delivery is None or tag in self._unsaid or tag in self._over:
+                continue
+            self._over.add(tag)
+            logger.error(
+                "Task %s lost its lease: this worker was silent for too long, or the broker "
+                "lost data. Another copy may run; this one can no longer acknowledge",
+                delivery.task_id or tag,
+            )
+
+    def _say(self, delivery: Delivery, say: Callable[[redis.Redis], Any]) -> None:
+        try:
+            say(self.server)
+        except UNREACHABLE as error:
+            # Its lease is renewed until the broker has heard of it: nobody else may run it.
+            self._unsaid[delivery.tag] = say
+            logger.warning(
+                "The broker does not answer (%s): the end of task %s is said when it does",
+                error,
+                delivery.task_id or delivery.tag,
+            )
+        else:
+            self._deliveries.pop(delivery.tag, None)
+            self._over.discard(delivery.tag)
+
+    def _settle(self, server: redis.Redis, delivery: Delivery) -> None:
+        if not self.messages.settle(server, delivery) and delivery.tag not in self._over:
+            logger.warning(
+                "Task %s ended after its lease: another copy of it may have run",
+                delivery.task_id or delivery.tag,
+            )
+
+
+_helds: dict[Any, Held] = {}
+_lock = threading.Lock()
+
+
+def held_for(identity: Any, make: Callable[[], Held]) -> Held:
+    """Return what this process holds of a broker."""
+    with _lock:
+        held = _helds.get(identity)
+        if held is None:
+            held = _helds[identity] = make()
+        return held
+
+
+def all_held() -> list[Held]:
+    """Return what this process holds of every broker."""
+    return list(_helds.values())
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+    # A child holds nothing: its parent does.
+    _helds.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,243 @@
+"""The keeper: a thread that says its worker lives, and renews the leases of all it holds."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import redis
+
+from reliable_tasks._broker.held import UNREACHABLE, Held
+from reliable_tasks._broker.sweep import BEAT, ring, sweep
+from reliable_tasks._celery.threads import is_patched, native_sleep, start_native_thread
+
+__all__ = ["Keeper"]
+
+logger = logging.getLogger("reliable_tasks")
+
+#: How often the one that sweeps looks for messages that came without a bell (s).
+_RING = 0.2
+#: How soon a beat is tried again that failed (s).
+_AGAIN = 0.2
+#: How long the one that sweeps stays in office without a word (s).
+_TERM = 2.5
+#: How often a worker names the queues that it waits for (s).
+_NAME_QUEUES = 20.0
+#: A main loop that does not turn for so long has hung (s), or four leases if that is longer.
+_HUNG = 60.0
+
+
+class Keeper:
+    """Renews what one process holds of one broker."""
+
+    def __init__(self, held: Held) -> None:
+        self._held = held
+        self._queues: dict[str, Sequence[str]] = {}
+        self._starting = threading.Lock()
+        self._is_running = False
+        self._is_stopped = False
+        self._socket: Any = None
+        self._server_id = ""
+        self._connection = ""
+        self._beat_at = 0.0
+        self._named_at = 0.0
+        self._is_unreachable = False
+        self._is_fenced = False
+        self._loop_seen_at: float | None = None
+        self._has_hung = False
+        self._to_say: deque[tuple[Any, ...]] | None = deque() if is_patched() else None
+
+    @classmethod
+    def of(cls, held: Held) -> Keeper:
+        """Return the keeper of what a process holds."""
+        with _lock:
+            keeper = _keepers.get(held)
+            if keeper is None:
+                keeper = _keepers[held] = cls(held)
+        return keeper
+
+    def look_after(self, queue: str, lists: Sequence[str]) -> None:
+        """Have a queue's messages looked for, whoever sent them; and start."""
+        self._queues[queue] = lists
+        self._named_at = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Start the thread, unless it runs."""
+        with self._starting:
+            if self._is_running:
+                return
+            self._is_running, self._is_stopped = True, False
+        start_native_thread(self._run, "reliable-tasks-keeper")
+
+    def stop(self) -> None:
+        """Stop, and let others know that this worker ended in good order."""
+        self._is_stopped = True
+        try:
+            if not len(self._held):
+                self._held.messages.leave(self._held.server, self._held.worker)
+        except UNREACHABLE:
+            pass
+
+    def main_loop_turns(self) -> None:
+        """Note that the worker's main loop is alive; from the first call on it is expected."""
+        self._loop_seen_at = time.monotonic()
+        while self._to_say:
+            logger.log(*self._to_say.popleft())
+
+    def beat(self) -> bool:
+        """Beat once, renew what is due; return whether this worker sweeps.
+
+        Raises:
+            redis.ConnectionError: The server cannot be reached.
+        """
+        held, server = self._held, self._held.keepers
+        self._identify(server)
+        before, self._beat_at = self._beat_at, time.monotonic()
+        server_now, sweeps, on_hold = held.messages.beat(
+            server,
+            worker=held.worker,
+            connection=self._connection,
+            server_id=self._server_id,
+            lease=held.lease,
+            elapsed=self._beat_at - before if before else 0.0,
+            term=_TERM,
+            gap=max(held.lease / 3, 2 * _TERM),
+        )
+        if self._beat_at - held.renewed_at >= held.lease / 3 - BEAT / 2:
+            self._renew(server)
+        if held.unsaid:
+            held.say_what_is_unsaid(server)
+        if self._queues and self._beat_at - self._named_at > _NAME_QUEUES:
+            held.messages.name_queues(server, server_now, self._queues)
+            self._named_at = self._beat_at
+        if sweeps and not on_hold:
+            sweep(held, server, server_now, self._server_id)
+        return sweeps
+
+    def _run(self) -> None:
+        while not self._is_stopped:
+            began = time.monotonic()
+            try:
+                sweeps = self.beat()
+                self._say_reachable()
+                wait = BEAT
+                while sweeps and wait > 0 and not self._is_stopped:
+                    ring(self._held, self._held.keepers)
+                    native_sleep(min(_RING, wait))
+                    wait = began + BEAT - time.monotonic()
+            except UNREACHABLE as error:
+                self._say_unreachable(error)
+                wait = _AGAIN
+            except redis.exceptions.RedisError as error:
+                self._say(logging.ERROR, "The broker refuses the keeper: %s", error)
+                wait = BEAT
+            except Exception:
+                # Without its keeper a worker would lose all it holds.
+                self._say(logging.ERROR, "The keeper goes on after an error", exc_info=True)
+                wait = BEAT
+            self._fence()
+            native_sleep(max(0.0, min(wait, began + wait - time.monotonic())))
+        self._is_running = False
+
+    def _renew(self, server: redis.Redis) -> None:
+        held = self._held
+        if self._main_loop_has_hung():
+            return
+        # The lease begins for the server when it gets this, which is later.
+        sent_at = time.monotonic()
+        held.note_over(held.messages.renew(server, held.to_renew(sent_at), held.lease))
+        held.renewed_at = sent_at
+
+    def _main_loop_has_hung(self) -> bool:
+        if self._loop_seen_at is None:
+            return False
+        silent = time.monotonic() - self._loop_seen_at
+        has_hung = silent > max(_HUNG, 4 * self._held.lease)
+        if has_hung and not self._has_hung:
+            self._say(
+                logging.CRITICAL,
+                "The worker's main loop has not turned for %.0f s: its %d messages are left to "
+                "other workers",
+                silent,
+                len(self._held),
+            )
+        self._has_hung = has_hung
+        return has_hung
+
+    def _fence(self) -> None:
+        """Say when nothing could be renewed for so long that others may run what we run."""
+        silent = time.monotonic() - self._held.renewed_at
+        is_fenced = silent > self._held.lease and len(self._held) > 0
+        if is_fenced and not self._is_fenced:
+            self._say(
+                logging.CRITICAL,
+                "No lease could be renewed for %.1f s (reliable_lease is %g s): the %d messages "
+                "of this worker may be run by others while it still runs them",
+                silent,
+                self._held.lease,
+                len(self._held),
+            )
+        self._is_fenced = is_fenced
+
+    def _identify(self, server: redis.Redis) -> None:
+        """Find out how the server knows this connection, whenever it is a new one."""
+        connection = self._own_connection(server)
+        if connection._sock is not None and connection._sock is self._socket:
+            return
+        redis.Redis.execute_command(server, "PING")
+        self._server_id, self._connection = "", ""
+        try:
+            about = redis.Redis.execute_command(server, "INFO", "server")
+            self._server_id = str(about["run_id"])
+            known = redis.Redis.execute_command(server, "CLIENT INFO")
+            local = connection._sock.getsockname()
+            # Through a proxy or a translated address, a connection that the server loses says
+            # nothing of the worker behind it.
+            if known["addr"] in (f"{local[0]}:{local[1]}", f"[{local[0]}]:{local[1]}"):
+                self._connection = f"{self._server_id} {known['id']}"
+        except (redis.exceptions.ResponseError, KeyError, TypeError, IndexError) as error:
+            self._say(logging.INFO, "Dead workers are found by their leases alone: %s", error)
+        self._socket = connection._sock
+
+    def _own_connection(self, server: redis.Redis) -> Any:
+        """Keep one connection: the server takes its loss for the worker's death."""
+        if server.connection is None:
+            server.connection = server.connection_pool.get_connection()
+        return server.connection
+
+    def _say_unreachable(self, error: Exception) -> None:
+        if not self._is_unreachable:
+            self._say(logging.WARNING, "The keeper cannot reach the broker: %s", error)
+        self._is_unreachable = True
+
+    def _say_reachable(self) -> None:
+        if self._is_unreachable:
+            self._say(logging.INFO, "The keeper reaches the broker again")
+        self._is_unreachable = False
+
+    def _say(self, level: int, message: str, *args: Any, **options: Any) -> None:
+        # A native thread must not wait for the locks of logging where those are green.
+        if self._to_say is None:
+            logger.log(level, message, *args, **options)
+        else:
+            self._to_say.append((level, message, *args))
+
+
+_keepers: WeakKeyDictionary[Held, Keeper] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _keepers.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,100 @@
+"""What the elected worker does for all: find the dead, put back what they held, ring bells."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import redis
+
+from reliable_tasks._broker.held import Held
+
+__all__ = ["BEAT", "ring", "sweep"]
+
+logger = logging.getLogger("reliable_tasks")
+
+#: How often a keeper says that its worker lives (s).
+BEAT = 1.0
+#: A worker has missed two beats when it was silent for so long (s).
+_SILENT = 2 * BEAT + 0.3
+#: So many messages are put back in one go.
+_AT_ONCE = 100
+#: No lease lasts longer (s). One that seems to was given before the server's clock went back.
+_LONGEST_LEASE = 600.0
+
+
+def sweep(held: Held, server: redis.Redis, now: float, server_id: str) -> int:
+    """Put back what nobody holds any more; return how many messages that were.
+
+    Args:
+        held: What this worker holds, and the scripts.
+        server: The keeper's client.
+        now: The server's time.
+        server_id: Id of the server process.
+    """
+    if held.detects_deaths and server_id:
+        _end_leases_of_the_dead(held, server, now, server_id)
+    count = 0
+    while True:
+        tags = held.messages.lapsed(server, now, beyond=now + _LONGEST_LEASE, limit=_AT_ONCE)
+        count += _put_back(held, server, tags)
+        if len(tags) < _AT_ONCE:
+            break
+    _forget_the_silent(held, server, now)
+    return count
+
+
+def ring(held: Held, server: redis.Redis) -> None:
+    """Wake workers for messages that came without a bell."""
+    held.messages.ring(server)
+
+
+def _put_back(held: Held, server: redis.Redis, tags: list[str]) -> int:
+    count = 0
+    for found in held.messages.find(server, tags):
+        if isinstance(found, str):
+            held.messages.drop(server, found)
+        elif held.messages.requeue(server, found, if_lapsed=True):
+            count += 1
+            logger.warning(
+                "Task %s is put back into %s: the worker that had it no longer renews its lease",
+                found.task_id or found.tag,
+                found.queue,
+            )
+    return count
+
+
+def _end_leases_of_the_dead(held: Held, server: redis.Redis, now: float, server_id: str) -> None:
+    messages = held.messages
+    silent = [name for name in messages.silent(server, now - _SILENT) if name != held.worker]
+    connections: dict[str, str] = {}
+    for worker, known in messages.keepers(server, silent).items():
+        process, _, connection = known.partition(" ")
+        # Seen by another process of the server, its connection says nothing here.
+        if connection and process == server_id:
+            connections[worker] = connection
+    if not connections:
+        return
+    alive = _connected(server, connections.values())
+    if alive is None:
+        held.detects_deaths = False
+        return
+    for worker, connection in connections.items():
+        if connection not in alive:
+            count = messages.end_leases_of(server, worker)
+            messages.leave(server, worker)
+            logger.warning("Worker %s is dead; it held %d messages", worker, count)
+
+
+def _connected(server: redis.Redis, ids: Iterable[str]) -> set[str] | None:
+    try:
+        answer = redis.Redis.execute_command(server, "CLIENT LIST", "ID", *ids)
+    except redis.exceptions.ResponseError as error:
+        logger.info("Dead workers are found by their leases alone: CLIENT LIST says %s", error)
+        return None
+    return {str(client["id"]) for client in answer}
+
+
+def _forget_the_silent(held: Held, server: redis.Redis, now: float) -> None:
+    for worker in held.messages.silent(server, now - 2 * _LONGEST_LEASE):
+        held.messages.leave(server, worker)

@@ -1,0 +1,37 @@
+-- Purpose: end a delivery and put its message back into the list it came from.
+--          Safe to repeat.
+-- KEYS[1]  unacked: hash, tag -> [message, exchange, routing key]
+-- KEYS[2]  unacked_index: sorted set, tag -> seconds
+-- KEYS[3]  leases: sorted set, tag -> end of the lease, ms
+-- KEYS[4]  the task's run
+-- KEYS[5]  the list
+-- KEYS[6]  the bell of its queue
+-- ARGV[1]  tag of the delivery
+-- ARGV[2]  message, as it shall wait from now on
+-- ARGV[3]  'front' to be the next one taken, 'back' to wait behind all others
+-- ARGV[4]  started: '1' to take back the crash that was counted ahead
+-- ARGV[5]  lapsed: '1' to do it only if the lease has ended
+-- Returns: 1  put back
+--          0  the delivery is over already, or its lease has not ended
+-- Uses: release_run ring_bell
+-- Commands: TIME ZSCORE HDEL ZREM RPUSH LPUSH
+if ARGV[5] == '1' then
+    local time = redis.call('TIME')
+    local lease_end = redis.call('ZSCORE', KEYS[3], ARGV[1])
+    if lease_end and tonumber(lease_end) > time[1] * 1000 + math.floor(time[2] / 1000) then
+        return 0
+    end
+end
+redis.call('ZREM', KEYS[3], ARGV[1])
+redis.call('ZREM', KEYS[2], ARGV[1])
+if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then
+    return 0
+end
+release_run(KEYS[4], ARGV[1], '0', ARGV[4], false, 0)
+if ARGV[3] == 'front' then
+    redis.call('RPUSH', KEYS[5], ARGV[2])
+else
+    redis.call('LPUSH', KEYS[5], ARGV[2])
+end
+ring_bell(KEYS[6])
+return 1

@@ -1,0 +1,38 @@
+-- Purpose: say that a worker lives, and elect the one that sweeps. Whoever sweeps says when
+--          the server last did not look like itself: another process, or a clock that jumped.
+--          Then no lease counts before each keeper had the time to renew its own.
+-- KEYS[1]  beats: sorted set, worker -> its last beat, ms
+-- KEYS[2]  keepers: hash, worker -> how to tell its connection
+-- KEYS[3]  sweeper: hash: worker, until, beat (ms), server, held_until (ms)
+-- ARGV[1]  worker
+-- ARGV[2]  how to tell the connection of its keeper, or ''
+-- ARGV[3]  server: the id of the server process, as the keeper knows it
+-- ARGV[4]  lease: the longest that a sweep may have to wait, ms
+-- ARGV[5]  elapsed since this worker's beat before, by its own clock, ms, or '0'
+-- ARGV[6]  interval of the election, ms
+-- ARGV[7]  gap in ms beyond which the clock jumped, or nobody has swept
+-- Returns: {now in ms, 1 if this worker sweeps or else 0, ms for which nobody may sweep}
+-- Commands: TIME ZADD HSET HMGET
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local elapsed, gap = tonumber(ARGV[5]), tonumber(ARGV[7])
+redis.call('ZADD', KEYS[1], string.format('%.0f', now), ARGV[1])
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+local sweeper, ends, beat, server, held_until =
+    unpack(redis.call('HMGET', KEYS[3], 'worker', 'until', 'beat', 'server', 'held_until'))
+ends, beat, held_until = tonumber(ends or 0), tonumber(beat or 0), tonumber(held_until or 0)
+-- A clock that went back would leave the office to one who died.
+if sweeper and sweeper ~= ARGV[1] and ends > now and ends < now + 10 * ARGV[6] then
+    return {now, 0, 0}
+end
+local expected = sweeper == ARGV[1] and elapsed > 0 and elapsed or 0
+local since = now - beat
+if server ~= ARGV[3] or since < expected - gap or since > expected + gap then
+    held_until = now + ARGV[4]
+elseif held_until > now + ARGV[4] then
+    held_until = now + ARGV[4]
+end
+redis.call('HSET', KEYS[3], 'worker', ARGV[1], 'until', string.format('%.0f', now + ARGV[6]),
+    'beat', string.format('%.0f', now), 'server', ARGV[3],
+    'held_until', string.format('%.0f', held_until))
+return {now, 1, math.max(held_until - now, 0)}

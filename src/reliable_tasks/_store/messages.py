@@ -1,0 +1,572 @@
+"""Messages on lease: taken, renewed, settled and put back, each in one script.
+
+The lists, ``unacked`` and ``unacked_index`` are stock kombu's own, so that stock and reliable
+workers share queues. What is ours stands beside them: see ``keys.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from itertools import islice
+from typing import Any
+from uuid import uuid4
+
+import redis
+
+from reliable_tasks._store.keys import Keys
+from reliable_tasks._store.scripts import Argument, load
+
+__all__ = [
+    "ClaimTaken",
+    "Copy",
+    "Delivery",
+    "Guard",
+    "Layout",
+    "Messages",
+    "Publication",
+    "Published",
+    "Superseded",
+]
+
+#: How long a repeated publish is recognised (s): longer than any client goes on trying.
+_TOKEN_TTL = 300.0
+#: How long a run is known if nobody ends it (s): a task may wait for its ETA for days.
+_RUN_TTL = 7 * 86400.0
+#: How long a task that had other copies is known to be over (s).
+_OVER_TTL = 3600.0
+#: How many tags one renewal takes: each ZADD blocks the server for well under 1 ms.
+_RENEWED_AT_ONCE = 500
+#: How long a queue is looked after that no worker names any more (s).
+_QUEUE_TTL = 60.0
+
+
+class Guard(IntEnum):
+    """What the guard says of a copy; the numbers are those of ``hold_run.lua``."""
+
+    MAY_RUN = 1
+    CONTINUED = 2
+    HELD_ELSEWHERE = 3
+
+
+class Queued(IntEnum):
+    """Answers to a publish; the numbers are those of ``message_publish.lua``."""
+
+    CLAIM_TAKEN = 0
+    QUEUED = 1
+    REPEATED = 2
+    SUPERSEDED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """What is known of a copy before it runs.
+
+    Attributes:
+        guard: Whether it may run.
+        crashes: How many times the task was started before and ended by no word of its own.
+        seconds: How long the lease of the copy lasts that runs elsewhere.
+    """
+
+    guard: Guard
+    crashes: int
+    seconds: float
+
+    @classmethod
+    def of(cls, answer: Sequence[Any]) -> Copy:
+        """Read what `hold_run` returned."""
+        guard, crashes, milliseconds = answer
+        return cls(Guard(int(guard)), int(crashes), max(int(milliseconds), 0) / 1000)
+
+
+@dataclass(slots=True)
+class Delivery:
+    """One message in the hands of one worker.
+
+    Attributes:
+        tag: Its own, never used again: ``<worker>:<fetch>:<number>:<list>``.
+        list: The list it came from, without kombu's prefix.
+        queue: The queue of that list.
+        raw: The message as it was in the list.
+        copy: What the guard said when it was taken.
+        task_id: Id of the task, or ``""``.
+        attempt: Which continuation of the task it is.
+        is_redelivered: Whether the task may have had other copies.
+        is_started: Whether a crash was counted ahead.
+        renew_until: When to stop renewing its lease (monotonic s): the run has hung.
+    """
+
+    tag: str
+    list: str
+    queue: str
+    raw: bytes
+    copy: Copy
+    task_id: str = ""
+    attempt: int = 0
+    is_redelivered: bool = False
+    is_started: bool = False
+    renew_until: float = math.inf
+
+    def describe(self, message: Mapping[str, Any]) -> None:
+        """Take over what the decoded message says of its task."""
+        headers = message.get("headers") or {}
+        self.task_id = str(headers.get("id") or "")
+        attempt = headers.get("reliable_attempt")
+        self.attempt = int(attempt if attempt is not None else headers.get("retries") or 0)
+        self.is_redelivered = bool(headers.get("redelivered"))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where kombu keeps its messages.
+
+    Attributes:
+        prefix: kombu's ``global_keyprefix``.
+        unacked: Key of the messages that were delivered.
+        index: Key of the times by which stock workers sweep.
+        sep: What separates a queue's name from a priority.
+    """
+
+    prefix: str
+    unacked: str
+    index: str
+    sep: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """What a publish does besides queueing a message.
+
+    Attributes:
+        continues: Tag of the delivery whose continuation this is, or ``""``.
+        attempt: Attempt of that continuation.
+        claim: Name of the claim to take or to keep, or ``""``.
+        keeps: Whether the claim is kept for a continuation, rather than taken.
+        owner: The task's id.
+        claim_attempt: The attempt that the claim is for.
+        ttl: How long the message may wait (s).
+        task: The task's name.
+        holder: Token of the run that continues its claim.
+    """
+
+    continues: str = ""
+    attempt: int = 0
+    claim: str = ""
+    keeps: bool = False
+    owner: str = ""
+    claim_attempt: int = 0
+    ttl: float = 0.0
+    task: str = ""
+    holder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """How a publish ended.
+
+    Attributes:
+        code: The outcome.
+        owner: Id of the task that has the claim, where it was taken.
+        seconds: Until that claim lapses.
+        fence: The fence of that claim.
+    """
+
+    code: Queued
+    owner: str
+    seconds: float
+    fence: int
+
+
+class ClaimTaken(Exception):  # noqa: N818 - an answer, not an error
+    """Raised through kombu: the message is not queued, for another task has its claim.
+
+    Attributes:
+        published: The answer.
+    """
+
+    def __init__(self, published: Published) -> None:
+        super().__init__(published)
+        self.published = published
+
+
+class Superseded(Exception):  # noqa: N818 - an answer, not an error
+    """Raised through kombu: the message is not queued, for its task was taken over."""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchPlan:
+    """The command that takes messages, and what is needed to read its answer."""
+
+    prefix: str
+    lists: Sequence[str]
+    queues: Sequence[str]
+    keys: Sequence[str]
+    args: Sequence[Argument]
+    count: int = field(default=1)
+
+    @property
+    def sha(self) -> str:
+        """The hash of the script."""
+        return load("message_fetch").sha
+
+    @property
+    def source(self) -> str:
+        """The script, for a server that does not know it."""
+        return load("message_fetch").source
+
+    def repeated(self) -> FetchPlan:
+        """Return the plan that asks again for what this one took."""
+        args = [*self.args]
+        args[5] = "1"
+        return FetchPlan(self.prefix, self.lists, self.queues, self.keys, args, self.count)
+
+    def run(self, server: redis.Redis) -> list[Any]:
+        """Take messages now."""
+        return list(load("message_fetch").on(server, self.keys, self.args))
+
+    def read(self, answer: Iterable[Sequence[Any]]) -> Iterator[tuple[str, str, str, bytes, Copy]]:
+        """Yield tag, list, queue, message and copy of each that was taken."""
+        for place, message, *held, number in answer:
+            list_ = self.lists[int(place) - 1]
+            queue = self.queues[(int(place) - 1) % len(self.queues)]
+            yield f"{self.prefix}{int(number)}:{list_}", list_, queue, message, Copy.of(held)
+
+
+class Messages:
+    """The messages of one Redis database behind one prefix.
+
+    Every method takes the client to use, raises redis-py's own errors, and can be repeated when
+    its reply was lost.
+    """
+
+    def __init__(self, layout: Layout, key_prefix: str) -> None:
+        self.layout = layout
+        self.keys = Keys(layout.prefix + key_prefix)
+        self._held = [layout.prefix + layout.unacked, layout.prefix + layout.index]
+
+    def plan_fetch(
+        self,
+        prefix: str,
+        *,
+        queues: Sequence[str],
+        lists: Sequence[str],
+        unleased: Iterable[str],
+        count: int,
+        rotates: bool,
+        lease: float,
+    ) -> FetchPlan:
+        """Prepare to take messages.
+
+        Args:
+            prefix: What the tags begin with; never used before.
+            queues: In the order in which they are served.
+            lists: Of each queue for the first priority, of each for the second, and so on.
+            unleased: Queues whose messages are not acknowledged.
+            count: How many messages at most.
+            rotates: Serve the queues in turn rather than emptying the first one first.
+            lease: In seconds.
+        """
+        without = frozenset(unleased)
+        bells = [self.keys.bell(queue) for queue in queues]
+        keys = [*self._held, self.keys.leases, *bells, *(self.layout.prefix + q for q in lists)]
+        endings = ["" if q in without else f',"",{json.dumps(q)}]' for q in queues]
+        args: list[Argument] = [
+            _ms(lease),
+            prefix,
+            count,
+            len(queues),
+            int(rotates),
+            0,
+            self.keys.runs,
+            _ms(_RUN_TTL),
+            self.layout.prefix,
+            *endings,
+        ]
+        return FetchPlan(prefix, lists, queues, keys, args, count)
+
+    def publish(
+        self,
+        server: redis.Redis,
+        *,
+        token: str,
+        list_: str,
+        queue: str,
+        message: str,
+        publication: Publication | None = None,
+        expires: tuple[int, Sequence[str]] | None = None,
+    ) -> Published:
+        """Queue a message, unless one with this token was queued before.
+
+        Args:
+            server: The client.
+            token: Of this publish.
+            list_: The list of its priority, without kombu's prefix.
+            queue: The queue.
+            message: The whole message.
+            publication: What else to do in the same step.
+            expires: The queue's own expiry (ms), and the lists that it concerns.
+        """
+        with_ = publication or Publication()
+        key = self.layout.prefix + list_
+        expiry, lists = expires or (0, ())
+        keys = [
+            self.keys.sent(token),
+            key,
+            self.keys.bell(queue),
+            self.keys.run(with_.owner) if with_.continues else key,
+            self.keys.claim(with_.claim) if with_.claim else key,
+        ]
+        wish = ("continue" if with_.keeps else "acquire") if with_.claim else ""
+        args: list[Argument] = [
+            message,
+            _ms(_TOKEN_TTL),
+            with_.continues,
+            with_.attempt,
+            wish,
+            with_.owner,
+            with_.claim_attempt,
+            _ms(with_.ttl),
+            with_.task,
+            with_.holder,
+            expiry,
+            token,
+            *(self.layout.prefix + one for one in lists),
+        ]
+        code, owner, milliseconds, fence = load("message_publish").on(server, keys, args)
+        return Published(
+            Queued(int(code)),
+            _text(owner),
+            max(int(milliseconds), 0) / 1000,
+            int(_text(fence) or 0),
+        )
+
+    def hold(self, server: redis.Redis, delivery: Delivery, lease: float = 0.0) -> Copy:
+        """Ask again whether a copy may run; with a lease also for one of another broker."""
+        keys = [self.keys.leases, self.keys.run(delivery.task_id)]
+        args: list[Argument] = [delivery.tag, delivery.attempt, _ms(_RUN_TTL), _ms(lease)]
+        return Copy.of(load("message_hold").on(server, keys, args))
+
+    def settle(self, server: redis.Redis, delivery: Delivery) -> bool:
+        """Acknowledge or discard; return False if the delivery was over already."""
+        keys = [*self._held, self.keys.leases, self.keys.run(delivery.task_id)]
+        remembers = _ms(_OVER_TTL) if delivery.is_redelivered else 0
+        args: list[Argument] = [
+            delivery.tag,
+            delivery.attempt,
+            int(delivery.is_started),
+            remembers,
+        ]
+        return bool(load("message_settle").on(server, keys, args))
+
+    def requeue(
+        self,
+        server: redis.Redis,
+        delivery: Delivery,
+        *,
+        to_back: bool = False,
+        is_crash: bool = False,
+        if_lapsed: bool = False,
+    ) -> bool:
+        """Put a message back; return False if the delivery was over already.
+
+        Args:
+            server: The client.
+            delivery: Its message is marked as redelivered and its deliveries are counted.
+            to_back: Behind all that wait, not in front of them.
+            is_crash: Let the crash stand that was counted ahead.
+            if_lapsed: Only if the lease has ended.
+        """
+        keys = [
+            *self._held,
+            self.keys.leases,
+            self.keys.run(delivery.task_id),
+            self.layout.prefix + delivery.list,
+            self.keys.bell(delivery.queue),
+        ]
+        args: list[Argument] = [
+            delivery.tag,
+            redelivered(delivery.raw),
+            "back" if to_back else "front",
+            int(delivery.is_started and not is_crash),
+            int(if_lapsed),
+        ]
+        return bool(load("message_requeue").on(server, keys, args))
+
+    def renew(self, server: redis.Redis, tags: Iterable[str], lease: float) -> list[str]:
+        """Renew leases; return the tags whose delivery is over."""
+        over: list[str] = []
+        keys = [self.keys.leases, self._held[1]]
+        rest = iter(tags)
+        while batch := list(islice(rest, _RENEWED_AT_ONCE)):
+            answer = load("message_renew").on(server, keys, [_ms(lease), *batch])
+            over += [_text(tag) for tag in answer]
+        return over
+
+    # -- what the sweeper does -----------------------------------------------------------------
+
+    def beat(
+        self,
+        server: redis.Redis,
+        *,
+        worker: str,
+        connection: str,
+        server_id: str,
+        lease: float,
+        elapsed: float,
+        term: float,
+        gap: float,
+    ) -> tuple[float, bool, float]:
+        """Say that a worker lives; return the server's time, whether it sweeps, and the hold."""
+        keys = [self.keys.beats, self.keys.keepers, self.keys.sweeper]
+        args: list[Argument] = [
+            worker,
+            connection,
+            server_id,
+            _ms(lease),
+            _ms(elapsed),
+            _ms(term),
+            _ms(gap),
+        ]
+        now, sweeps, held = load("worker_beat").on(server, keys, args)
+        return int(now) / 1000, bool(sweeps), int(held) / 1000
+
+    def leave(self, server: redis.Redis, worker: str) -> None:
+        """Forget a worker."""
+        keys = [self.keys.beats, self.keys.keepers, self.keys.sweeper]
+        load("worker_leave").on(server, keys, [worker])
+
+    def name_queues(self, server: redis.Redis, now: float, queues: Mapping[str, Sequence[str]]) -> None:
+        """Have these queues looked after; for each its lists, without kombu's prefix."""
+        names = {
+            json.dumps([self.keys.bell(queue), *(self.layout.prefix + q for q in lists)]): now * 1000
+            for queue, lists in queues.items()
+        }
+        redis.Redis.execute_command(
+            server, "ZADD", self.keys.queues, *(x for name, at in names.items() for x in (at, name))
+        )
+
+    def ring(self, server: redis.Redis) -> int:
+        """Wake a worker for each queue with messages; return how many were woken."""
+        return int(load("queues_ring").on(server, [self.keys.queues], [_ms(_QUEUE_TTL)]))
+
+    def silent(self, server: redis.Redis, before: float) -> dict[str, float]:
+        """Return the workers that were last heard of before a server's time, and when."""
+        found = _run(
+            server, "ZRANGEBYSCORE", self.keys.beats, "-inf", f"({before * 1000:.0f}", "WITHSCORES"
+        )
+        return {_text(name): at / 1000 for name, at in _pairs(found)}
+
+    def keepers(self, server: redis.Redis, workers: Sequence[str]) -> dict[str, str]:
+        """Return how to tell the connections of workers."""
+        if not workers:
+            return {}
+        found = _run(server, "HMGET", self.keys.keepers, *workers)
+        return {
+            worker: _text(value)
+            for worker, value in zip(workers, found, strict=True)
+            if value is not None
+        }
+
+    def end_leases_of(self, server: redis.Redis, worker: str) -> int:
+        """End all leases of a dead worker; return how many there were."""
+        ended = 0
+        cursor: Any = "0"
+        while True:
+            cursor, found = _run(
+                server, "ZSCAN", self.keys.leases, cursor, "MATCH", f"{worker}:*", "COUNT", 500
+            )
+            tags = [_text(tag) for tag, _ in _pairs(found)]
+            if tags:
+                scores = [x for tag in tags for x in (0, tag)]
+                _run(server, "ZADD", self.keys.leases, "XX", *scores)
+                ended += len(tags)
+            if _text(cursor) == "0":
+                return ended
+
+    def lapsed(self, server: redis.Redis, now: float, *, beyond: float, limit: int) -> list[str]:
+        """Return tags whose lease has ended, or ends after ``beyond``, which no lease does."""
+        ended = _run(
+            server, "ZRANGEBYSCORE", self.keys.leases, "-inf", f"{now * 1000:.0f}", "LIMIT", 0, limit
+        )
+        if len(ended) < limit:
+            ended += _run(
+                server,
+                "ZRANGEBYSCORE",
+                self.keys.leases,
+                f"({beyond * 1000:.0f}",
+                "+inf",
+                "LIMIT",
+                0,
+                limit - len(ended),
+            )
+        return [_text(tag) for tag in ended]
+
+    def find(self, server: redis.Redis, tags: Sequence[str]) -> list[Delivery | str]:
+        """Return the deliveries of tags; of one whose message is gone only the tag."""
+        if not tags:
+            return []
+        entries = _run(server, "HMGET", self._held[0], *tags)
+        return [
+            tag if entry is None else self._delivery(tag, entry)
+            for tag, entry in zip(tags, entries, strict=True)
+        ]
+
+    def drop(self, server: redis.Redis, tag: str) -> None:
+        """Forget a lease without a message: that of another broker, or of a lost write."""
+        _run(server, "ZREM", self.keys.leases, tag)
+        _run(server, "ZREM", self._held[1], tag)
+
+    def set_apart(self, server: redis.Redis, tag: str, message: bytes) -> None:
+        """Keep a message that nobody can read where somebody can look at it."""
+        _run(server, "RPUSH", self.keys.undecodable, message)
+        _run(server, "HDEL", self._held[0], tag)
+        self.drop(server, tag)
+
+    def count_crash(self, task_id: str) -> tuple[Argument, ...]:
+        """Return the command that counts a start as a crash until it is taken back."""
+        return ("HINCRBY", self.keys.run(task_id), "crashes", 1)
+
+    def _delivery(self, tag: str, entry: bytes) -> Delivery:
+        message, _, queue = json.loads(entry)
+        copy = Copy(Guard.MAY_RUN, 0, 0.0)
+        list_ = tag.split(":", 3)[3]
+        delivery = Delivery(tag, list_, queue, json.dumps(message).encode(), copy)
+        delivery.describe(message)
+        return delivery
+
+
+def redelivered(raw: bytes) -> str:
+    """Return a message as it goes back: marked as kombu does, its deliveries counted."""
+    message: dict[str, Any] = json.loads(raw)
+    headers = dict(message.get("headers") or {})
+    headers["redelivered"] = True
+    headers["x-delivery-count"] = int(headers.get("x-delivery-count") or 0) + 1
+    properties = dict(message.get("properties") or {})
+    # A tag is of one delivery: a stock worker takes the one that it finds here.
+    properties["delivery_tag"] = str(uuid4())
+    properties["delivery_info"] = {**(properties.get("delivery_info") or {}), "redelivered": True}
+    return json.dumps({**message, "headers": headers, "properties": properties})
+
+
+def _run(server: redis.Redis, *command: Any) -> Any:
+    return redis.Redis.execute_command(server, *command)
+
+
+def _pairs(found: Any) -> Iterator[tuple[Any, float]]:
+    """Read members and scores, which redis-py gives as pairs or as one flat list."""
+    rows = list(found)
+    if rows and not isinstance(rows[0], (tuple, list)):
+        rows = list(zip(rows[::2], rows[1::2], strict=True))
+    for name, score in rows:
+        yield name, float(score)
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
