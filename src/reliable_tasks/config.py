@@ -26,6 +26,9 @@ REDIS_OPTIONS = (
 #: How long a task may run that nothing limits: Celery's own default visibility timeout (s).
 UNLIMITED = 3600.0
 
+#: The longest `reliable_lease` (s).
+LONGEST_LEASE = 300.0
+
 
 def _setting(default: Any, doc: str, *, unit: str = "", choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata={"doc": doc, "unit": unit, "choices": choices})
@@ -103,6 +106,32 @@ class ReliableConfig:
         "`apply_reliable_config(longest_countdown=...)`.",
         unit="s",
     )
+    broker: str = _setting(
+        "reliable",
+        "Which transport talks to a broker whose URL is `redis://`, `rediss://` or "
+        "`sentinel://`: `reliable`, this library's, or `stock`, kombu's own, with which tasks "
+        "can be lost and long ones can run twice.",
+        choices=("reliable", "stock"),
+    )
+    lease: float = _setting(
+        15.0,
+        "For how long a message is a worker's own without a renewal, at most 300 s; a worker "
+        "renews each third of it. After a death that no lost connection gives away, its tasks "
+        "run again when it has ended. The same for all workers of a Redis database.",
+        unit="s",
+    )
+    death_detection: str = _setting(
+        "connection",
+        "How a dead worker is known: `connection` takes the word of the Redis that lost its "
+        "connection and did not hear of it for two seconds, `lease` waits for its leases to "
+        "end. Where connections come through a proxy, it is always `lease`.",
+        choices=("connection", "lease"),
+    )
+    wait_replicas: int = _setting(
+        0,
+        "How many replicas of the Redis broker must have a message before its publish returns "
+        "(`WAIT`); a failover then forgets less. With 0 none is waited for.",
+    )
     visibility_margin: float = _setting(
         10.0,
         "What `visibility_timeout` adds to the longest task: room for the hard limit's kill, "
@@ -117,6 +146,7 @@ class ReliableConfig:
             ("longest_task", False),
             ("longest_countdown", True),
             ("visibility_margin", True),
+            ("lease", False),
         ):
             value = getattr(self, name)
             if value is None and name.startswith("longest_"):
@@ -125,6 +155,16 @@ class ReliableConfig:
             if not is_number or not (0 < value < inf or (may_be_zero and value == 0)):
                 least = "0 or more" if may_be_zero else "more than 0"
                 raise ConfigError(f"reliable_{name} = {value!r}: give a number of seconds, {least}")
+        if self.lease > LONGEST_LEASE:
+            raise ConfigError(
+                f"reliable_lease = {self.lease!r}: give at most {LONGEST_LEASE:g} seconds, or a "
+                "dead worker's tasks would wait that long; it is renewed while the worker lives"
+            )
+        if not isinstance(self.wait_replicas, int) or self.wait_replicas < 0:
+            raise ConfigError(
+                f"reliable_wait_replicas = {self.wait_replicas!r}: give a number of replicas, "
+                "0 or more"
+            )
         for name in self.redis_options or {}:
             if name not in REDIS_OPTIONS:
                 raise ConfigError(

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -18,7 +18,7 @@ import redis
 
 from reliable_tasks._store.messages import Copy, Delivery, Guard, Messages
 
-__all__ = ["Held", "held_for"]
+__all__ = ["UNREACHABLE", "Held", "all_held", "held_for"]
 
 logger = logging.getLogger("reliable_tasks")
 
@@ -29,6 +29,60 @@ UNREACHABLE = (
     redis.exceptions.ReadOnlyError,
     OSError,
 )
+
+
+class MuteConnection:
+    """Sends commands whose answer nobody waits for.
+
+    What was sent lies in the kernel's buffer, and reaches the server also when this process is
+    killed in the next moment.
+    """
+
+    def __init__(self, server: redis.Redis) -> None:
+        self._server = server
+        self._connection: Any = None
+        self._is_refused = False
+
+    def send(self, command: Sequence[Any]) -> None:
+        """Send a command.
+
+        Raises:
+            redis.ConnectionError: The server cannot be reached, tried twice.
+        """
+        try:
+            self._send(command)
+        except UNREACHABLE:
+            self._disconnect()
+            self._send(command)
+
+    def _send(self, command: Sequence[Any]) -> None:
+        if self._connection is None and not self._is_refused:
+            self._connect()
+        if self._is_refused:
+            redis.Redis.execute_command(self._server, *command)
+            return
+        packed = self._connection.pack_command(*command)
+        # A health check would wait for an answer.
+        self._connection.send_packed_command(packed, check_health=False)
+
+    def _connect(self) -> None:
+        connection = self._server.connection_pool.get_connection()
+        try:
+            # Asked for first, for what follows is not answered, not even by a refusal.
+            connection.send_command("CLIENT", "REPLY", "ON", check_health=False)
+            connection.read_response()
+            connection.send_command("CLIENT", "REPLY", "OFF", check_health=False)
+        except redis.exceptions.ResponseError:
+            self._is_refused = True
+            self._server.connection_pool.release(connection)
+        else:
+            self._connection = connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.disconnect()
+            self._server.connection_pool.release(connection)
 
 
 class Held:
@@ -58,6 +112,7 @@ class Held:
         self._unsaid: dict[str, Callable[[redis.Redis], Any]] = {}
         self._over: set[str] = set()
         self._fetches = 0
+        self._mute = MuteConnection(server)
 
     def next_prefix(self) -> str:
         """Return what the tags of the next fetch begin with."""
@@ -76,6 +131,10 @@ class Held:
         """Return the tags of all that is held, but for runs that have hung."""
         return [tag for tag, d in list(self._deliveries.items()) if now < d.renew_until]
 
+    def is_open(self, tag: str) -> bool:
+        """Say whether a delivery is held and has not ended."""
+        return tag in self._deliveries and tag not in self._unsaid
+
     def __len__(self) -> int:
         return len(self._deliveries)
 
@@ -85,15 +144,13 @@ class Held:
         if delivery is not None:
             self._say(delivery, lambda server: self._settle(server, delivery))
 
-    def requeue(self, tag: str, *, to_back: bool = False, is_crash: bool = False) -> None:
+    def requeue(self, tag: str, *, to_back: bool = False) -> None:
         """Put a delivery's message back; at the latest when the broker answers again."""
         delivery = self._deliveries.get(tag)
         if delivery is not None:
             self._say(
                 delivery,
-                lambda server: self.messages.requeue(
-                    server, delivery, to_back=to_back, is_crash=is_crash
-                ),
+                lambda server: self.messages.requeue(server, delivery, to_back=to_back),
             )
 
     def hold(self, delivery: Delivery) -> Copy:
@@ -104,6 +161,15 @@ class Held:
             logger.warning("The broker does not answer: %s", error)
             delivery.copy = Copy(Guard.HELD_ELSEWHERE, delivery.copy.crashes, 1.0)
         return delivery.copy
+
+    def count_start(self, delivery: Delivery) -> None:
+        """Count a crash ahead of a start; its orderly end takes it back."""
+        self._count(delivery, 1)
+
+    def uncount_start(self, delivery: Delivery) -> None:
+        """Take that back: the copy was started, and waits again."""
+        if delivery.is_started:
+            self._count(delivery, -1)
 
     def say_what_is_unsaid(self, server: redis.Redis) -> None:
         """Settle and put back what could not be while the broker was away.
@@ -133,6 +199,16 @@ class Held:
                 "lost data. Another copy may run; this one can no longer acknowledge",
                 delivery.task_id or tag,
             )
+
+    def _count(self, delivery: Delivery, by: int) -> None:
+        if not delivery.task_id:
+            return
+        delivery.is_started = by > 0
+        command = self.messages.count_start(delivery, by)
+        try:
+            self._mute.send(command)
+        except UNREACHABLE as error:
+            logger.info("A start of task %s is not counted: %s", delivery.task_id, error)
 
     def _say(self, delivery: Delivery, say: Callable[[redis.Redis], Any]) -> None:
         try:

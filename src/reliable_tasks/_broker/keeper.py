@@ -88,6 +88,10 @@ class Keeper:
     def main_loop_turns(self) -> None:
         """Note that the worker's main loop is alive; from the first call on it is expected."""
         self._loop_seen_at = time.monotonic()
+        self.say_what_is_unsaid()
+
+    def say_what_is_unsaid(self) -> None:
+        """Write the log lines that the thread itself must not write."""
         while self._to_say:
             logger.log(*self._to_say.popleft())
 

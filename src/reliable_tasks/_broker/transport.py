@@ -27,27 +27,20 @@ from redis.retry import Retry
 from reliable_tasks._broker.held import Held, held_for
 from reliable_tasks._broker.keeper import Keeper
 from reliable_tasks._store.messages import (
-    ClaimTaken,
     Delivery,
     FetchPlan,
     Layout,
     Messages,
-    Publication,
-    Published,
-    Queued,
-    Superseded,
 )
+from reliable_tasks._store.publication import publication_of
 
-__all__ = ["OPTION", "PUBLICATION", "Channel", "SentinelTransport", "Transport", "install"]
+__all__ = ["OPTION", "Channel", "SentinelTransport", "Transport", "install"]
 
 logger = logging.getLogger("reliable_tasks")
 
 #: The entry of ``broker_transport_options`` that turns this transport on: a mapping with
 #: ``key_prefix``, ``lease`` (s), ``death_detection`` and ``wait_replicas``.
 OPTION = "reliable"
-#: The property of a message that tells the channel what its publish does besides; not sent.
-PUBLICATION = "reliable_publication"
-
 _TOKEN = "reliable_token"  # noqa: S105 - not a secret
 #: So many messages at most in one script, which blocks the server meanwhile.
 _FETCHED_AT_ONCE = 16
@@ -131,9 +124,9 @@ class ReliableChannel:
 
     def _put(self: Any, queue: str, message: dict[str, Any], **_: Any) -> None:
         properties = message["properties"]
-        publication: Publication | None = properties.get(PUBLICATION)
+        publication = publication_of(message["headers"])
         token = properties.get(_TOKEN) or properties["delivery_tag"]
-        sent = {k: v for k, v in properties.items() if k not in (PUBLICATION, _TOKEN)}
+        sent = {k: v for k, v in properties.items() if k != _TOKEN}
         expiry = self._expires.get(queue) if self._expires else None
         list_ = self._q_for_pri(queue, self._get_message_priority(message, reverse=False))
         with self.conn_or_acquire() as client:
@@ -148,7 +141,7 @@ class ReliableChannel:
                 expires=(int(expiry), self._lists([queue])) if expiry else None,
             )
             self._wait_for_replicas(client)
-        _refuse(published, publication)
+        published.check()
 
     def _wait_for_replicas(self: Any, client: redis.Redis) -> None:
         wanted = int(self.reliable.get("wait_replicas") or 0)
@@ -425,10 +418,3 @@ def install() -> None:
     ):
         transports.TRANSPORT_ALIASES[scheme] = f"{__name__}:{name}"
         transports._transport_cache.pop(scheme, None)
-
-
-def _refuse(published: Published, publication: Publication | None) -> None:
-    if published.code is Queued.CLAIM_TAKEN:
-        raise ClaimTaken(published)
-    if published.code is Queued.SUPERSEDED:
-        raise Superseded(publication)

@@ -20,13 +20,15 @@ from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Celery, Task
 from celery.exceptions import Ignore, Reject
 from celery.signals import task_failure
+from celery.worker import state
 from celery.worker.request import Request
-from celery.worker.state import successful_requests, task_ready, task_reserved
+from celery.worker.state import reserved_requests, successful_requests, task_ready, task_reserved
 
+from reliable_tasks._celery.consumer import held_by
 from reliable_tasks._celery.registry import hard_limit
 from reliable_tasks._celery.versions import ENDS_EXITS_AND_REJECTS
 
-__all__ = ["GuardedTask", "ReliableRequest", "SetAside", "remember_consumer"]
+__all__ = ["DELIVERY", "GuardedTask", "ReliableRequest", "SetAside", "remember_consumer"]
 
 logger = logging.getLogger("reliable_tasks")
 
@@ -38,6 +40,15 @@ _MOST_DOUBLINGS = 20
 
 #: So many copies may wait in a worker beyond its prefetch.
 _MOST_WAITING = 100
+
+#: A copy looks so often at least whether the other one is still alive (s).
+_WHILE_HELD_ELSEWHERE = 5.0
+
+#: A run that outlives its hard limit by so much has hung (s): its lease is left to end.
+_HUNG_AFTER = 30.0
+
+#: Header, of one delivery: its tag.
+DELIVERY = "reliable_delivery"
 
 _waiting: weakref.WeakSet[Any] = weakref.WeakSet()
 _consumers: WeakKeyDictionary[Celery, weakref.ref[Any]] = WeakKeyDictionary()
@@ -100,6 +111,12 @@ class ReliableRequest(Request):
         self._is_cancelled = False
         self._is_requeued = False
         self._times_set_aside = 0
+        self._held = held_by(message.channel)
+        self._delivery = None if self._held is None else self._held.get(message.delivery_tag)
+        if self._delivery is not None:
+            # Of this delivery; a retry must not inherit them.
+            self.request_dict[DELIVERY] = self._delivery.tag
+            self.request_dict["crashes"] = self._delivery.copy.crashes
         self._guard._reliable_reserved(self.request_dict)
 
     def revoked(self) -> bool:
@@ -111,7 +128,8 @@ class ReliableRequest(Request):
             self._settle(requeued=False)
             return True
         self._ends_here = False
-        return not self._may_start()
+        # A task that can expire is asked about when it is received, too.
+        return self in reserved_requests and not self._may_start()
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
         """Kill a task that was revoked while it runs; its claim is released when it is dead."""
@@ -131,6 +149,9 @@ class ReliableRequest(Request):
         if isinstance(error, TimeLimitExceeded) and _has_exited(self.worker_pid):
             # billiard looks for dead children every 5 s; the limit's timer can be quicker.
             exc_info = _lost_worker(f"died before its hard time limit of {error}")
+        if isinstance(error, MemoryError):
+            # Celery would end the worker for it.
+            exc_info = _without_memory_error(exc_info)
         if not ENDS_EXITS_AND_REJECTS:
             if isinstance(error, (SystemExit, KeyboardInterrupt)):
                 exc_info = _lost_worker(repr(error))
@@ -179,6 +200,9 @@ class ReliableRequest(Request):
         if requeue and self._ends_here and not self.acknowledged:
             self._is_requeued = True
             self._settle(requeued=True)
+            if self._delivery is not None:
+                # The child is dead, not asked to stop: the crash stands.
+                self._delivery.has_crashed = not should_terminate()
         super().reject(requeue)
 
     @property
@@ -216,6 +240,8 @@ class ReliableRequest(Request):
         of the timeout does not cover the run, it is started anew; once it is used up, the
         message belongs to the copy that the broker has made or is about to make.
         """
+        if self._delivery is not None:
+            return self._may_start_on_lease()
         timeout = _visibility_timeout(self.message)
         if timeout is None or self.acknowledged:
             return True
@@ -240,6 +266,24 @@ class ReliableRequest(Request):
         self.acknowledged = True
         return False
 
+    def _may_start_on_lease(self) -> bool:
+        """Keep a copy from starting while another one of the same task is alive."""
+        delivery = self._delivery
+        if not self.task.acks_late or self.acknowledged:
+            return True
+        if not delivery.copy.may_run:
+            self._held.hold(delivery)
+            self.request_dict["crashes"] = delivery.copy.crashes
+        if not delivery.copy.may_run:
+            seconds = min(delivery.copy.seconds, _WHILE_HELD_ELSEWHERE)
+            self._set_aside(SetAside("another copy of it is alive", 0.05, max(seconds, 0.05)))
+            return False
+        self._held.count_start(delivery)
+        limit = hard_limit(self.task, self.time_limits)
+        if limit:
+            delivery.renew_until = time.monotonic() + limit + _HUNG_AFTER
+        return True
+
     def _set_aside(self, answer: SetAside) -> None:
         """Run this copy again after a pause that holds no slot."""
         task_ready(self)
@@ -247,13 +291,18 @@ class ReliableRequest(Request):
         self.time_start = self.worker_pid = self._apply_result = None
         doublings = min(self._times_set_aside, _MOST_DOUBLINGS)
         pause = min(answer.first * 2**doublings, answer.longest)
+        if self._delivery is not None:
+            self._held.uncount_start(self._delivery)
         self._times_set_aside += 1
         logger.info("Task %s[%s] is %s (%.1f s)", self.name, self.id, answer, pause)
         consumer = self._consumer
         if consumer is None:
             self.reject(requeue=True)
-        elif _visibility_timeout(self.message) is not None or not self._send_again(pause):
+        elif self._can_wait_here() or not self._send_again(pause):
             self._wait_here(consumer, pause)
+
+    def _can_wait_here(self) -> bool:
+        return self._held is not None or _visibility_timeout(self.message) is not None
 
     def _wait_here(self, consumer: Any, pause: float) -> None:
         """Keep the message for a pause, as Celery does with an ETA: nothing is requeued."""
@@ -266,9 +315,12 @@ class ReliableRequest(Request):
 
         def run_again() -> None:
             _waiting.discard(self)
-            # After a reconnection the broker has the message, and perhaps somebody else.
             tasks = consumer.task_consumer
-            if tasks is None or tasks.channel is not channel:
+            if self._held is not None:
+                if not self._held.is_open(self.message.delivery_tag):
+                    return
+            elif tasks is None or tasks.channel is not channel:
+                # After a reconnection the broker has the message, and perhaps somebody else.
                 return
             task_reserved(self)
             consumer.on_task_request(self)
@@ -314,6 +366,25 @@ def _has_exited(pid: Any) -> bool:
         return True
 
 
+def should_terminate() -> bool:
+    """Say whether a cold shutdown goes on."""
+    return state.should_terminate not in (None, False)
+
+
+def _without_memory_error(exc_info: Any) -> Any:
+    """Return the same failure under another type."""
+    try:
+        raise TaskOutOfMemory(str(exc_info.exception)) from None
+    except TaskOutOfMemory:
+        replaced = ExceptionInfo()
+    replaced.traceback = exc_info.traceback
+    return replaced
+
+
+class TaskOutOfMemory(Exception):  # noqa: N818 - stands for a MemoryError
+    """A task's MemoryError, as the worker's main process handles it."""
+
+
 def _lost_worker(reason: str) -> ExceptionInfo:
     try:
         raise WorkerLostError(f"Worker exited prematurely: {reason}.")
@@ -322,8 +393,8 @@ def _lost_worker(reason: str) -> ExceptionInfo:
 
 
 def _visibility_timeout(message: Any) -> float | None:
-    """Return the broker's timeout where the message came from kombu's Redis transport."""
-    if not hasattr(message.channel, "unacked_key"):
+    """Return the broker's timeout where the message came from stock kombu's Redis transport."""
+    if held_by(message.channel) is not None or not hasattr(message.channel, "unacked_key"):
         return None
     return float(message.channel.visibility_timeout)
 

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 from celery import Celery, bootsteps
 from celery.local import maybe_evaluate
 
+from reliable_tasks._broker.transport import install
 from reliable_tasks._celery.queues import check_queues
 from reliable_tasks._celery.registry import is_configured, is_finalized, known_tasks
 from reliable_tasks._celery.settings import explicit, put
@@ -22,6 +23,7 @@ from reliable_tasks._setup import rules
 from reliable_tasks._setup.facts import Facts
 from reliable_tasks._setup.report import Change, Concern, Report
 from reliable_tasks._setup.visibility import recommend
+from reliable_tasks._worker import KeeperStep
 from reliable_tasks.errors import ConfigError, ReliableWarning
 
 __all__ = ["apply_reliable_config"]
@@ -68,6 +70,7 @@ def apply_reliable_config(
             setup.on_after_configure, weak=False, dispatch_uid="reliable_tasks"
         )
         app.steps["worker"].add(StartCheck)
+        app.steps["consumer"].add(KeeperStep)
     for name, value in (("task", longest_task), ("countdown", longest_countdown)):
         if value is not None:
             app.conf[f"reliable_longest_{name}"] = value
@@ -110,6 +113,8 @@ class _Setup:
         self._knew_all_tasks = is_finalized(app)
         changes: list[Change] = []
         facts = Facts.of(app, transport_options=self._own(app, "broker_transport_options"))
+        if facts.has_own_transport:
+            install()
         for rule in rules.SETTINGS:
             is_set, value = explicit(app, rule.setting)
             if not is_set and rule.applies(facts) and value != rule.value:
@@ -186,7 +191,14 @@ class StartCheck(bootsteps.Step):
         for concern in setup.concerns:
             logger.warning("%s", concern)
         pool = _pool_name(worker)
-        if Facts.of(app).broker == "redis" and pool in ("gevent", "eventlet"):
+        facts = Facts.of(app)
+        if facts.broker == "redis" and not facts.has_own_transport:
+            logger.warning(
+                "Stock kombu talks to the broker: a message can be lost when a worker dies, a "
+                "task that runs for longer than visibility_timeout is started again while it "
+                "runs, and a lost connection starts running tasks again (reliable_broker)"
+            )
+        if facts.broker == "redis" and not facts.has_own_transport and pool in ("gevent", "eventlet"):
             logger.warning(
                 "Stock kombu never looks for a dead worker's messages in an idle %s worker: run "
                 "at least one worker with another pool on this broker",

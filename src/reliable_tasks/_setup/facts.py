@@ -8,9 +8,14 @@ from typing import Any, Literal
 
 from celery import Celery
 
+from reliable_tasks._once.locks import read_config
 from reliable_tasks._store.client import as_text, is_redis_url
+from reliable_tasks.config import ReliableConfig
 
 __all__ = ["Facts"]
+
+#: The schemes that kombu's own transports have, and ours takes over.
+OWN_SCHEMES = ("redis", "rediss", "sentinel")
 
 Broker = Literal["redis", "amqp", "other"]
 
@@ -24,6 +29,7 @@ class Facts:
         broker_scheme: The scheme of its URL.
         backend_scheme: The scheme of the result backend's URL, or ``""`` without one.
         transport_options: The user's ``broker_transport_options``.
+        config: The user's ``reliable_*`` settings.
     """
 
     app: Celery
@@ -31,6 +37,7 @@ class Facts:
     broker_scheme: str
     backend_scheme: str
     transport_options: Mapping[str, Any]
+    config: ReliableConfig
 
     @classmethod
     def of(
@@ -53,7 +60,13 @@ class Facts:
             broker_scheme=_scheme(broker),
             backend_scheme=_scheme(backend) if backend not in ("", "disabled") else "",
             transport_options=transport_options or {},
+            config=read_config(app),
         )
+
+    @property
+    def has_own_transport(self) -> bool:
+        """Whether this library's transport talks to the broker."""
+        return self.config.broker == "reliable" and self.broker_scheme in OWN_SCHEMES
 
     @property
     def has_backend(self) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from reliable_tasks._broker.transport import OPTION
 from reliable_tasks._celery.settings import explicit
 from reliable_tasks._setup.facts import Facts
 from reliable_tasks._setup.report import Concern
@@ -31,6 +32,14 @@ class Rule:
 
 def _on_amqp(facts: Facts) -> bool:
     return facts.broker == "amqp"
+
+
+def _has_own_transport(facts: Facts) -> bool:
+    return facts.has_own_transport
+
+
+def _has_other_transport(facts: Facts) -> bool:
+    return not facts.has_own_transport
 
 
 def _has_backend(facts: Facts) -> bool:
@@ -66,6 +75,19 @@ SETTINGS: tuple[Rule, ...] = (
         "worker_cancel_long_running_tasks_on_connection_loss",
         True,
         "a lost connection gives running tasks back at once; the copy here must not run on",
+        _has_other_transport,
+    ),
+    Rule(
+        "worker_cancel_long_running_tasks_on_connection_loss",
+        False,
+        "a lost connection gives nothing back: running tasks run on and are acknowledged later",
+        _has_own_transport,
+    ),
+    Rule(
+        "worker_consumer",
+        "reliable_tasks._celery.consumer:CarryingConsumer",
+        "what a worker holds survives the loss of its connection",
+        _has_own_transport,
     ),
     Rule(
         "worker_deduplicate_successful_tasks",
@@ -179,7 +201,23 @@ def transport_options(facts: Facts, timeout: VisibilityTimeout) -> tuple[Rule, .
         return (confirm, *_PUBLISH_BOUNDS)
     if facts.broker != "redis":
         return ()
+    own = ()
+    if facts.has_own_transport:
+        own = (
+            Rule(
+                OPTION,
+                {
+                    "key_prefix": facts.config.key_prefix,
+                    "lease": facts.config.lease,
+                    "death_detection": facts.config.death_detection,
+                    "wait_replicas": facts.config.wait_replicas,
+                    "store_timeout": facts.config.store_timeout,
+                },
+                "messages are fetched, renewed and acknowledged by scripts that lose none",
+            ),
+        )
     return (
+        *own,
         Rule("visibility_timeout", timeout.seconds, "; ".join(timeout.reasons)),
         Rule(
             "unacked_restore_interval",

@@ -18,19 +18,10 @@ from uuid import uuid4
 import redis
 
 from reliable_tasks._store.keys import Keys
+from reliable_tasks._store.publication import Publication, Published, Queued
 from reliable_tasks._store.scripts import Argument, load
 
-__all__ = [
-    "ClaimTaken",
-    "Copy",
-    "Delivery",
-    "Guard",
-    "Layout",
-    "Messages",
-    "Publication",
-    "Published",
-    "Superseded",
-]
+__all__ = ["Copy", "Delivery", "FetchPlan", "Guard", "Layout", "Messages"]
 
 #: How long a repeated publish is recognised (s): longer than any client goes on trying.
 _TOKEN_TTL = 300.0
@@ -48,17 +39,7 @@ class Guard(IntEnum):
     """What the guard says of a copy; the numbers are those of ``hold_run.lua``."""
 
     MAY_RUN = 1
-    CONTINUED = 2
     HELD_ELSEWHERE = 3
-
-
-class Queued(IntEnum):
-    """Answers to a publish; the numbers are those of ``message_publish.lua``."""
-
-    CLAIM_TAKEN = 0
-    QUEUED = 1
-    REPEATED = 2
-    SUPERSEDED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +55,11 @@ class Copy:
     guard: Guard
     crashes: int
     seconds: float
+
+    @property
+    def may_run(self) -> bool:
+        """Whether no other copy is alive."""
+        return self.guard is Guard.MAY_RUN
 
     @classmethod
     def of(cls, answer: Sequence[Any]) -> Copy:
@@ -93,9 +79,9 @@ class Delivery:
         raw: The message as it was in the list.
         copy: What the guard said when it was taken.
         task_id: Id of the task, or ``""``.
-        attempt: Which continuation of the task it is.
         is_redelivered: Whether the task may have had other copies.
         is_started: Whether a crash was counted ahead.
+        has_crashed: Whether that crash stands, for the child that ran it is dead.
         renew_until: When to stop renewing its lease (monotonic s): the run has hung.
     """
 
@@ -105,17 +91,15 @@ class Delivery:
     raw: bytes
     copy: Copy
     task_id: str = ""
-    attempt: int = 0
     is_redelivered: bool = False
     is_started: bool = False
+    has_crashed: bool = False
     renew_until: float = math.inf
 
     def describe(self, message: Mapping[str, Any]) -> None:
         """Take over what the decoded message says of its task."""
         headers = message.get("headers") or {}
         self.task_id = str(headers.get("id") or "")
-        attempt = headers.get("reliable_attempt")
-        self.attempt = int(attempt if attempt is not None else headers.get("retries") or 0)
         self.is_redelivered = bool(headers.get("redelivered"))
 
 
@@ -134,66 +118,6 @@ class Layout:
     unacked: str
     index: str
     sep: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Publication:
-    """What a publish does besides queueing a message.
-
-    Attributes:
-        continues: Tag of the delivery whose continuation this is, or ``""``.
-        attempt: Attempt of that continuation.
-        claim: Name of the claim to take or to keep, or ``""``.
-        keeps: Whether the claim is kept for a continuation, rather than taken.
-        owner: The task's id.
-        claim_attempt: The attempt that the claim is for.
-        ttl: How long the message may wait (s).
-        task: The task's name.
-        holder: Token of the run that continues its claim.
-    """
-
-    continues: str = ""
-    attempt: int = 0
-    claim: str = ""
-    keeps: bool = False
-    owner: str = ""
-    claim_attempt: int = 0
-    ttl: float = 0.0
-    task: str = ""
-    holder: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """How a publish ended.
-
-    Attributes:
-        code: The outcome.
-        owner: Id of the task that has the claim, where it was taken.
-        seconds: Until that claim lapses.
-        fence: The fence of that claim.
-    """
-
-    code: Queued
-    owner: str
-    seconds: float
-    fence: int
-
-
-class ClaimTaken(Exception):  # noqa: N818 - an answer, not an error
-    """Raised through kombu: the message is not queued, for another task has its claim.
-
-    Attributes:
-        published: The answer.
-    """
-
-    def __init__(self, published: Published) -> None:
-        super().__init__(published)
-        self.published = published
-
-
-class Superseded(Exception):  # noqa: N818 - an answer, not an error
-    """Raised through kombu: the message is not queued, for its task was taken over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +240,7 @@ class Messages:
             self.keys.sent(token),
             key,
             self.keys.bell(queue),
-            self.keys.run(with_.owner) if with_.continues else key,
+            self.keys.run(with_.task_id) if with_.continues else key,
             self.keys.claim(with_.claim) if with_.claim else key,
         ]
         wish = ("continue" if with_.keeps else "acquire") if with_.claim else ""
@@ -324,7 +248,6 @@ class Messages:
             message,
             _ms(_TOKEN_TTL),
             with_.continues,
-            with_.attempt,
             wish,
             with_.owner,
             with_.claim_attempt,
@@ -346,19 +269,14 @@ class Messages:
     def hold(self, server: redis.Redis, delivery: Delivery, lease: float = 0.0) -> Copy:
         """Ask again whether a copy may run; with a lease also for one of another broker."""
         keys = [self.keys.leases, self.keys.run(delivery.task_id)]
-        args: list[Argument] = [delivery.tag, delivery.attempt, _ms(_RUN_TTL), _ms(lease)]
+        args: list[Argument] = [delivery.tag, _ms(_RUN_TTL), _ms(lease)]
         return Copy.of(load("message_hold").on(server, keys, args))
 
     def settle(self, server: redis.Redis, delivery: Delivery) -> bool:
         """Acknowledge or discard; return False if the delivery was over already."""
         keys = [*self._held, self.keys.leases, self.keys.run(delivery.task_id)]
         remembers = _ms(_OVER_TTL) if delivery.is_redelivered else 0
-        args: list[Argument] = [
-            delivery.tag,
-            delivery.attempt,
-            int(delivery.is_started),
-            remembers,
-        ]
+        args: list[Argument] = [delivery.tag, int(delivery.is_started), remembers]
         return bool(load("message_settle").on(server, keys, args))
 
     def requeue(
@@ -367,17 +285,15 @@ class Messages:
         delivery: Delivery,
         *,
         to_back: bool = False,
-        is_crash: bool = False,
         if_lapsed: bool = False,
     ) -> bool:
-        """Put a message back; return False if the delivery was over already.
+        """Put a message back; return False if it was over, or has continued itself.
 
         Args:
             server: The client.
             delivery: Its message is marked as redelivered and its deliveries are counted.
             to_back: Behind all that wait, not in front of them.
-            is_crash: Let the crash stand that was counted ahead.
-            if_lapsed: Only if the lease has ended.
+                if_lapsed: Only if the lease has ended.
         """
         keys = [
             *self._held,
@@ -390,10 +306,14 @@ class Messages:
             delivery.tag,
             redelivered(delivery.raw),
             "back" if to_back else "front",
-            int(delivery.is_started and not is_crash),
+            int(delivery.is_started and not delivery.has_crashed),
             int(if_lapsed),
         ]
-        return bool(load("message_requeue").on(server, keys, args))
+        return int(load("message_requeue").on(server, keys, args)) == 1
+
+    def note_continued(self, server: redis.Redis, task_id: str, tag: str) -> bool:
+        """Note that a delivery has published its task's whole continuation."""
+        return bool(load("message_continue").on(server, [self.keys.run(task_id)], [tag]))
 
     def renew(self, server: redis.Redis, tags: Iterable[str], lease: float) -> list[str]:
         """Renew leases; return the tags whose delivery is over."""
@@ -525,9 +445,11 @@ class Messages:
         _run(server, "HDEL", self._held[0], tag)
         self.drop(server, tag)
 
-    def count_crash(self, task_id: str) -> tuple[Argument, ...]:
-        """Return the command that counts a start as a crash until it is taken back."""
-        return ("HINCRBY", self.keys.run(task_id), "crashes", 1)
+    def count_start(self, delivery: Delivery, by: int) -> tuple[Argument, ...]:
+        """Return the command that counts a start as a crash, or takes that back."""
+        script = load("run_start")
+        # Nobody waits for an answer that says NOSCRIPT.
+        return ("EVAL", script.source, 1, self.keys.run(delivery.task_id), delivery.tag, by)
 
     def _delivery(self, tag: str, entry: bytes) -> Delivery:
         message, _, queue = json.loads(entry)

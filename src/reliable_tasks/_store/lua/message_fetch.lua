@@ -39,8 +39,7 @@ local function guard(tag, message)
     if type(id) ~= 'string' then
         return {1, 0, 0}
     end
-    local attempt = tonumber(headers['reliable_attempt']) or tonumber(headers['retries']) or 0
-    return hold_run(run_prefix .. '{' .. id .. '}', leases, tag, attempt, now, run_ttl)
+    return hold_run(run_prefix .. '{' .. id .. '}', leases, tag, now, run_ttl)
 end
 
 local taken = {}

@@ -9,16 +9,15 @@
 -- ARGV[1]  message
 -- ARGV[2]  token ttl: for how long a repetition is recognised, ms
 -- ARGV[3]  tag of the delivery that publishes its continuation, or ''
--- ARGV[4]  attempt of the continuation
--- ARGV[5]  claim: '' for none, 'acquire', or 'continue'
--- ARGV[6]  owner: the task's id
--- ARGV[7]  attempt of the claim
--- ARGV[8]  claim ttl: how long the message may wait, ms
--- ARGV[9]  task: the task's name, for people who look
--- ARGV[10]  holder: the token of the run that continues its claim, or ''
--- ARGV[11]  expiry ttl of the queue's lists, ms, or '0'
--- ARGV[12]  token
--- ARGV[13..]  the lists that the expiry concerns
+-- ARGV[4]  claim: '' for none, 'acquire', or 'continue'
+-- ARGV[5]  owner: the task's id
+-- ARGV[6]  attempt of the claim
+-- ARGV[7]  claim ttl: how long the message may wait, ms
+-- ARGV[8]  task: the task's name, for people who look
+-- ARGV[9]  holder: the token of the run that continues its claim, or ''
+-- ARGV[10]  expiry ttl of the queue's lists, ms, or '0'
+-- ARGV[11]  token
+-- ARGV[12..]  the lists that the expiry concerns
 -- Returns: {1, '', 0, ''}     queued
 --          {2, '', 0, ''}     it was queued before
 --          {3, '', 0, ''}     refused: the delivery that would continue itself is over
@@ -29,32 +28,32 @@ if redis.call('EXISTS', KEYS[1]) == 1 then
     return {2, '', 0, ''}
 end
 -- A run that is unknown was forgotten by the server, not taken over.
-local holder = ARGV[3] ~= '' and redis.call('HGET', KEYS[4], 'tag')
-if holder and holder ~= ARGV[3] then
+if ARGV[3] ~= '' and redis.call('EXISTS', KEYS[4]) == 1
+    and redis.call('HGET', KEYS[4], 'tag') ~= ARGV[3] then
     return {3, '', 0, ''}
 end
-if ARGV[5] ~= '' then
+if ARGV[4] ~= '' then
     local ticket
-    if ARGV[5] == 'acquire' then
-        ticket = claim_acquire(KEYS[5], ARGV[6], ARGV[7], ARGV[12], ARGV[8], ARGV[9])
+    if ARGV[4] == 'acquire' then
+        ticket = claim_acquire(KEYS[5], ARGV[5], ARGV[6], ARGV[11], ARGV[7], ARGV[8])
     else
-        ticket = claim_continue(KEYS[5], ARGV[6], ARGV[7], ARGV[12], ARGV[8], ARGV[9], ARGV[10])
+        ticket = claim_continue(KEYS[5], ARGV[5], ARGV[6], ARGV[11], ARGV[7], ARGV[8], ARGV[9])
     end
     if ticket[1] == 0 then
         return ticket
     end
     -- What is queued in the same step counts as published at once.
     redis.call('HDEL', KEYS[5], 'next_attempt')
-    redis.call('HSET', KEYS[5], 'attempt', ARGV[7])
+    redis.call('HSET', KEYS[5], 'attempt', ARGV[6])
 end
 redis.call('LPUSH', KEYS[2], ARGV[1])
 redis.call('SET', KEYS[1], '1', 'PX', ARGV[2])
 if ARGV[3] ~= '' then
-    redis.call('HSET', KEYS[4], 'attempt', ARGV[4])
+    redis.call('HSET', KEYS[4], 'continued', ARGV[3])
 end
-if ARGV[11] ~= '0' then
-    for i = 13, #ARGV do
-        redis.call('PEXPIRE', ARGV[i], ARGV[11])
+if ARGV[10] ~= '0' then
+    for i = 12, #ARGV do
+        redis.call('PEXPIRE', ARGV[i], ARGV[10])
     end
 end
 ring_bell(KEYS[3])

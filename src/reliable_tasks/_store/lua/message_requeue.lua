@@ -12,6 +12,7 @@
 -- ARGV[4]  started: '1' to take back the crash that was counted ahead
 -- ARGV[5]  lapsed: '1' to do it only if the lease has ended
 -- Returns: 1  put back
+--          2  not put back: the copy had published a continuation of its task
 --          0  the delivery is over already, or its lease has not ended
 -- Uses: release_run ring_bell
 -- Commands: TIME ZSCORE HDEL ZREM RPUSH LPUSH
@@ -27,7 +28,9 @@ redis.call('ZREM', KEYS[2], ARGV[1])
 if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then
     return 0
 end
-release_run(KEYS[4], ARGV[1], '0', ARGV[4], false, 0)
+if release_run(KEYS[4], ARGV[1], ARGV[4], false, 0) then
+    return 2
+end
 if ARGV[3] == 'front' then
     redis.call('RPUSH', KEYS[5], ARGV[2])
 else

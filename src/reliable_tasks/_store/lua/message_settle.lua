@@ -6,9 +6,8 @@
 -- KEYS[3]  leases: sorted set, tag -> end of the lease, ms
 -- KEYS[4]  the task's run
 -- ARGV[1]  tag of the delivery
--- ARGV[2]  attempt of the copy
--- ARGV[3]  started: '1' if a crash was counted ahead when the copy was started
--- ARGV[4]  remembers: for how long to know that the task is over, ms, where it had other
+-- ARGV[2]  started: '1' if a crash was counted ahead when the copy was started
+-- ARGV[3]  remembers: for how long to know that the task is over, ms, where it had other
 --          copies, else '0'
 -- Returns: 1  settled
 --          0  the delivery was over: somebody else has the message, or had it
@@ -17,5 +16,5 @@
 local settled = redis.call('ZREM', KEYS[3], ARGV[1])
 redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('ZREM', KEYS[2], ARGV[1])
-release_run(KEYS[4], ARGV[1], ARGV[2], ARGV[3], true, tonumber(ARGV[4]))
+release_run(KEYS[4], ARGV[1], ARGV[2], true, tonumber(ARGV[3]))
 return settled

@@ -1,29 +1,31 @@
--- Purpose: let go of a run that a copy holds; it ends unless its task was continued.
--- Defines: release_run(run, tag, attempt, started, is_over, remembers)
+-- Purpose: let go of a run that a copy holds.
+-- Defines: release_run(run, tag, started, is_over, remembers), which returns whether the copy
+--          had published a continuation of its task
 --          started: '1' takes back one crash, which was counted when the copy was started
---          is_over: whether nothing but a continuation can follow
+--          is_over: the copy does not go back to its queue
 --          remembers: how long to know of a run that is over, ms, lest an earlier copy of it,
 --          stopped and forgotten, publishes a continuation; 0 if there was no other copy
--- Commands: HMGET HDEL HSET PEXPIRE DEL
-local function release_run(run, tag, attempt, started, is_over, remembers)
-    local holder, latest, crashes = unpack(redis.call('HMGET', run, 'tag', 'attempt', 'crashes'))
+-- Commands: HMGET HDEL HSET HINCRBY PEXPIRE DEL
+local function release_run(run, tag, started, is_over, remembers)
+    local holder, continued, crashes = unpack(redis.call('HMGET', run, 'tag', 'continued', 'crashes'))
+    local has_continued = continued == tag
     if holder ~= tag then
-        return
+        return has_continued
     end
-    if is_over and tonumber(latest) <= tonumber(attempt) then
+    if is_over and not has_continued then
         if remembers > 0 then
-            redis.call('HDEL', run, 'crashes')
+            redis.call('HDEL', run, 'crashes', 'continued')
             redis.call('HSET', run, 'tag', 'over')
             redis.call('PEXPIRE', run, remembers)
         else
             redis.call('DEL', run)
         end
-        return
+        return false
     end
-    crashes = tonumber(crashes or 0)
-    if started == '1' and crashes > 0 then
-        crashes = crashes - 1
-        redis.call('HSET', run, 'crashes', crashes)
+    if started == '1' and tonumber(crashes or 0) > 0 then
+        redis.call('HINCRBY', run, 'crashes', -1)
     end
-    redis.call('HDEL', run, 'tag')
+    -- Not deleted: the copy that let go must not publish a continuation any more.
+    redis.call('HSET', run, 'tag', 'queued')
+    return has_continued
 end

@@ -1,0 +1,53 @@
+"""What a worker runs beside its tasks: the keeper of what it holds."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from celery import bootsteps
+from celery.signals import worker_shutdown
+from celery.worker.consumer.tasks import Tasks
+
+from reliable_tasks._broker.held import all_held
+from reliable_tasks._broker.keeper import Keeper
+from reliable_tasks._celery.consumer import held_by
+
+__all__ = ["KeeperStep"]
+
+logger = logging.getLogger("reliable_tasks")
+
+_TICK = 1.0
+
+
+class KeeperStep(bootsteps.StartStopStep):
+    """Ties the keeper to the worker's main loop."""
+
+    requires = (Tasks,)
+
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
+        self._ticks: Any = None
+
+    def start(self, parent: Any) -> None:
+        """Start the keeper; Celery calls it each time the consumer has connected."""
+        held = held_by(parent.task_consumer.channel)
+        if held is None:
+            return
+        keeper = Keeper.of(held)
+        keeper.start()
+        if self._ticks is not None:
+            self._ticks.cancel()
+        is_loop_of_its_own = not getattr(parent.pool, "is_green", False) and (
+            type(parent.pool).__module__ != "celery.concurrency.solo"
+        )
+        # In the other pools the loop is the tasks', and may be busy for as long as they are.
+        tick = keeper.main_loop_turns if is_loop_of_its_own else keeper.say_what_is_unsaid
+        self._ticks = parent.timer.call_repeatedly(_TICK, tick)
+
+
+@worker_shutdown.connect(weak=False)
+def _leave(**_: Any) -> None:
+    """Let the others know that this worker has ended in good order."""
+    for held in all_held():
+        Keeper.of(held).stop()
