@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from celery import Celery, Task
+from celery import Celery, Task, chord, group
 from celery.exceptions import Ignore, Reject, Retry
 from celery.result import EagerResult
 from kombu.exceptions import OperationalError
 
+from reliable_tasks._broker.continuing import continuing, note_continued
 from reliable_tasks._celery.delays import with_short_delay
 from reliable_tasks._celery.request import SetAside, remember_consumer
 from reliable_tasks._celery.settings import explicit
 from reliable_tasks._celery.versions import check_versions
-from reliable_tasks._once.claim import CLAIM, Claim, Run
+from reliable_tasks._once.claim import CLAIM, OF_ONE_DELIVERY, Claim, Run
 from reliable_tasks._once.decorator import OPTIONS, once_options
 from reliable_tasks._once.locks import read_config
 from reliable_tasks._once.once import Once
@@ -25,6 +27,7 @@ from reliable_tasks._once.publish import publish
 from reliable_tasks._once.result import ReliableResult
 from reliable_tasks._once.run import end_unrun, enter, mark_copy
 from reliable_tasks._retrying import RETRYING, GiveUp, Policy, RetryIn, Retrying
+from reliable_tasks._store.publication import Superseded
 from reliable_tasks.errors import ConfigError, DuplicateTaskError, LockLost, StoreError
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ else:
     _Task = Task
 
 __all__ = ["ReliableTask"]
+
+logger = logging.getLogger("reliable_tasks")
 
 #: How a reliable task differs from Celery's defaults where neither task nor app says otherwise.
 #: Acks on failure and on timeout stay on, as in Celery: a failure is a result that was stored, so
@@ -202,18 +207,29 @@ class ReliableTask(_Task):
             # answer to a copy that may not run: its "retry" would count as a later attempt.
             raise error
         claim = run.claim if run else Claim.from_headers(self.request.headers, self.request.id)
+        given = options.get("headers", self.request.headers) or {}
+        headers = {k: v for k, v in given.items() if k not in OF_ONE_DELIVERY}
         if claim is not None:
             # A message published by name has no claim in its headers, and a caller's own headers
             # replace those that it has.
-            headers = options.get("headers", self.request.headers) or {}
-            options["headers"] = {**headers, CLAIM: claim.as_header()}
+            headers[CLAIM] = claim.as_header()
+        if headers != given:
+            options["headers"] = headers
         try:
-            return super().retry(*args, **options)
+            with continuing(self, self.request.id):
+                return super().retry(*args, **options)
         except Reject as rejected:
             # Celery drops a task whose retry it could not publish.
             cause = rejected.args[0]
             if isinstance(cause, LockLost):
                 raise cause from None
+            if isinstance(cause, Superseded):
+                logger.error(
+                    "Task %s[%s] lost its lease and was taken over: its retry is not queued",
+                    self.name,
+                    self.request.id,
+                )
+                raise Ignore from None
             if isinstance(cause, (OperationalError, StoreError)):
                 reason = f"its retry could not be published: {cause}"
                 raise SetAside(reason, *_AFTER_FAILED_RETRY) from None
@@ -225,7 +241,22 @@ class ReliableTask(_Task):
         if run is not None:
             headers = {**(sig.options.get("headers") or {}), CLAIM: run.claim.as_header()}
             sig.set(headers=headers)
-        return super().on_replace(sig)
+        if isinstance(sig, (group, chord)):
+            try:
+                return super().on_replace(sig)
+            except Ignore:
+                note_continued(self.app, self)
+                raise
+        try:
+            with continuing(self, None):
+                return super().on_replace(sig)
+        except Superseded:
+            logger.error(
+                "Task %s[%s] lost its lease and was taken over: its replacement is not queued",
+                self.name,
+                self.request.id,
+            )
+            raise Ignore from None
 
     def start_strategy(self, app: Celery, consumer: Any, **options: Any) -> Any:
         """Get ready to receive messages. A worker calls it when it has connected."""

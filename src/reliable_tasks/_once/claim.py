@@ -7,14 +7,17 @@ from typing import Any
 
 from celery import Task
 
+from reliable_tasks._celery.request import DELIVERY
 from reliable_tasks._once.once import Once
 
-__all__ = ["CLAIM", "HOLDER", "Claim", "Run"]
+__all__ = ["CLAIM", "HOLDER", "OF_ONE_DELIVERY", "Claim", "Run"]
 
 #: Header: the claim that a message carries.
 CLAIM = "reliable_claim"
 #: Header, added by the worker that received the message: the token of this copy.
 HOLDER = "reliable_holder"
+#: Headers that a worker adds to what it received: a retry must not inherit them.
+OF_ONE_DELIVERY = (HOLDER, DELIVERY, "crashes", "x-delivery-count", "redelivered")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
 from celery import Task
 
 from reliable_tasks._celery.delays import delay_of
-from reliable_tasks._once.claim import CLAIM, HOLDER, Claim, Run
+from reliable_tasks._once.claim import CLAIM, OF_ONE_DELIVERY, Claim, Run
 from reliable_tasks._once.locks import Locks, locks_of
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.result import ReliableResult
 from reliable_tasks._store.claims import Publish, Ticket
+from reliable_tasks._store.publication import (
+    ClaimTaken,
+    Publication,
+    publication_of,
+    publishing,
+)
 from reliable_tasks.errors import DuplicateTaskError, LockLost, StoreError, StoreUnavailable
 
 __all__ = ["publish"]
@@ -46,7 +53,7 @@ def publish(
             ``"raise"``; a kombu ``OperationalError`` where the lock Redis is the broker.
     """
     locks = locks_of(task.app)
-    headers = {k: v for k, v in (options.get("headers") or {}).items() if k not in (CLAIM, HOLDER)}
+    headers = {k: v for k, v in (options.get("headers") or {}).items() if k not in (CLAIM, *OF_ONE_DELIVERY)}
     carried = Claim.from_headers(options.get("headers"), task_id)
     owner = task_id or str(uuid4())
     retries = int(options.get("retries") or 0)
@@ -59,6 +66,15 @@ def publish(
     headers[CLAIM] = claim.as_header()
     token = uuid4().hex
     ttl = once.ttl(locks.config) + delay_of(task.app, options)
+    is_own = continued is not None or retries > 0
+    if _is_one_script(task, locks, options):
+        try:
+            with publishing(_wish(task, claim, ttl, continued), owner):
+                return queue(owner, headers)
+        except ClaimTaken as taken:
+            answer = taken.published
+            ticket = Ticket(Publish.DUPLICATE, answer.owner, answer.seconds, answer.fence)
+        return _refused(task, once, claim, ticket, task_id, is_own=is_own, waited_for=waited_for)
     try:
         ticket = _take(task, locks, claim, token, ttl, continued)
         if ticket.code is Publish.CLAIMED:
@@ -75,12 +91,48 @@ def publish(
     except BaseException:
         _take_back(locks, claim, token)
         raise
+    return _refused(task, once, claim, ticket, task_id, is_own=is_own, waited_for=waited_for)
+
+
+def _refused(
+    task: Task[..., Any],
+    once: Once,
+    claim: Claim,
+    ticket: Ticket[Publish],
+    task_id: str | None,
+    *,
+    is_own: bool,
+    waited_for: bool,
+) -> ReliableResult:
+    """Answer a call whose key another task owns."""
     # A retry must not end without a word as somebody's duplicate, whatever its headers say.
-    if continued is not None or retries > 0:
+    if is_own:
         raise LockLost(claim.name, claim.owner, ticket.owner)
     if waited_for or once.options.on_conflict == "raise":
         raise DuplicateTaskError(claim.name, ticket.owner, ticket.seconds)
     return _existing(task, claim, ticket, task_id)
+
+
+def _is_one_script(task: Task[..., Any], locks: Locks, options: Mapping[str, Any]) -> bool:
+    """Say whether the broker makes the claim in the script that queues the message."""
+    # A connection of the caller's own may lead anywhere.
+    if options.get("producer") or options.get("connection") or not locks.are_at_broker:
+        return False
+    return bool((task.app.conf.broker_transport_options or {}).get("reliable"))
+
+
+def _wish(task: Task[..., Any], claim: Claim, ttl: float, continued: Claim | None) -> Publication:
+    run = Run.of(task) if continued is not None else None
+    return replace(
+        publication_of({"id": claim.owner}) or Publication(),
+        claim=claim.name,
+        keeps=continued is not None,
+        owner=claim.owner,
+        claim_attempt=claim.attempt,
+        ttl=ttl,
+        task=task.name,
+        holder=run.holder if run else "",
+    )
 
 
 def _take(

@@ -1,0 +1,44 @@
+"""A task that publishes its own continuation: no copy of it must run again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from celery import Celery, Task
+
+from reliable_tasks._celery.request import DELIVERY
+from reliable_tasks._store.publication import Publication, publishing
+
+__all__ = ["continuing", "note_continued"]
+
+
+@contextmanager
+def continuing(task: Task[..., Any], published_id: str | None) -> Iterator[None]:
+    """Have the next message of a task published as the continuation of the one that runs.
+
+    Args:
+        task: The task that runs.
+        published_id: Id of the task whose message it is; ``None`` for whichever comes.
+    """
+    tag = task.request.get(DELIVERY)
+    if not tag or task.request.is_eager:
+        yield
+        return
+    publication = Publication(continues=str(tag), task_id=str(task.request.id))
+    with publishing(publication, published_id):
+        yield
+
+
+def note_continued(app: Celery, task: Task[..., Any]) -> None:
+    """Note that a task has published all of a continuation of more than one message."""
+    tag = task.request.get(DELIVERY)
+    if not tag or task.request.is_eager:
+        return
+    with app.producer_or_acquire() as producer:
+        channel: Any = producer.channel
+        held = getattr(channel, "held", None)
+        if held is not None:
+            with channel.conn_or_acquire() as client:
+                held.messages.note_continued(client, str(task.request.id), str(tag))
