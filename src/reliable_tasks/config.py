@@ -160,7 +160,8 @@ class ReliableConfig:
                 f"reliable_lease = {self.lease!r}: give at most {LONGEST_LEASE:g} seconds, or a "
                 "dead worker's tasks would wait that long; it is renewed while the worker lives"
             )
-        if not isinstance(self.wait_replicas, int) or self.wait_replicas < 0:
+        replicas: Any = self.wait_replicas
+        if not isinstance(replicas, int) or isinstance(replicas, bool) or replicas < 0:
             raise ConfigError(
                 f"reliable_wait_replicas = {self.wait_replicas!r}: give a number of replicas, "
                 "0 or more"

@@ -17,6 +17,7 @@ from uuid import uuid4
 import redis
 
 from reliable_tasks._store.messages import Copy, Delivery, Guard, Messages
+from reliable_tasks._store.scripts import execute
 
 __all__ = ["UNREACHABLE", "Held", "all_held", "held_for"]
 
@@ -59,7 +60,7 @@ class MuteConnection:
         if self._connection is None and not self._is_refused:
             self._connect()
         if self._is_refused:
-            redis.Redis.execute_command(self._server, *command)
+            execute(self._server, *command)
             return
         packed = self._connection.pack_command(*command)
         # A health check would wait for an answer.
@@ -69,14 +70,17 @@ class MuteConnection:
         connection = self._server.connection_pool.get_connection()
         try:
             # Asked for first, for what follows is not answered, not even by a refusal.
-            connection.send_command("CLIENT", "REPLY", "ON", check_health=False)
+            self._ask(connection, "ON")
             connection.read_response()
-            connection.send_command("CLIENT", "REPLY", "OFF", check_health=False)
+            self._ask(connection, "OFF")
         except redis.exceptions.ResponseError:
             self._is_refused = True
             self._server.connection_pool.release(connection)
         else:
             self._connection = connection
+
+    def _ask(self, connection: Any, replies: str) -> None:
+        connection.send_command("CLIENT", "REPLY", replies, check_health=False)
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None

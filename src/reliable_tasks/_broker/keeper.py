@@ -16,6 +16,7 @@ import redis
 from reliable_tasks._broker.held import UNREACHABLE, Held
 from reliable_tasks._broker.sweep import BEAT, ring, sweep
 from reliable_tasks._celery.threads import is_patched, native_sleep, start_native_thread
+from reliable_tasks._store.scripts import execute
 
 __all__ = ["Keeper"]
 
@@ -142,7 +143,7 @@ class Keeper:
             except redis.exceptions.RedisError as error:
                 self._say(logging.ERROR, "The broker refuses the keeper: %s", error)
                 wait = BEAT
-            except Exception:
+            except Exception:  # noqa: BLE001 - whatever it is, the next beat must come
                 # Without its keeper a worker would lose all it holds.
                 self._say(logging.ERROR, "The keeper goes on after an error", exc_info=True)
                 wait = BEAT
@@ -193,22 +194,22 @@ class Keeper:
     def _identify(self, server: redis.Redis) -> None:
         """Find out how the server knows this connection, whenever it is a new one."""
         connection = self._own_connection(server)
-        if connection._sock is not None and connection._sock is self._socket:
+        # redis-py connects again by itself; then the server knows it under another number.
+        if self._socket is not None and connection._sock is self._socket:  # noqa: SLF001
             return
-        redis.Redis.execute_command(server, "PING")
-        self._server_id, self._connection = "", ""
+        self._server_id = self._connection = ""
+        execute(server, "PING")
+        self._socket = connection._sock  # noqa: SLF001
         try:
-            about = redis.Redis.execute_command(server, "INFO", "server")
-            self._server_id = str(about["run_id"])
-            known = redis.Redis.execute_command(server, "CLIENT INFO")
-            local = connection._sock.getsockname()
+            self._server_id = str(execute(server, "INFO", "server")["run_id"])
+            known = execute(server, "CLIENT INFO")
+            host, port = self._socket.getsockname()[:2]
             # Through a proxy or a translated address, a connection that the server loses says
             # nothing of the worker behind it.
-            if known["addr"] in (f"{local[0]}:{local[1]}", f"[{local[0]}]:{local[1]}"):
+            if known["addr"] in (f"{host}:{port}", f"[{host}]:{port}"):
                 self._connection = f"{self._server_id} {known['id']}"
-        except (redis.exceptions.ResponseError, KeyError, TypeError, IndexError) as error:
+        except (redis.exceptions.ResponseError, KeyError, TypeError, ValueError) as error:
             self._say(logging.INFO, "Dead workers are found by their leases alone: %s", error)
-        self._socket = connection._sock
 
     def _own_connection(self, server: redis.Redis) -> Any:
         """Keep one connection: the server takes its loss for the worker's death."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import redis
 
 from reliable_tasks._broker.held import Held
+from reliable_tasks._store.scripts import execute
 
 __all__ = ["BEAT", "ring", "sweep"]
 
@@ -88,7 +89,7 @@ def _end_leases_of_the_dead(held: Held, server: redis.Redis, now: float, server_
 
 def _connected(server: redis.Redis, ids: Iterable[str]) -> set[str] | None:
     try:
-        answer = redis.Redis.execute_command(server, "CLIENT LIST", "ID", *ids)
+        answer = execute(server, "CLIENT LIST", "ID", *ids)
     except redis.exceptions.ResponseError as error:
         logger.info("Dead workers are found by their leases alone: CLIENT LIST says %s", error)
         return None

@@ -4,11 +4,16 @@ The private parts of kombu's channel that this builds on are pinned by
 ``tests/integration/test_kombu_internals.py``.
 """
 
+# Mixed into kombu's classes, of which the type stubs know little.
+# mypy: disable-error-code="attr-defined, misc, no-untyped-call, override"
+
 from __future__ import annotations
 
 import logging
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
+from queue import Empty
 from time import monotonic
 from typing import Any
 from uuid import uuid4
@@ -33,6 +38,7 @@ from reliable_tasks._store.messages import (
     Messages,
 )
 from reliable_tasks._store.publication import publication_of
+from reliable_tasks._store.scripts import execute
 
 __all__ = ["OPTION", "Channel", "SentinelTransport", "Transport", "install"]
 
@@ -148,7 +154,7 @@ class ReliableChannel:
         if not wanted:
             return
         timeout = float(self.reliable.get("store_timeout") or 5.0)
-        reached = int(redis.Redis.execute_command(client, "WAIT", wanted, round(timeout * 1000)))
+        reached = int(execute(client, "WAIT", wanted, round(timeout * 1000)))
         if reached < wanted:
             raise redis.exceptions.ConnectionError(
                 f"only {reached} of {wanted} replicas have the message after {timeout:g} s "
@@ -157,7 +163,9 @@ class ReliableChannel:
 
     # -- fetch -------------------------------------------------------------------------------
 
-    def basic_consume(self: Any, queue: str, no_ack: bool = False, *args: Any, **kwargs: Any) -> Any:
+    def basic_consume(
+        self: Any, queue: str, no_ack: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
         """Consume from a queue."""
         if no_ack:
             self._unleased.add(queue)
@@ -188,7 +196,7 @@ class ReliableChannel:
     def _get(self: Any, queue: str) -> Any:
         message = self.basic_get(queue, no_ack=True)
         if message is None:
-            raise virtual.base.Empty
+            raise Empty
         return message._raw
 
     def _brpop_start(self: Any, timeout: float | None = None) -> None:
@@ -223,25 +231,25 @@ class ReliableChannel:
             )
         except NoScriptError:
             self._must_send_source, self._must_repeat = True, was_repeat
-            raise virtual.base.Empty from None
+            raise Empty from None
         except self.connection_errors:
             self.client.connection.disconnect()
             raise
         except ResponseError as error:
             self._must_repeat = was_repeat
             self._on_refusal(error)
-            raise virtual.base.Empty from None
+            raise Empty from None
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
         self._must_repeat = self._must_send_source = False
         if not was_fetching:
             self._is_empty = False
-            raise virtual.base.Empty
+            raise Empty
         if not answer:
             # What a repeated fetch no longer finds was put back by a sweep: fetch anew.
             self._is_empty = not was_repeat
-            raise virtual.base.Empty
+            raise Empty
         self._accept(self._plan, answer, unleased=self._unleased)
         while self._undelivered:
             delivery, raw = self._undelivered.popleft()
@@ -259,9 +267,7 @@ class ReliableChannel:
             logger.error("The broker refuses to hand out messages, trying each second: %s", error)
         self._refused_until = monotonic() + 1.0
 
-    def _accept(
-        self: Any, plan: FetchPlan, answer: Sequence[Any], *, unleased: Any
-    ) -> None:
+    def _accept(self: Any, plan: FetchPlan, answer: Sequence[Any], *, unleased: Any) -> None:
         for tag, list_, queue, message, copy in plan.read(answer):
             try:
                 decoded = loads(bytes_to_str(message))
@@ -314,10 +320,8 @@ class ReliableChannel:
             # is asked for again, or lapses.
             connection, self._in_poll = self._in_poll, None
             is_fetching = self._is_fetching
-            try:
+            with suppress(*self.connection_errors):
                 connection.disconnect()
-            except self.connection_errors:
-                pass
             if is_fetching and not self.closed:
                 self._put_back_fetched()
         while self._undelivered:

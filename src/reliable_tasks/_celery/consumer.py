@@ -5,6 +5,8 @@ held on lease, by the process and not by the connection, nobody else gets them: 
 on, those that wait go on waiting, and all are acknowledged by the next connection.
 """
 
+# mypy: disable-error-code="attr-defined, has-type, misc, valid-type"
+
 from __future__ import annotations
 
 from typing import Any

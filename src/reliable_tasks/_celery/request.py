@@ -112,7 +112,7 @@ class ReliableRequest(Request):
         self._is_requeued = False
         self._times_set_aside = 0
         self._held = held_by(message.channel)
-        self._delivery = None if self._held is None else self._held.get(message.delivery_tag)
+        self._delivery: Any = None if self._held is None else self._held.get(message.delivery_tag)
         if self._delivery is not None:
             # Of this delivery; a retry must not inherit them.
             self.request_dict[DELIVERY] = self._delivery.tag
@@ -381,7 +381,7 @@ def _without_memory_error(exc_info: Any) -> Any:
     return replaced
 
 
-class TaskOutOfMemory(Exception):  # noqa: N818 - stands for a MemoryError
+class TaskOutOfMemory(Exception):
     """A task's MemoryError, as the worker's main process handles it."""
 
 

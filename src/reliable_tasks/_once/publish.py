@@ -53,7 +53,8 @@ def publish(
             ``"raise"``; a kombu ``OperationalError`` where the lock Redis is the broker.
     """
     locks = locks_of(task.app)
-    headers = {k: v for k, v in (options.get("headers") or {}).items() if k not in (CLAIM, *OF_ONE_DELIVERY)}
+    given = options.get("headers") or {}
+    headers = {k: v for k, v in given.items() if k not in (CLAIM, *OF_ONE_DELIVERY)}
     carried = Claim.from_headers(options.get("headers"), task_id)
     owner = task_id or str(uuid4())
     retries = int(options.get("retries") or 0)

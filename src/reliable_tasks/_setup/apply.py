@@ -192,13 +192,14 @@ class StartCheck(bootsteps.Step):
             logger.warning("%s", concern)
         pool = _pool_name(worker)
         facts = Facts.of(app)
-        if facts.broker == "redis" and not facts.has_own_transport:
+        is_stock = facts.broker == "redis" and not facts.has_own_transport
+        if is_stock:
             logger.warning(
                 "Stock kombu talks to the broker: a message can be lost when a worker dies, a "
                 "task that runs for longer than visibility_timeout is started again while it "
                 "runs, and a lost connection starts running tasks again (reliable_broker)"
             )
-        if facts.broker == "redis" and not facts.has_own_transport and pool in ("gevent", "eventlet"):
+        if is_stock and pool in ("gevent", "eventlet"):
             logger.warning(
                 "Stock kombu never looks for a dead worker's messages in an idle %s worker: run "
                 "at least one worker with another pool on this broker",

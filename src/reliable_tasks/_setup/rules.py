@@ -201,7 +201,7 @@ def transport_options(facts: Facts, timeout: VisibilityTimeout) -> tuple[Rule, .
         return (confirm, *_PUBLISH_BOUNDS)
     if facts.broker != "redis":
         return ()
-    own = ()
+    own: tuple[Rule, ...] = ()
     if facts.has_own_transport:
         own = (
             Rule(

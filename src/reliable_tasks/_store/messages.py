@@ -19,7 +19,7 @@ import redis
 
 from reliable_tasks._store.keys import Keys
 from reliable_tasks._store.publication import Publication, Published, Queued
-from reliable_tasks._store.scripts import Argument, load
+from reliable_tasks._store.scripts import Argument, execute, load
 
 __all__ = ["Copy", "Delivery", "FetchPlan", "Guard", "Layout", "Messages"]
 
@@ -293,7 +293,7 @@ class Messages:
             server: The client.
             delivery: Its message is marked as redelivered and its deliveries are counted.
             to_back: Behind all that wait, not in front of them.
-                if_lapsed: Only if the lease has ended.
+            if_lapsed: Only if the lease has ended.
         """
         keys = [
             *self._held,
@@ -358,15 +358,17 @@ class Messages:
         keys = [self.keys.beats, self.keys.keepers, self.keys.sweeper]
         load("worker_leave").on(server, keys, [worker])
 
-    def name_queues(self, server: redis.Redis, now: float, queues: Mapping[str, Sequence[str]]) -> None:
+    def name_queues(
+        self, server: redis.Redis, now: float, queues: Mapping[str, Sequence[str]]
+    ) -> None:
         """Have these queues looked after; for each its lists, without kombu's prefix."""
         names = {
-            json.dumps([self.keys.bell(queue), *(self.layout.prefix + q for q in lists)]): now * 1000
+            json.dumps([self.keys.bell(queue), *(self.layout.prefix + q for q in lists)]): now
+            * 1000
             for queue, lists in queues.items()
         }
-        redis.Redis.execute_command(
-            server, "ZADD", self.keys.queues, *(x for name, at in names.items() for x in (at, name))
-        )
+        scores = [x for name, at in names.items() for x in (at, name)]
+        execute(server, "ZADD", self.keys.queues, *scores)
 
     def ring(self, server: redis.Redis) -> int:
         """Wake a worker for each queue with messages; return how many were woken."""
@@ -374,7 +376,7 @@ class Messages:
 
     def silent(self, server: redis.Redis, before: float) -> dict[str, float]:
         """Return the workers that were last heard of before a server's time, and when."""
-        found = _run(
+        found = execute(
             server, "ZRANGEBYSCORE", self.keys.beats, "-inf", f"({before * 1000:.0f}", "WITHSCORES"
         )
         return {_text(name): at / 1000 for name, at in _pairs(found)}
@@ -383,7 +385,7 @@ class Messages:
         """Return how to tell the connections of workers."""
         if not workers:
             return {}
-        found = _run(server, "HMGET", self.keys.keepers, *workers)
+        found = execute(server, "HMGET", self.keys.keepers, *workers)
         return {
             worker: _text(value)
             for worker, value in zip(workers, found, strict=True)
@@ -395,24 +397,31 @@ class Messages:
         ended = 0
         cursor: Any = "0"
         while True:
-            cursor, found = _run(
+            cursor, found = execute(
                 server, "ZSCAN", self.keys.leases, cursor, "MATCH", f"{worker}:*", "COUNT", 500
             )
             tags = [_text(tag) for tag, _ in _pairs(found)]
             if tags:
                 scores = [x for tag in tags for x in (0, tag)]
-                _run(server, "ZADD", self.keys.leases, "XX", *scores)
+                execute(server, "ZADD", self.keys.leases, "XX", *scores)
                 ended += len(tags)
             if _text(cursor) == "0":
                 return ended
 
     def lapsed(self, server: redis.Redis, now: float, *, beyond: float, limit: int) -> list[str]:
         """Return tags whose lease has ended, or ends after ``beyond``, which no lease does."""
-        ended = _run(
-            server, "ZRANGEBYSCORE", self.keys.leases, "-inf", f"{now * 1000:.0f}", "LIMIT", 0, limit
+        ended = execute(
+            server,
+            "ZRANGEBYSCORE",
+            self.keys.leases,
+            "-inf",
+            f"{now * 1000:.0f}",
+            "LIMIT",
+            0,
+            limit,
         )
         if len(ended) < limit:
-            ended += _run(
+            ended += execute(
                 server,
                 "ZRANGEBYSCORE",
                 self.keys.leases,
@@ -428,7 +437,7 @@ class Messages:
         """Return the deliveries of tags; of one whose message is gone only the tag."""
         if not tags:
             return []
-        entries = _run(server, "HMGET", self._held[0], *tags)
+        entries = execute(server, "HMGET", self._held[0], *tags)
         return [
             tag if entry is None else self._delivery(tag, entry)
             for tag, entry in zip(tags, entries, strict=True)
@@ -436,13 +445,13 @@ class Messages:
 
     def drop(self, server: redis.Redis, tag: str) -> None:
         """Forget a lease without a message: that of another broker, or of a lost write."""
-        _run(server, "ZREM", self.keys.leases, tag)
-        _run(server, "ZREM", self._held[1], tag)
+        execute(server, "ZREM", self.keys.leases, tag)
+        execute(server, "ZREM", self._held[1], tag)
 
     def set_apart(self, server: redis.Redis, tag: str, message: bytes) -> None:
         """Keep a message that nobody can read where somebody can look at it."""
-        _run(server, "RPUSH", self.keys.undecodable, message)
-        _run(server, "HDEL", self._held[0], tag)
+        execute(server, "RPUSH", self.keys.undecodable, message)
+        execute(server, "HDEL", self._held[0], tag)
         self.drop(server, tag)
 
     def count_start(self, delivery: Delivery, by: int) -> tuple[Argument, ...]:
@@ -471,10 +480,6 @@ def redelivered(raw: bytes) -> str:
     properties["delivery_tag"] = str(uuid4())
     properties["delivery_info"] = {**(properties.get("delivery_info") or {}), "redelivered": True}
     return json.dumps({**message, "headers": headers, "properties": properties})
-
-
-def _run(server: redis.Redis, *command: Any) -> Any:
-    return redis.Redis.execute_command(server, *command)
 
 
 def _pairs(found: Any) -> Iterator[tuple[Any, float]]:

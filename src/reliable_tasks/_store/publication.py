@@ -89,7 +89,7 @@ class Published:
             raise Superseded
 
 
-class ClaimTaken(Exception):  # noqa: N818 - an answer, not an error
+class ClaimTaken(Exception):
     """Raised through kombu: the message is not queued, for another task has its claim.
 
     Attributes:
@@ -101,7 +101,7 @@ class ClaimTaken(Exception):  # noqa: N818 - an answer, not an error
         self.published = published
 
 
-class Superseded(Exception):  # noqa: N818 - an answer, not an error
+class Superseded(Exception):
     """Raised through kombu: the message is not queued, for its task was taken over."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 import time
@@ -16,7 +15,7 @@ import redis
 from reliable_tasks._store.client import Client
 from reliable_tasks.errors import ScriptError, StoreUnavailable
 
-__all__ = ["Script", "load"]
+__all__ = ["Argument", "Key", "Script", "execute", "load"]
 
 # A reply can be lost after the script ran. Every script is written to be repeated, so one that
 # failed on the way is sent again, where redis-py's own retries are off (they cannot know).
@@ -26,6 +25,11 @@ _USES = re.compile(r"^-- Uses: (.+)$", re.MULTILINE)
 
 Key = str | bytes
 Argument = str | bytes | int
+
+
+def execute(server: redis.Redis, *command: Any) -> Any:
+    """Run a command whose keys are complete, also by a client of kombu's that adds a prefix."""
+    return redis.Redis.execute_command(server, *command)  # type: ignore[no-untyped-call]
 
 
 class Script:
@@ -58,11 +62,10 @@ class Script:
 
         The keys are complete: kombu's client would put its prefix before the first one alone.
         """
-        execute = functools.partial(redis.Redis.execute_command, server)
         try:
-            return execute("EVALSHA", self.sha, len(keys), *keys, *args)
+            return execute(server, "EVALSHA", self.sha, len(keys), *keys, *args)
         except redis.exceptions.NoScriptError:
-            return execute("EVAL", self.source, len(keys), *keys, *args)
+            return execute(server, "EVAL", self.source, len(keys), *keys, *args)
 
     def _evaluate(self, client: Client, keys: list[str], args: list[str | int]) -> Any:
         try:
