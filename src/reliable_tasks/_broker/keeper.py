@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import redis
 
+from reliable_tasks._broker.fence import note_renewal
 from reliable_tasks._broker.held import UNREACHABLE, Held
 from reliable_tasks._broker.sweep import BEAT, ring, sweep
 from reliable_tasks._celery.threads import is_patched, native_sleep, start_native_thread
@@ -115,7 +116,7 @@ class Keeper:
             term=_TERM,
             gap=max(held.lease / 3, 2 * _TERM),
         )
-        if self._beat_at - held.renewed_at >= held.lease / 3 - BEAT / 2:
+        if not before or self._beat_at - held.renewed_at >= held.lease / 3 - BEAT / 2:
             self._renew(server)
         if held.unsaid:
             held.say_what_is_unsaid(server)
@@ -159,6 +160,7 @@ class Keeper:
         sent_at = time.monotonic()
         held.note_over(held.messages.renew(server, held.to_renew(sent_at), held.lease))
         held.renewed_at = sent_at
+        note_renewal(sent_at, held.lease)
 
     def _main_loop_has_hung(self) -> bool:
         if self._loop_seen_at is None:

@@ -14,6 +14,9 @@ from typing import Any
 from celery import bootsteps
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.tasks import Tasks
+from celery.worker.loops import asynloop
+
+from reliable_tasks._celery.versions import CLEARS_TIMERS
 
 __all__ = ["CarryingConsumer", "held_by"]
 
@@ -44,8 +47,12 @@ class CarryingConsumer(Consumer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._carried: dict[str, Any] | None = None
-        self._waiting = 0
+        self._lost_qos: Any = None
+        self._timers_before: set[Any] = set()
+        self._timers_of_connection: set[Any] = set()
         super().__init__(*args, **options)
+        if CLEARS_TIMERS and self.hub is not None:
+            self.loop = self._loop_that_keeps_timers
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Take what is held out of the dead connection, before Celery closes it."""
@@ -55,12 +62,21 @@ class CarryingConsumer(Consumer):
             return
         self._carried = {**(self._carried or {}), **carried}
         initial, restored = self.initial_prefetch_count, self._maximum_prefetch_restored
-        if self.qos is not None and initial:
-            # A message that waits for its ETA raised the prefetch count.
-            self._waiting = max(self.qos.value - initial, 0)
+        if self._lost_qos is None:
+            self._lost_qos = self.qos
         super().on_connection_error_after_connected(exc)
         # Celery fetches less while tasks run that it no longer counts; these are counted.
         self.initial_prefetch_count, self._maximum_prefetch_restored = initial, restored
+
+    def connect(self) -> Any:
+        """Connect, and note which timers were there before."""
+        self._timers_before = self._timers()
+        return super().connect()
+
+    def on_ready(self) -> None:
+        """Note which timers the connection has brought."""
+        self._timers_of_connection = self._timers() - self._timers_before
+        super().on_ready()
 
     def on_close(self) -> None:
         """Forget what was received, unless it is still held."""
@@ -78,9 +94,33 @@ class CarryingConsumer(Consumer):
             if held.is_open(tag):
                 message.channel = channel
                 channel.qos.append(message, tag)
-        waiting, self._waiting = self._waiting, 0
-        if waiting:
+        lost, self._lost_qos = self._lost_qos, None
+        # What waits for its ETA raised the prefetch count, and lowers it when it is due.
+        waiting = lost.value - self.initial_prefetch_count if lost and lost.value else 0
+        if waiting > 0:
             self.qos.increment_eventually(waiting)
+
+    def _timers(self) -> set[Any]:
+        if self.hub is None:
+            return set()
+        return {scheduled.entry for scheduled in self.hub.timer.queue}
+
+    def _loop_that_keeps_timers(self, *args: Any) -> None:
+        """Run Celery's loop; when the connection is lost, only its own timers end with it.
+
+        Before 5.7 the loop clears them all, and with them the ETA of what waits here and the
+        time limits of what runs on.
+        """
+        timer = self.hub.timer
+        timer.clear = lambda: None
+        try:
+            asynloop(*args)
+        except Exception:
+            for entry in self._timers_of_connection:
+                timer.cancel(entry)
+            raise
+        finally:
+            del timer.clear
 
     def _take_deliveries(self) -> dict[str, Any] | None:
         channels = getattr(getattr(self.connection, "transport", None), "channels", None) or ()

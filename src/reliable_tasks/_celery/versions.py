@@ -8,7 +8,7 @@ from packaging.version import Version
 
 from reliable_tasks.errors import UnsupportedCelery
 
-__all__ = ["ENDS_EXITS_AND_REJECTS", "check_versions"]
+__all__ = ["CLEARS_TIMERS", "ENDS_EXITS_AND_REJECTS", "check_versions"]
 
 CELERY = Version(metadata.version("celery"))
 KOMBU = Version(metadata.version("kombu"))
@@ -20,6 +20,9 @@ _OLDEST_KOMBU = Version("5.7.0")
 #: Since 5.7.0 a child that ends by SystemExit counts as lost, and a task that rejects its
 #: message for good as failed. Before, the one was acknowledged and both stayed STARTED for ever.
 ENDS_EXITS_AND_REJECTS = Version("5.7.0") <= CELERY
+
+#: Before 5.7.0 a worker that loses its connection clears every timer that it has.
+CLEARS_TIMERS = Version("5.7.0") > CELERY
 
 
 def check_versions() -> None:

@@ -73,6 +73,7 @@ def publish(
             with publishing(_wish(task, claim, ttl, continued), owner):
                 return queue(owner, headers)
         except ClaimTaken as taken:
+            _forget_result(task, owner)
             answer = taken.published
             ticket = Ticket(Publish.DUPLICATE, answer.owner, answer.seconds, answer.fence)
         return _refused(task, once, claim, ticket, task_id, is_own=is_own, waited_for=waited_for)
@@ -112,6 +113,17 @@ def _refused(
     if waited_for or once.options.on_conflict == "raise":
         raise DuplicateTaskError(claim.name, ticket.owner, ticket.seconds)
     return _existing(task, claim, ticket, task_id)
+
+
+def _forget_result(task: Task[..., Any], task_id: str) -> None:
+    """Let go of the result of a message that was not queued: Celery subscribed to it before."""
+    consumer = getattr(task.backend, "result_consumer", None)
+    if consumer is None:
+        return
+    try:
+        consumer.cancel_for(task_id)
+    except Exception:
+        logger.debug("The subscription to %s stays", task_id, exc_info=True)
 
 
 def _is_one_script(task: Task[..., Any], locks: Locks, options: Mapping[str, Any]) -> bool:
