@@ -29,6 +29,7 @@ from reliable_tasks.errors import (
     ScriptError,
     StoreError,
     StoreUnavailable,
+    TaskExited,
     UnsupportedCelery,
 )
 
@@ -50,6 +51,7 @@ __all__ = [
     "ScriptError",
     "StoreError",
     "StoreUnavailable",
+    "TaskExited",
     "UnsupportedCelery",
     "VisibilityTimeout",
     "apply_reliable_config",

@@ -15,6 +15,8 @@ from kombu.exceptions import OperationalError
 
 from reliable_tasks._broker.continuing import continuing, note_continued
 from reliable_tasks._celery.delays import with_short_delay
+from reliable_tasks._celery.exits import ends_more_than_the_task
+from reliable_tasks._celery.registry import hard_limit
 from reliable_tasks._celery.request import SetAside, remember_consumer
 from reliable_tasks._celery.settings import explicit
 from reliable_tasks._celery.versions import check_versions
@@ -28,7 +30,7 @@ from reliable_tasks._once.result import ReliableResult
 from reliable_tasks._once.run import end_unrun, enter, mark_copy
 from reliable_tasks._retrying import RETRYING, GiveUp, Policy, RetryIn, Retrying
 from reliable_tasks._store.publication import Superseded
-from reliable_tasks.errors import ConfigError, DuplicateTaskError, LockLost, StoreError
+from reliable_tasks.errors import ConfigError, DuplicateTaskError, LockLost, StoreError, TaskExited
 
 if TYPE_CHECKING:
     _Task = Task[..., Any]
@@ -296,8 +298,10 @@ def _guarded(function: Callable[..., Any], *, takes_self: bool) -> Callable[...,
         if self.request.called_directly or self.request.get("reliable_body"):
             return body(*args, **kwargs)
         self.request.update(reliable_body=True)
-        if self.reliable_once is not None and not self.request.is_eager:
-            enter(self, self.reliable_once)
+        if not self.request.is_eager:
+            body = _ending_alone(self, body)
+            if self.reliable_once is not None:
+                enter(self, self.reliable_once)
         if self._policy is None:
             return body(*args, **kwargs)
         return _run_with(self._policy, self, body, args, kwargs)
@@ -313,6 +317,24 @@ def _guarded(function: Callable[..., Any], *, takes_self: bool) -> Callable[...,
         ]
         signature = signature.replace(parameters=[first, *own])
     run.__signature__ = signature  # type: ignore[attr-defined]
+    return run
+
+
+def _ending_alone(task: ReliableTask, body: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a body: what ends more than a task in Celery is the failure of this one alone."""
+
+    @functools.wraps(body)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return body(*args, **kwargs)
+        except Exception:
+            raise
+        except BaseException as error:
+            is_limited = bool(hard_limit(task, task.request.timelimit))
+            if ends_more_than_the_task(error, is_limited=is_limited):
+                raise
+            raise TaskExited(repr(error)) from error
+
     return run
 
 

@@ -12,7 +12,8 @@
     ├── LockError
     │   └── LockLost
     ├── DuplicateTaskError
-    └── RetriesExhausted
+    ├── RetriesExhausted
+    └── TaskExited
 
     ReliableWarning (UserWarning)
 
@@ -34,6 +35,7 @@ __all__ = [
     "ScriptError",
     "StoreError",
     "StoreUnavailable",
+    "TaskExited",
     "UnsupportedCelery",
 ]
 
@@ -168,6 +170,24 @@ class RetriesExhausted(ReliableError):
 
     def __str__(self) -> str:
         return f"no acceptable result after {self.attempts} attempts; the last was {self.result}"
+
+
+class TaskExited(ReliableError):
+    """A task's body raised ``SystemExit``, ``KeyboardInterrupt`` or the like.
+
+    In Celery these would end the pool's child or wedge its slot. Here they are a failure of the
+    task, as any other error is.
+
+    Attributes:
+        raised: ``repr`` of what was raised.
+    """
+
+    def __init__(self, raised: str) -> None:
+        super().__init__(raised)
+        self.raised = raised
+
+    def __str__(self) -> str:
+        return f"the task raised {self.raised}"
 
 
 class ReliableWarning(UserWarning):

@@ -31,6 +31,7 @@ from redis.retry import Retry
 
 from reliable_tasks._broker.held import Held, held_for
 from reliable_tasks._broker.keeper import Keeper
+from reliable_tasks._celery.threads import is_patched
 from reliable_tasks._store.messages import (
     Delivery,
     FetchPlan,
@@ -399,6 +400,17 @@ class Transport(stock.Transport):
         super().__init__(client, **kwargs)
         if client.transport_options.get(OPTION):
             self.Channel = self._reliable_channel
+
+    def drain_events(self, connection: Any, timeout: float | None = None) -> Any:
+        """Wait for messages; a socket that was closed meanwhile is a lost connection."""
+        try:
+            return super().drain_events(connection, timeout=timeout)
+        except RuntimeError as error:
+            # eventlet's hub, when another green thread lost the connection that this one polls.
+            # It is no connection error, and would end the worker.
+            if is_patched() == "eventlet" and "simultaneous read" in str(error):
+                raise redis.exceptions.ConnectionError(str(error)) from error
+            raise
 
 
 class SentinelTransport(Transport):

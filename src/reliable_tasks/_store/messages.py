@@ -98,7 +98,7 @@ class Delivery:
 
     def describe(self, message: Mapping[str, Any]) -> None:
         """Take over what the decoded message says of its task."""
-        headers = message.get("headers") or {}
+        headers = _mapping(message.get("headers"))
         self.task_id = str(headers.get("id") or "")
         self.is_redelivered = bool(headers.get("redelivered"))
 
@@ -434,14 +434,23 @@ class Messages:
         return [_text(tag) for tag in ended]
 
     def find(self, server: redis.Redis, tags: Sequence[str]) -> list[Delivery | str]:
-        """Return the deliveries of tags; of one whose message is gone only the tag."""
+        """Return the deliveries of tags; of one whose message is gone only the tag.
+
+        A message that cannot be read is set apart: it must not keep the others from being found.
+        """
         if not tags:
             return []
         entries = execute(server, "HMGET", self._held[0], *tags)
-        return [
-            tag if entry is None else self._delivery(tag, entry)
-            for tag, entry in zip(tags, entries, strict=True)
-        ]
+        found: list[Delivery | str] = []
+        for tag, entry in zip(tags, entries, strict=True):
+            if entry is None:
+                found.append(tag)
+                continue
+            try:
+                found.append(self._delivery(tag, entry))
+            except (ValueError, TypeError, AttributeError, IndexError):
+                self.set_apart(server, tag, entry)
+        return found
 
     def drop(self, server: redis.Redis, tag: str) -> None:
         """Forget a lease without a message: that of another broker, or of a lost write."""
@@ -450,9 +459,8 @@ class Messages:
 
     def set_apart(self, server: redis.Redis, tag: str, message: bytes) -> None:
         """Keep a message that nobody can read where somebody can look at it."""
-        execute(server, "RPUSH", self.keys.undecodable, message)
-        execute(server, "HDEL", self._held[0], tag)
-        self.drop(server, tag)
+        keys = [*self._held, self.keys.leases, self.keys.undecodable]
+        load("message_set_apart").on(server, keys, [tag, message])
 
     def count_start(self, delivery: Delivery, by: int) -> tuple[Argument, ...]:
         """Return the command that counts a start as a crash, or takes that back."""
@@ -472,14 +480,23 @@ class Messages:
 def redelivered(raw: bytes) -> str:
     """Return a message as it goes back: marked as kombu does, its deliveries counted."""
     message: dict[str, Any] = json.loads(raw)
-    headers = dict(message.get("headers") or {})
+    headers = dict(_mapping(message.get("headers")))
     headers["redelivered"] = True
-    headers["x-delivery-count"] = int(headers.get("x-delivery-count") or 0) + 1
-    properties = dict(message.get("properties") or {})
+    count = headers.get("x-delivery-count")
+    headers["x-delivery-count"] = (count if isinstance(count, int) else 0) + 1
+    properties = dict(_mapping(message.get("properties")))
     # A tag is of one delivery: a stock worker takes the one that it finds here.
     properties["delivery_tag"] = str(uuid4())
-    properties["delivery_info"] = {**(properties.get("delivery_info") or {}), "redelivered": True}
+    properties["delivery_info"] = {
+        **_mapping(properties.get("delivery_info")),
+        "redelivered": True,
+    }
     return json.dumps({**message, "headers": headers, "properties": properties})
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """Return what is a mapping as it stands; producers of all kinds write messages."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _pairs(found: Any) -> Iterator[tuple[Any, float]]:

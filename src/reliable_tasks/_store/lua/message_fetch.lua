@@ -19,8 +19,8 @@
 -- ARGV[9]  key prefix, which tags leave out
 -- ARGV[10..]  for each queue: the end of its messages' entry in unacked, or '' where no
 --          acknowledgement is wanted and none is recorded
--- Returns: {index of the list, message, code, crashes, ms of lease} for each message; what the
---          last three mean stands in hold_run
+-- Returns: {index of the list, message, code, crashes, ms of lease, number} for each message;
+--          what code, crashes and lease mean stands in hold_run, and the number is the tag's
 -- Uses: hold_run ring_bell
 -- Commands: TIME LINDEX HSET ZADD RPOP HGET ZSCORE LLEN
 local unacked, index, leases = KEYS[1], KEYS[2], KEYS[3]
@@ -47,8 +47,9 @@ if ARGV[6] == '1' then
     for i = 1, count do
         for list = 1, lists do
             local tag = prefix .. i .. ':' .. string.sub(KEYS[3 + queues + list], skip + 1)
-            if redis.call('ZSCORE', leases, tag) then
-                local entry = redis.call('HGET', unacked, tag)
+            local entry = redis.call('ZSCORE', leases, tag) and redis.call('HGET', unacked, tag)
+            -- A stock worker that put the message back knows nothing of the lease.
+            if entry then
                 local ending = ARGV[10 + (list - 1) % queues]
                 local message = string.sub(entry, 2, -1 - #ending)
                 local held = guard(tag, message)
