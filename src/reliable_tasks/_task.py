@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from celery import Celery, Task, chord, group
@@ -13,16 +14,18 @@ from celery.exceptions import Ignore, Reject, Retry
 from celery.result import EagerResult
 from kombu.exceptions import OperationalError
 
+from reliable_tasks._broker.beside import note_done
 from reliable_tasks._broker.continuing import continuing, note_continued
+from reliable_tasks._broker.fence import Fenced, exclusively
 from reliable_tasks._celery.delays import with_short_delay
 from reliable_tasks._celery.exits import ends_more_than_the_task
 from reliable_tasks._celery.registry import hard_limit
-from reliable_tasks._celery.request import SetAside, remember_consumer
+from reliable_tasks._celery.request import OF_ONE_COPY, SetAside, remember_consumer
 from reliable_tasks._celery.settings import explicit
 from reliable_tasks._celery.versions import check_versions
 from reliable_tasks._once.claim import CLAIM, OF_ONE_DELIVERY, Claim, Run
 from reliable_tasks._once.decorator import OPTIONS, once_options
-from reliable_tasks._once.locks import read_config
+from reliable_tasks._once.locks import locks_of, read_config
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.options import OnceOptions
 from reliable_tasks._once.publish import publish
@@ -57,6 +60,10 @@ _CANVAS = ("chain", "chord", "group_id")
 _AFTER_FAILED_RETRY = (1.0, 30.0)
 
 
+#: An exclusive task whose lease may have ended tries again after a pause (s).
+_AFTER_FENCE = (0.5, 5.0)
+
+
 class ReliableTask(_Task):
     """A task that is not lost, not run twice at once and not stuck.
 
@@ -72,6 +79,9 @@ class ReliableTask(_Task):
             tenacity's ``stop_*``, ``wait_*`` and ``retry_if_*`` objects, or several of them.
             What is left out is as in tenacity: no stop, no wait, any exception. The wait is
             spent in the broker. ``autoretry_for`` beside it is an error.
+        exclusive: Whether the task dies, with its pool child, before others may run it: when its
+            worker is stopped or cut off from the broker for as long as ``reliable_lease``. For
+            prefork workers on a Redis broker; another worker refuses to start.
         reliable_once: What `@once` made of the task, or ``None``.
     """
 
@@ -79,6 +89,7 @@ class ReliableTask(_Task):
     Request = "reliable_tasks._celery.request:ReliableRequest"
 
     retrying: Retrying | None = None
+    exclusive: bool = False
     reliable_once: ClassVar[Once | None] = None
     _policy: ClassVar[Policy | None] = None
     _visibility_margin: ClassVar[float] = 0.0
@@ -210,7 +221,7 @@ class ReliableTask(_Task):
             raise error
         claim = run.claim if run else Claim.from_headers(self.request.headers, self.request.id)
         given = options.get("headers", self.request.headers) or {}
-        headers = {k: v for k, v in given.items() if k not in OF_ONE_DELIVERY}
+        headers = {k: v for k, v in given.items() if k not in (*OF_ONE_DELIVERY, *OF_ONE_COPY)}
         if claim is not None:
             # A message published by name has no claim in its headers, and a caller's own headers
             # replace those that it has.
@@ -218,7 +229,7 @@ class ReliableTask(_Task):
         if headers != given:
             options["headers"] = headers
         try:
-            with continuing(self, self.request.id):
+            with continuing(self, self.request.id, self._note_done):
                 return super().retry(*args, **options)
         except Reject as rejected:
             # Celery drops a task whose retry it could not publish.
@@ -247,10 +258,10 @@ class ReliableTask(_Task):
             try:
                 return super().on_replace(sig)
             except Ignore:
-                note_continued(self.app, self)
+                note_continued(self.app, self, self._note_done)
                 raise
         try:
-            with continuing(self, None):
+            with continuing(self, None, self._note_done):
                 return super().on_replace(sig)
         except Superseded:
             logger.error(
@@ -264,6 +275,10 @@ class ReliableTask(_Task):
         """Get ready to receive messages. A worker calls it when it has connected."""
         remember_consumer(app, consumer)
         return super().start_strategy(app, consumer, **options)
+
+    def _note_done(self) -> None:
+        locks = locks_of(self.app)
+        note_done(self, locks.claims, locks.config)
 
     # -- what the worker's main process asks (GuardedTask) --------------------------------------
 
@@ -298,13 +313,10 @@ def _guarded(function: Callable[..., Any], *, takes_self: bool) -> Callable[...,
         if self.request.called_directly or self.request.get("reliable_body"):
             return body(*args, **kwargs)
         self.request.update(reliable_body=True)
-        if not self.request.is_eager:
-            body = _ending_alone(self, body)
-            if self.reliable_once is not None:
-                enter(self, self.reliable_once)
-        if self._policy is None:
-            return body(*args, **kwargs)
-        return _run_with(self._policy, self, body, args, kwargs)
+        if not self.exclusive or self.request.is_eager:
+            return _start(self, self._policy, body, args, kwargs)
+        with _fenced():
+            return _start(self, self._policy, body, args, kwargs)
 
     run.__takes_self__ = takes_self  # type: ignore[attr-defined]
     signature = inspect.signature(function)
@@ -318,6 +330,30 @@ def _guarded(function: Callable[..., Any], *, takes_self: bool) -> Callable[...,
         signature = signature.replace(parameters=[first, *own])
     run.__signature__ = signature  # type: ignore[attr-defined]
     return run
+
+
+def _start(
+    task: ReliableTask, policy: Policy | None, body: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    if task.request.is_eager:
+        task.request.update(crashes=0)
+    else:
+        body = _ending_alone(task, body)
+        if task.reliable_once is not None:
+            enter(task, task.reliable_once)
+    if policy is None:
+        return body(*args, **kwargs)
+    return _run_with(policy, task, body, args, kwargs)
+
+
+@contextlib.contextmanager
+def _fenced() -> Iterator[None]:
+    try:
+        with exclusively():
+            yield
+    except Fenced:
+        reason = "its worker could not renew its lease"
+        raise SetAside(reason, *_AFTER_FENCE) from None
 
 
 def _ending_alone(task: ReliableTask, body: Callable[..., Any]) -> Callable[..., Any]:

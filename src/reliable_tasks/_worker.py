@@ -9,9 +9,12 @@ from celery import bootsteps
 from celery.signals import worker_shutdown
 from celery.worker.consumer.tasks import Tasks
 
+from reliable_tasks._broker.beside import beside
 from reliable_tasks._broker.held import all_held
 from reliable_tasks._broker.keeper import Keeper
-from reliable_tasks._celery.consumer import held_by
+from reliable_tasks._celery.consumer import CarryingConsumer, held_by, is_amqp
+from reliable_tasks._once.locks import locks_of
+from reliable_tasks.errors import ConfigError
 
 __all__ = ["KeeperStep"]
 
@@ -31,7 +34,7 @@ class KeeperStep(bootsteps.StartStopStep):
 
     def start(self, parent: Any) -> None:
         """Start the keeper; Celery calls it each time the consumer has connected."""
-        held = held_by(parent.task_consumer.channel)
+        held = held_by(parent.task_consumer.channel) or _beside(parent)
         if held is None:
             return
         keeper = Keeper.of(held)
@@ -44,6 +47,18 @@ class KeeperStep(bootsteps.StartStopStep):
         # In the other pools the loop is the tasks', and may be busy for as long as they are.
         tick = keeper.main_loop_turns if is_loop_of_its_own else keeper.say_what_is_unsaid
         self._ticks = parent.timer.call_repeatedly(_TICK, tick)
+
+
+def _beside(consumer: Any) -> Any:
+    """Have a worker of RabbitMQ keep its runs in the lock Redis, if there is one."""
+    if not is_amqp(consumer) or not isinstance(consumer, CarryingConsumer):
+        return None
+    try:
+        locks = locks_of(consumer.app)
+    except ConfigError:
+        return None
+    consumer.beside = beside(locks.claims, locks.config)
+    return consumer.beside
 
 
 @worker_shutdown.connect(weak=False)

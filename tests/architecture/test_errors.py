@@ -25,6 +25,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "ScriptError": ("claim_acquire", "OOM command not allowed"),
     "StoreError": ("no answer",),
     "StoreUnavailable": ("redis://localhost:6379/0", "Connection refused"),
+    "TaskExited": ("SystemExit(3)",),
     "UnsupportedCelery": ("celery 5.8 is not supported",),
 }
 

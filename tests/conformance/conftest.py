@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import fakeredis
 import pytest
 import redis
 import time_machine
@@ -12,6 +13,7 @@ import time_machine
 from reliable_tasks._store.claims import Claims, Entry, Publish, Release, Ticket
 from reliable_tasks._store.client import ServerAddress, forget_clients
 from reliable_tasks.testing import fake_redis
+from tests.conformance.broker import Broker
 from tests.support import wait_until
 
 #: Tokens of two publishes.
@@ -148,3 +150,26 @@ def store(request: pytest.FixtureRequest) -> Iterator[Store]:
         return
     with fake_redis(), time_machine.travel(1_800_000_000, tick=True) as traveller:
         yield Store(ServerAddress("redis://fake/0", timeout=5.0), traveller)
+
+
+@pytest.fixture(params=["fakeredis", "server"])
+def broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
+    """An empty broker on each kind of server in turn."""
+    if request.param == "server":
+        with redis.Redis.from_url(request.getfixturevalue("redis_url")) as client:
+            yield Broker(client)
+        return
+    with (
+        time_machine.travel(1_800_000_000, tick=True) as traveller,
+        fakeredis.FakeRedis(server=fakeredis.FakeServer()) as fake,
+    ):
+        yield Broker(fake, traveller)
+
+
+@pytest.fixture
+def full_broker(redis_url: str) -> Iterator[tuple[Broker, Callable[[], None]]]:
+    """A broker on a real server, and what makes its memory full until the test ends."""
+    with redis.Redis.from_url(redis_url) as client:
+        before = client.config_get("maxmemory")["maxmemory"]  # type: ignore[index]
+        yield Broker(client), lambda: client.config_set("maxmemory", 1)
+        client.config_set("maxmemory", before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Self
 
 from celery import Celery
@@ -27,6 +28,7 @@ class Scene:
         settings: Settings of client and workers, on top of what the library sets.
         limit: Hard time limit of the tasks (s).
         env: More environment variables of the workers.
+        module: The app's module, whose ``build`` makes it.
 
     Attributes:
         app: The client's app.
@@ -43,8 +45,10 @@ class Scene:
         settings: dict[str, Any] | None = None,
         limit: int = shop.LIMIT,
         env: dict[str, str] | None = None,
+        module: ModuleType = shop,
     ) -> None:
-        self.app: Celery = shop.build(broker, backend, limit=limit, **(settings or {}))
+        self._module = module.__name__
+        self.app: Celery = module.build(broker, backend, limit=limit, **(settings or {}))
         self.journal = Journal(directory)
         self.workers: list[WorkerProcess] = []
         self._env = {
@@ -62,7 +66,7 @@ class Scene:
         return worker
 
     def crew(self, count: int, **options: Any) -> list[WorkerProcess]:
-        """Start some workers at once; takes what `worker` takes."""
+        """Start some workers at once; takes what `worker` takes, and ``waits=False``."""
         settings = {**self._settings, **options.pop("settings", {})}
         given = {
             "broker_url": self._broker,
@@ -72,11 +76,12 @@ class Scene:
             "env": {**self._env, "RT_SETTINGS": json.dumps(settings)},
             **options,
         }
-        crew = [WorkerProcess("tests.integration.apps.shop", **given) for _ in range(count)]
+        waits = given.pop("waits", True)
+        crew = [WorkerProcess(self._module, **given) for _ in range(count)]
         self.workers += crew
         for worker in crew:
             worker.start(wait=False)
-        for worker in crew:
+        for worker in crew if waits else ():
             worker.wait_ready()
         return crew
 

@@ -1,4 +1,4 @@
-"""The pools beside prefork: where the task and what the main process does share one process."""
+"""The pools: in all but prefork the task and what the main process does share one process."""
 
 from __future__ import annotations
 
@@ -6,21 +6,36 @@ from uuid import uuid4
 
 import pytest
 
+from reliable_tasks import TaskExited
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.conftest import StartScene
 from tests.integration.scene import Scene
+from tests.support import wait_until
+
+POOLS = ["prefork", "threads", "solo", "gevent", "eventlet"]
 
 
-@pytest.fixture(scope="module", params=["threads", "solo", "gevent", "eventlet"])
+@pytest.fixture(scope="module", params=POOLS)
+def pool(request: pytest.FixtureRequest) -> str:
+    """Each kind of pool in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def slots(pool: str) -> range:
+    """As many numbers as the worker runs tasks at once."""
+    return range(1 if pool == "solo" else 4)
+
+
+@pytest.fixture(scope="module")
 def shop(
-    request: pytest.FixtureRequest, module_redis: EmbeddedServer, module_scenes: StartScene
+    pool: str, slots: range, module_redis: EmbeddedServer, module_scenes: StartScene
 ) -> Scene:
     """One worker of each kind, each on databases of its own."""
-    pool = request.param
-    number = 2 * request.param_index
+    number = 2 * POOLS.index(pool)
     broker, results = (f"redis://127.0.0.1:{module_redis.port}/{n}" for n in (number, number + 1))
     scene = module_scenes(broker, results)
-    scene.worker(pool=pool, concurrency=1 if pool == "solo" else 4)
+    scene.worker(pool=pool, concurrency=len(slots))
     return scene
 
 
@@ -70,3 +85,36 @@ def test_a_copy_of_a_running_task_is_set_aside(shop: Scene, name: str) -> None:
     assert result.get(timeout=10) == name
     shop.wait_free(name)
     assert shop.starts(name) == 1
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "says"),
+    [
+        pytest.param("leave", TaskExited, r"SystemExit\(3\)", id="SystemExit"),
+        pytest.param("interrupt", TaskExited, r"KeyboardInterrupt\(\)", id="KeyboardInterrupt"),
+        pytest.param("cancel", TaskExited, r"CancelledError\(\)", id="CancelledError"),
+        pytest.param("run_out_of_memory", MemoryError, r"^\w+ \d$", id="MemoryError"),
+    ],
+)
+def test_what_would_end_a_worker_is_the_failure_of_one_task(
+    shop: Scene, slots: range, name: str, what: str, error: type[Exception], says: str
+) -> None:
+    """The task fails once and for good, and every slot of the same worker takes the next task."""
+    (worker,) = shop.workers
+    children = worker.child_pids()
+    failed = {n: shop.call("act", f"{name} {n}", what) for n in slots}
+    for n, result in failed.items():
+        with pytest.raises(error, match=says):
+            result.get(timeout=20)
+        shop.wait_free(f"{name} {n}")
+        assert shop.starts(f"{name} {n}") == 1, shop.logs
+    later = {n: shop.call("act", f"{name} later {n}", "wait") for n in slots}
+    for n in slots:
+        shop.wait_starts(f"{name} later {n}")
+    for n, result in later.items():
+        shop.journal.open(f"{name} later {n}")
+        assert result.get(timeout=10)
+    assert worker.running
+    assert worker.child_pids() == children
+    redis = shop.claims.client.redis
+    wait_until(lambda: not redis.exists("unacked"), 10, lambda: f"no message left\n{shop.logs}")

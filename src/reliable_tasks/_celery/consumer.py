@@ -3,27 +3,50 @@
 Celery's forgets its requests then, for the broker would hand them out again. Where messages are
 held on lease, by the process and not by the connection, nobody else gets them: the tasks run
 on, those that wait go on waiting, and all are acknowledged by the next connection.
+
+RabbitMQ does hand them out again. With a Redis beside it nobody runs the second copy while the
+first one runs here: so what runs runs on, and what does not run yet is forgotten.
 """
 
 # mypy: disable-error-code="attr-defined, has-type, misc, valid-type"
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from celery import bootsteps
+from celery.worker import state
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.tasks import Tasks
 from celery.worker.loops import asynloop
+from celery.worker.state import active_requests, requests, reserved_requests
 
 from reliable_tasks._celery.versions import CLEARS_TIMERS
 
-__all__ = ["CarryingConsumer", "held_by"]
+__all__ = ["CarryingConsumer", "held_by", "is_amqp", "is_lost"]
+
+
+logger = logging.getLogger("reliable_tasks")
 
 
 def held_by(channel: Any) -> Any:
     """Return what this process holds of a channel's broker, or ``None`` on other transports."""
     return getattr(channel, "held", None)
+
+
+def is_amqp(consumer: Any) -> bool:
+    """Say whether a consumer's broker is RabbitMQ, or another one that speaks AMQP."""
+    return bool(consumer.connection.transport.driver_type == "amqp")
+
+
+def is_lost(channel: Any) -> bool:
+    """Say whether an AMQP channel is closed, so that its messages are the broker's again."""
+    return getattr(channel, "connection", None) is None
+
+
+def _is_guarded(request: Any) -> bool:
+    return bool(getattr(request, "is_guarded", False))
 
 
 class Adopt(bootsteps.StartStopStep):
@@ -48,6 +71,9 @@ class CarryingConsumer(Consumer):
     def __init__(self, *args: Any, **options: Any) -> None:
         self._carried: dict[str, Any] | None = None
         self._lost_qos: Any = None
+        #: What is kept of an AMQP broker's messages in a Redis beside it.
+        self.beside: Any = None
+        self._is_lost = False
         self._timers_before: set[Any] = set()
         self._timers_of_connection: set[Any] = set()
         super().__init__(*args, **options)
@@ -56,9 +82,11 @@ class CarryingConsumer(Consumer):
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Take what is held out of the dead connection, before Celery closes it."""
+        self._is_lost = True
         carried = self._take_deliveries()
         if carried is None:
             super().on_connection_error_after_connected(exc)
+            self._cancel_unguarded()
             return
         self._carried = {**(self._carried or {}), **carried}
         initial, restored = self.initial_prefetch_count, self._maximum_prefetch_restored
@@ -80,11 +108,16 @@ class CarryingConsumer(Consumer):
 
     def on_close(self) -> None:
         """Forget what was received, unless it is still held."""
-        if self._carried is None:
+        if self._carried is not None:
+            return
+        if self._is_lost and self.beside is not None:
+            self._forget_what_waits()
+        else:
             super().on_close()
 
     def adopt(self) -> None:
         """Let the new channel hold what the lost one held."""
+        self._is_lost = False
         carried, self._carried = self._carried, None
         if carried is None:
             return
@@ -99,6 +132,45 @@ class CarryingConsumer(Consumer):
         waiting = lost.value - self.initial_prefetch_count if lost and lost.value else 0
         if waiting > 0:
             self.qos.increment_eventually(waiting)
+
+    def _forget_what_waits(self) -> None:
+        """Forget all that no pool has yet; Celery would also take back what it has."""
+        if self.controller and self.controller.semaphore:
+            # Those that run keep their slots.
+            self.controller.semaphore._waiting.clear()
+        for bucket in self.task_buckets.values():
+            if bucket:
+                bucket.clear_pending()
+        # Before 5.7 there was no such set.
+        scheduled: Any = getattr(state, "scheduled_requests", set())
+        waiting: Any = (*reserved_requests, *scheduled)
+        for request in waiting:
+            if request in active_requests or _is_guarded(request):
+                continue
+            entry = getattr(request, "_eta_timer_entry", None)
+            if entry is not None and self.timer is not None:
+                self.timer.cancel(entry)
+            if requests.get(request.id) is request:
+                del requests[request.id]
+            reserved_requests.discard(request)
+            scheduled.discard(request)
+        for entry in self._timers():
+            if entry.fun in (self.apply_eta_task, self._limit_post_eta):
+                self.hub.timer.cancel(entry)
+
+    def _cancel_unguarded(self) -> None:
+        """Stop those that run and that somebody else will start, too."""
+        if self.beside is None or (
+            self.app.conf.worker_cancel_long_running_tasks_on_connection_loss
+        ):
+            return
+        for request in tuple(active_requests):
+            if request.task.acks_late and not request.acknowledged and not _is_guarded(request):
+                logger.warning("Task %s is stopped: its message went back", request)
+                try:
+                    request.cancel(self.pool)
+                except Exception:
+                    logger.warning("Task %s is not stopped", request, exc_info=True)
 
     def _timers(self) -> set[Any]:
         if self.hub is None:

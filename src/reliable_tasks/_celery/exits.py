@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 from billiard import common
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 
-__all__ = ["ends_more_than_the_task"]
+__all__ = ["ends_more_than_the_task", "green_exit"]
 
 
 def ends_more_than_the_task(error: BaseException, *, is_limited: bool) -> bool:
@@ -30,6 +30,11 @@ def ends_more_than_the_task(error: BaseException, *, is_limited: bool) -> bool:
         return True
     # Celery's hard limit in gevent.
     return is_limited and isinstance(error, _known("gevent", "Timeout"))
+
+
+def green_exit() -> BaseException:
+    """Return what ends the green thread in which it is raised, without a word."""
+    return cast(BaseException, sys.modules["greenlet"].GreenletExit())
 
 
 def _known(module: str, name: str) -> Any:

@@ -22,13 +22,29 @@ from celery.exceptions import Ignore, Reject
 from celery.signals import task_failure
 from celery.worker import state
 from celery.worker.request import Request
-from celery.worker.state import reserved_requests, successful_requests, task_ready, task_reserved
+from celery.worker.state import (
+    active_requests,
+    requests,
+    reserved_requests,
+    successful_requests,
+    task_ready,
+    task_reserved,
+)
 
-from reliable_tasks._celery.consumer import held_by
+from reliable_tasks._celery.consumer import held_by, is_lost
+from reliable_tasks._celery.exits import green_exit
 from reliable_tasks._celery.registry import hard_limit
 from reliable_tasks._celery.versions import ENDS_EXITS_AND_REJECTS
 
-__all__ = ["DELIVERY", "GuardedTask", "ReliableRequest", "SetAside", "remember_consumer"]
+__all__ = [
+    "DELIVERY",
+    "IS_COPY",
+    "OF_ONE_COPY",
+    "GuardedTask",
+    "ReliableRequest",
+    "SetAside",
+    "remember_consumer",
+]
 
 logger = logging.getLogger("reliable_tasks")
 
@@ -44,11 +60,20 @@ _MOST_WAITING = 100
 #: A copy looks so often at least whether the other one is still alive (s).
 _WHILE_HELD_ELSEWHERE = 5.0
 
+#: Where it cannot wait in the worker, it looks more often at first: the other one may be dead.
+_MOST_LOOKS = 12
+_AT_FIRST = 1.0
+
 #: A run that outlives its hard limit by so much has hung (s): its lease is left to end.
 _HUNG_AFTER = 30.0
 
 #: Header, of one delivery: its tag.
 DELIVERY = "reliable_delivery"
+#: Headers of a copy that waits in the broker: its message was delivered before, ...
+IS_COPY = "reliable_copy"
+#: ... and so many times it was set aside.
+_TIMES = "reliable_set_aside"
+OF_ONE_COPY = (IS_COPY, _TIMES)
 
 _waiting: weakref.WeakSet[Any] = weakref.WeakSet()
 _consumers: WeakKeyDictionary[Celery, weakref.ref[Any]] = WeakKeyDictionary()
@@ -103,6 +128,9 @@ class ReliableRequest(Request):
 
     _already_revoked: bool
     _context: Any
+    _message: Any
+    _on_ack: Any
+    _on_reject: Any
 
     def __init__(self, message: Any, **options: Any) -> None:
         super().__init__(message, **options)
@@ -113,6 +141,12 @@ class ReliableRequest(Request):
         self._times_set_aside = 0
         self._held = held_by(message.channel)
         self._delivery: Any = None if self._held is None else self._held.get(message.delivery_tag)
+        self._beside: Any = None
+        if self._held is None and self.task.acks_late:
+            self._held = self._beside = getattr(self._consumer, "beside", None)
+        if self._beside is not None:
+            self._times_set_aside = int(self.request_dict.get(_TIMES) or 0)
+            self._delivery = self._expect()
         if self._delivery is not None:
             # Of this delivery; a retry must not inherit them.
             self.request_dict[DELIVERY] = self._delivery.tag
@@ -168,10 +202,26 @@ class ReliableRequest(Request):
             # A cancelled request's message went back with the connection that was lost.
             self._settle(requeued=self._is_cancelled)
 
+    def on_accepted(self, pid: Any, time_accepted: float) -> None:
+        """Note that a child, a thread or a greenlet is about to run the task."""
+        consumer, delivery = self._consumer, self._delivery
+        if should_terminate() and consumer is not None and consumer.pool.is_green:
+            # A green thread that waited for the slot of one that was killed just now. Nobody
+            # would kill this one; its message goes back with those that were prefetched.
+            raise green_exit()
+        if delivery is not None and self.task.acks_late and not delivery.is_started:
+            self._note_start()
+        super().on_accepted(pid, time_accepted)
+
     def cancel(self, *args: Any, **options: Any) -> None:
-        """Stop a task whose message went back with a lost connection."""
+        """Stop a task whose message goes back: the connection is lost, or the worker ends."""
         self._is_cancelled = True
-        super().cancel(*args, **options)
+        try:
+            super().cancel(*args, **options)
+        except NotImplementedError:
+            # Nothing stops a thread. In solo this runs in the midst of the task. So it ends as
+            # if nobody had asked.
+            self._is_cancelled = False
 
     def acknowledge(self) -> None:
         """Acknowledge the message, unless it went back already."""
@@ -180,7 +230,9 @@ class ReliableRequest(Request):
             if is_repetition and not self.acknowledged and not self._ends_here:
                 # A copy whose result was stored already is not run, so its child ends nothing.
                 self._guard._reliable_repeated(self.request_dict)
-            super().acknowledge()
+            self._leave(goes_back=False)
+            if not self._is_left_to_broker():
+                super().acknowledge()
             return
         # A killed greenlet counts as a success; its copy must not be taken for a repetition.
         successful_requests.discard(self.id)
@@ -199,11 +251,13 @@ class ReliableRequest(Request):
         """Reject the message; a requeued one finds its claim free to enter."""
         if requeue and self._ends_here and not self.acknowledged:
             self._is_requeued = True
-            self._settle(requeued=True)
             if self._delivery is not None:
                 # The child is dead, not asked to stop: the crash stands.
                 self._delivery.has_crashed = not should_terminate()
-        super().reject(requeue)
+            self._settle(requeued=True)
+        self._leave(goes_back=requeue)
+        if not self._is_left_to_broker():
+            super().reject(requeue)
 
     @property
     def _guard(self) -> GuardedTask:
@@ -214,7 +268,44 @@ class ReliableRequest(Request):
         found = _consumers.get(cast(Celery, self.app))
         return found() if found is not None else None
 
+    @property
+    def _has_free_slot(self) -> bool:
+        """Whether the task runs as soon as it is handed to the pool, and not in its turn.
+
+        It does in prefork, whose child cannot tell before its user's code runs. In the other
+        pools a task that waits there has not been started; `on_accepted` says when it is.
+        """
+        consumer = self._consumer
+        return consumer is None or bool(getattr(consumer.pool, "uses_semaphore", True))
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether no copy of the task is let in elsewhere until this one has ended."""
+        return self._beside is not None and bool(self._beside.is_open(self._delivery.tag))
+
+    def _expect(self) -> Any:
+        """Return the run that begins when this copy is let in."""
+        is_redelivered = bool(self.delivery_info["redelivered"])
+        return self._beside.expect(self.request_dict, is_redelivered=is_redelivered)
+
+    def _leave(self, *, goes_back: bool) -> None:
+        """End the run, where it is kept beside the broker; before the message is ended."""
+        if self._beside is None:
+            return
+        self._delivery.is_lost = is_lost(self.message.channel)
+        end = self._beside.requeue if goes_back else self._beside.settle
+        end(self._delivery.tag)
+
+    def _is_left_to_broker(self) -> bool:
+        """Say whether nothing can be said of the message: its connection was lost."""
+        if self._beside is None or self.acknowledged or not is_lost(self.message.channel):
+            return False
+        # The copy that the broker made of it will be.
+        self.acknowledged = True
+        return True
+
     def _settle(self, *, requeued: bool) -> None:
+        self._leave(goes_back=requeued)
         self._guard._reliable_unfinished(self.request_dict, requeued=requeued)
 
     def _fail(self, error: Reject, exc_info: Any) -> None:
@@ -271,18 +362,66 @@ class ReliableRequest(Request):
         delivery = self._delivery
         if not self.task.acks_late or self.acknowledged:
             return True
+        if self._is_left_to_broker():
+            task_ready(self)
+            return False
         if not delivery.copy.may_run:
             self._held.hold(delivery)
             self.request_dict["crashes"] = delivery.copy.crashes
+        if self._beside is not None and not delivery.copy.may_run:
+            self._refuse(delivery.copy)
+            return False
         if not delivery.copy.may_run:
             seconds = min(delivery.copy.seconds, _WHILE_HELD_ELSEWHERE)
             self._set_aside(SetAside("another copy of it is alive", 0.05, max(seconds, 0.05)))
             return False
-        self._held.count_start(delivery)
+        if self._has_free_slot:
+            self._note_start()
+        return True
+
+    def _refuse(self, copy: Any) -> None:
+        """Keep a copy from starting that another broker delivered."""
+        runner = self._other_here()
+        if copy.is_over:
+            task_ready(self)
+            logger.warning(
+                "Task %s[%s] is not run again: another copy of it has ended", self.name, self.id
+            )
+            self.acknowledge()
+        elif copy.is_unknown:
+            reason = "the lock Redis does not say whether it runs elsewhere"
+            self._set_aside(SetAside(reason, 0.05, copy.seconds))
+        elif runner is not None and runner.take_over(self):
+            task_ready(self)
+            logger.info("Task %s[%s] runs here: its message is its own again", self.name, self.id)
+        else:
+            longest = _AT_FIRST if self._times_set_aside < _MOST_LOOKS else _WHILE_HELD_ELSEWHERE
+            self._set_aside(SetAside("another copy of it is alive", 0.05, longest))
+        if runner is not None:
+            # Celery knows but one request of an id: that by which a run can be revoked.
+            requests[self.id] = runner
+
+    def _other_here(self) -> ReliableRequest | None:
+        """Return the request of the copy that runs, if it runs in this worker."""
+        for other in (*active_requests, *reserved_requests):
+            if other.id == self.id and other is not self and getattr(other, "is_guarded", False):
+                return cast(ReliableRequest, other)
+        return None
+
+    def take_over(self, copy: ReliableRequest) -> bool:
+        """Take the message of a copy for the one that was lost with its connection."""
+        if copy._delivery.order != self._delivery.order or not is_lost(self.message.channel):
+            return False
+        self._message = copy._message
+        self._on_ack, self._on_reject = copy._on_ack, copy._on_reject
+        self._delivery.is_copy = copy.acknowledged = True
+        return True
+
+    def _note_start(self) -> None:
+        self._held.count_start(self._delivery)
         limit = hard_limit(self.task, self.time_limits)
         if limit:
-            delivery.renew_until = time.monotonic() + limit + _HUNG_AFTER
-        return True
+            self._delivery.renew_until = time.monotonic() + limit + _HUNG_AFTER
 
     def _set_aside(self, answer: SetAside) -> None:
         """Run this copy again after a pause that holds no slot."""
@@ -293,22 +432,33 @@ class ReliableRequest(Request):
         pause = min(answer.first * 2**doublings, answer.longest)
         if self._delivery is not None:
             self._held.uncount_start(self._delivery)
+        if self.is_guarded:
+            # It may come back by another worker, which could not wait for this one's lease.
+            self._leave(goes_back=True)
+            self._delivery = self._expect()
+            self.request_dict[DELIVERY] = self._delivery.tag
+        if self._is_left_to_broker():
+            return
         self._times_set_aside += 1
         logger.info("Task %s[%s] is %s (%.1f s)", self.name, self.id, answer, pause)
         consumer = self._consumer
         if consumer is None:
             self.reject(requeue=True)
-        elif self._can_wait_here() or not self._send_again(pause):
+        elif self._can_wait_here(pause) or not self._send_again(pause):
             self._wait_here(consumer, pause)
 
-    def _can_wait_here(self) -> bool:
+    def _can_wait_here(self, pause: float) -> bool:
+        if self._beside is not None:
+            # The prefetch of a quorum queue stands, so not for long. Without an answer from the
+            # lock Redis no other message could be run, either.
+            return pause < _AT_FIRST or self._delivery.copy.is_unknown
         return self._held is not None or _visibility_timeout(self.message) is not None
 
     def _wait_here(self, consumer: Any, pause: float) -> None:
         """Keep the message for a pause, as Celery does with an ETA: nothing is requeued."""
         channel = self.message.channel
         # Not without bound: with the lock Redis away each copy in the queue would come to wait.
-        raises_prefetch = len(_waiting) < _MOST_WAITING
+        raises_prefetch = self._beside is None and len(_waiting) < _MOST_WAITING
         if raises_prefetch:
             _waiting.add(self)
             consumer.qos.increment_eventually()
@@ -316,7 +466,7 @@ class ReliableRequest(Request):
         def run_again() -> None:
             _waiting.discard(self)
             tasks = consumer.task_consumer
-            if self._held is not None:
+            if self._held is not None and self._beside is None:
                 if not self._held.is_open(self.message.delivery_tag):
                     return
             elif tasks is None or tasks.channel is not channel:
@@ -340,6 +490,13 @@ class ReliableRequest(Request):
         copy = self.task.signature_from_request(
             request, countdown=max(round(pause), 1), retries=request.retries
         )
+        if self._beside is not None:
+            headers = copy.options.get("headers") or {}
+            copy.options["headers"] = {
+                **{k: v for k, v in headers.items() if k not in (DELIVERY, "crashes")},
+                IS_COPY: self._delivery.is_copy,
+                _TIMES: self._times_set_aside,
+            }
         try:
             Task.apply_async(self.task, copy.args, copy.kwargs, **copy.options)
         except Exception:

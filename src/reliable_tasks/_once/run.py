@@ -12,7 +12,7 @@ from celery.exceptions import Ignore
 from celery.signals import task_postrun
 
 from reliable_tasks._celery.registry import hard_limit
-from reliable_tasks._celery.request import SetAside
+from reliable_tasks._celery.request import DELIVERY, SetAside
 from reliable_tasks._once.claim import HOLDER, Claim, Run
 from reliable_tasks._once.locks import Locks, locks_of
 from reliable_tasks._once.once import Once
@@ -70,6 +70,7 @@ def enter(task: Task[..., Any], once: Once) -> None:
             lease=lease,
             ttl=_redelivery(task, lease),
             task=task.name,
+            delivery=_delivery(task, locks),
         )
     except StoreError as error:
         _unavailable(task, locks, error)
@@ -98,6 +99,12 @@ def _claim_of(task: Task[..., Any], once: Once, headers: dict[str, Any]) -> Clai
         name = once.claim_name(task, headers.get("args"), headers.get("kwargs"))
         claim = Claim(name, str(headers["id"]), int(headers.get("retries") or 0))
     return claim
+
+
+def _delivery(task: Task[..., Any], locks: Locks) -> str:
+    """Return the tag of the message's delivery, where the lock Redis knows its lease."""
+    # An early ack ends the delivery when the run begins.
+    return str(task.request.get(DELIVERY) or "") if locks.are_at_broker and task.acks_late else ""
 
 
 def _unavailable(task: Task[..., Any], locks: Locks, error: StoreError) -> None:

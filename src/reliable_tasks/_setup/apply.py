@@ -14,7 +14,12 @@ from celery.local import maybe_evaluate
 
 from reliable_tasks._broker.transport import install
 from reliable_tasks._celery.queues import check_queues
-from reliable_tasks._celery.registry import is_configured, is_finalized, known_tasks
+from reliable_tasks._celery.registry import (
+    hard_limit,
+    is_configured,
+    is_finalized,
+    known_tasks,
+)
 from reliable_tasks._celery.settings import explicit, put
 from reliable_tasks._celery.versions import check_versions
 from reliable_tasks._once.decorator import refuse_plain_base
@@ -29,6 +34,9 @@ from reliable_tasks.errors import ConfigError, ReliableWarning
 __all__ = ["apply_reliable_config"]
 
 logger = logging.getLogger("reliable_tasks")
+
+#: For how long RabbitMQ lets a message be unacknowledged unless it is told otherwise (s).
+CONSUMER_TIMEOUT = 1800.0
 
 
 def apply_reliable_config(
@@ -188,6 +196,7 @@ class StartCheck(bootsteps.Step):
             locks_of(app).claims.client  # noqa: B018 - a bad address is an error here
         if Facts.of(app).broker == "amqp":
             check_queues(app)
+            _say_what_rabbitmq_does(app, Facts.of(app))
         for concern in setup.concerns:
             logger.warning("%s", concern)
         pool = _pool_name(worker)
@@ -206,11 +215,65 @@ class StartCheck(bootsteps.Step):
                 pool,
             )
         if pool != "prefork":
-            logger.warning(
-                "The %s pool does not enforce hard time limits: a task that runs for longer "
-                "than visibility_timeout can be started by a second worker",
-                pool,
+            consequence = (
+                "a task that runs for longer than visibility_timeout can be started by a second "
+                "worker"
+                if is_stock
+                else "a task that hangs there is not stopped"
             )
+            logger.warning("The %s pool does not enforce hard time limits: %s", pool, consequence)
+        _refuse_exclusive(app, facts, pool)
+
+
+def _say_what_rabbitmq_does(app: Celery, facts: Facts) -> None:
+    """Say when a task can be started while it runs."""
+    if not facts.has_guard_beside:
+        logger.warning(
+            "A task can run twice at once: when a connection is lost, RabbitMQ hands out again "
+            "what it delivered, and no Redis is known that could say which tasks run. Set "
+            "reliable_redis_url, or a Redis as the result_backend"
+        )
+    longest = {
+        task.name: hard_limit(task) or facts.config.longest_task
+        for task in known_tasks(app)
+        if task.acks_late
+    }
+    names = [name for name, limit in longest.items() if limit is None or limit > CONSUMER_TIMEOUT]
+    if names:
+        logger.warning(
+            "RabbitMQ closes the channel of a worker that does not acknowledge a message for %g "
+            "min, its default consumer_timeout, and %s. These may run for longer: %s. Raise "
+            "consumer_timeout, or give them a time_limit (or say reliable_longest_task)",
+            CONSUMER_TIMEOUT / 60,
+            "hands the message out again: the task runs on, and its copy is set aside until it has "
+            "ended"
+            if facts.has_guard_beside
+            else "starts the task again; the worker stops the one that runs",
+            ", ".join(names[:5]) + (", ..." if names[5:] else ""),
+        )
+
+
+def _refuse_exclusive(app: Celery, facts: Facts, pool: str) -> None:
+    """Refuse tasks that must die before their lease where nothing could end them."""
+    names = [task.name for task in known_tasks(app) if getattr(task, "exclusive", False)]
+    if not names:
+        return
+    listed = ", ".join(names)
+    if pool != "prefork":
+        raise ConfigError(
+            f"exclusive=True of {listed} needs the prefork pool, whose children can be ended one "
+            f"by one; this worker's pool is {pool}"
+        )
+    if not facts.has_own_transport:
+        raise ConfigError(
+            f"exclusive=True of {listed} needs the leases of this library's transport: a redis://, "
+            "rediss:// or sentinel:// broker, without reliable_broker = 'stock'"
+        )
+    if app.conf.get("worker_pool_start_method", "fork") == "spawn":
+        raise ConfigError(
+            f"exclusive=True of {listed} needs children that share memory with the worker: set "
+            "worker_pool_start_method = 'fork'"
+        )
 
 
 def _pool_name(worker: Any) -> str:

@@ -69,6 +69,17 @@ class Facts:
         return self.config.broker == "reliable" and self.broker_scheme in OWN_SCHEMES
 
     @property
+    def has_guard_beside(self) -> bool:
+        """Whether the broker is RabbitMQ with a Redis at hand that knows which tasks run."""
+        redis = self.config.redis_url or as_text(self.app.conf.result_backend)
+        return self.broker == "amqp" and is_redis_url(redis)
+
+    @property
+    def carries(self) -> bool:
+        """Whether running tasks run on when the connection is lost."""
+        return self.has_own_transport or self.has_guard_beside
+
+    @property
     def has_backend(self) -> bool:
         """Whether results are kept."""
         return bool(self.backend_scheme)

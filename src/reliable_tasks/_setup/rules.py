@@ -34,12 +34,12 @@ def _on_amqp(facts: Facts) -> bool:
     return facts.broker == "amqp"
 
 
-def _has_own_transport(facts: Facts) -> bool:
-    return facts.has_own_transport
+def _carries(facts: Facts) -> bool:
+    return facts.carries
 
 
-def _has_other_transport(facts: Facts) -> bool:
-    return not facts.has_own_transport
+def _does_not_carry(facts: Facts) -> bool:
+    return not facts.carries
 
 
 def _has_backend(facts: Facts) -> bool:
@@ -75,19 +75,19 @@ SETTINGS: tuple[Rule, ...] = (
         "worker_cancel_long_running_tasks_on_connection_loss",
         True,
         "a lost connection gives running tasks back at once; the copy here must not run on",
-        _has_other_transport,
+        _does_not_carry,
     ),
     Rule(
         "worker_cancel_long_running_tasks_on_connection_loss",
         False,
-        "a lost connection gives nothing back: running tasks run on and are acknowledged later",
-        _has_own_transport,
+        "running tasks run on when the connection is lost, and nobody else starts them meanwhile",
+        _carries,
     ),
     Rule(
         "worker_consumer",
         "reliable_tasks._celery.consumer:CarryingConsumer",
         "what a worker holds survives the loss of its connection",
-        _has_own_transport,
+        _carries,
     ),
     Rule(
         "worker_deduplicate_successful_tasks",
@@ -262,7 +262,8 @@ def concerns(facts: Facts, timeout: VisibilityTimeout, knows_all_tasks: bool) ->
     yield from _misplaced(facts)
     if facts.broker == "redis":
         yield from _redis_concerns(facts, timeout)
-    if facts.broker == "redis" and knows_all_tasks and timeout.unlimited:
+    is_stock = facts.broker == "redis" and not facts.has_own_transport
+    if is_stock and knows_all_tasks and timeout.unlimited:
         names = ", ".join(timeout.unlimited[:5]) + (", ..." if timeout.unlimited[5:] else "")
         yield Concern(
             "task_time_limit",
@@ -290,7 +291,7 @@ def _misplaced(facts: Facts) -> Iterator[Concern]:
 def _redis_concerns(facts: Facts, timeout: VisibilityTimeout) -> Iterator[Concern]:
     options = facts.transport_options
     own = options.get("visibility_timeout")
-    if own is not None and own < timeout.seconds:
+    if own is not None and own < timeout.seconds and not facts.has_own_transport:
         yield Concern(
             "broker_transport_options.visibility_timeout",
             own,
@@ -307,6 +308,14 @@ def _redis_concerns(facts: Facts, timeout: VisibilityTimeout) -> Iterator[Concer
 
 def _is_false(value: Any, facts: Facts) -> bool:
     return value is False
+
+
+def _is_false_on_stock(value: Any, facts: Facts) -> bool:
+    return value is False and not facts.carries
+
+
+def _is_true_on_lease(value: Any, facts: Facts) -> bool:
+    return value is True and facts.carries
 
 
 def _is_true_without_backend(value: Any, facts: Facts) -> bool:
@@ -343,10 +352,26 @@ CHECKS: tuple[tuple[str, Callable[[Any, Facts], bool], str], ...] = (
     ),
     (
         "worker_cancel_long_running_tasks_on_connection_loss",
-        _is_false,
+        _is_false_on_stock,
         (
             "after a lost connection a task runs on here while another worker starts it; set it to "
             "True"
+        ),
+    ),
+    (
+        "worker_cancel_long_running_tasks_on_connection_loss",
+        _is_true_on_lease,
+        (
+            "after a lost connection running tasks are killed and started again, although nobody "
+            "else has them; set it to False"
+        ),
+    ),
+    (
+        "worker_consumer",
+        lambda value, facts: facts.carries and "CarryingConsumer" not in str(value),
+        (
+            "a consumer of your own forgets what is held when the connection is lost; derive it "
+            "from reliable_tasks._celery.consumer.CarryingConsumer"
         ),
     ),
     (

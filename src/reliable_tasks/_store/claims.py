@@ -118,10 +118,15 @@ class Claims:
         lease: float,
         ttl: float,
         task: str,
+        delivery: str = "",
     ) -> Ticket[Entry]:
-        """Start a copy of the task, or learn why it must not run."""
-        args: list[str | int] = [owner, attempt, holder, _ms(lease), _ms(ttl), task]
-        answer = load("claim_enter")(self.client, self._both(name), args)
+        """Start a copy of the task, or learn why it must not run.
+
+        With the tag of its ``delivery`` the run is covered for as long as that is on lease.
+        """
+        args: list[str | int] = [owner, attempt, holder, _ms(lease), _ms(ttl), task, delivery]
+        keys = [*self._both(name), self._keys.leases]
+        answer = load("claim_enter")(self.client, keys, args)
         return _ticket(Entry, answer)
 
     def release(

@@ -36,9 +36,11 @@ _QUEUE_TTL = 60.0
 
 
 class Guard(IntEnum):
-    """What the guard says of a copy; the numbers are those of ``hold_run.lua``."""
+    """What the guard says of a copy; the numbers are those of the scripts."""
 
+    UNKNOWN = 0
     MAY_RUN = 1
+    OVER = 2
     HELD_ELSEWHERE = 3
 
 
@@ -60,6 +62,16 @@ class Copy:
     def may_run(self) -> bool:
         """Whether no other copy is alive."""
         return self.guard is Guard.MAY_RUN
+
+    @property
+    def is_over(self) -> bool:
+        """Whether another copy has ended, or was continued."""
+        return self.guard is Guard.OVER
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether nobody could say."""
+        return self.guard is Guard.UNKNOWN
 
     @classmethod
     def of(cls, answer: Sequence[Any]) -> Copy:
@@ -256,6 +268,7 @@ class Messages:
             with_.holder,
             expiry,
             token,
+            _ms(_RUN_TTL),
             *(self.layout.prefix + one for one in lists),
         ]
         code, owner, milliseconds, fence = load("message_publish").on(server, keys, args)
@@ -271,6 +284,46 @@ class Messages:
         keys = [self.keys.leases, self.keys.run(delivery.task_id)]
         args: list[Argument] = [delivery.tag, _ms(_RUN_TTL), _ms(lease)]
         return Copy.of(load("message_hold").on(server, keys, args))
+
+    def enter(
+        self, server: redis.Redis, delivery: Delivery, *, order: int, is_copy: bool, lease: float
+    ) -> Copy:
+        """Let in a copy of another broker's task, with a lease, and count its start as a crash.
+
+        Args:
+            server: The client.
+            delivery: The copy.
+            order: A number that is greater for each continuation of the task.
+            is_copy: Whether its message was delivered before.
+            lease: In seconds.
+        """
+        keys = [self.keys.leases, self.keys.run(delivery.task_id)]
+        args: list[Argument] = [delivery.tag, order, int(is_copy), _ms(_RUN_TTL), _ms(lease)]
+        return Copy.of(load("run_enter").on(server, keys, args))
+
+    def leave_run(
+        self,
+        server: redis.Redis,
+        delivery: Delivery,
+        *,
+        order: int,
+        goes_back: bool,
+        remembers: float,
+    ) -> bool:
+        """End a copy that was let in so; return False if its lease had ended."""
+        keys = [self.keys.leases, self.keys.run(delivery.task_id)]
+        args: list[Argument] = [
+            delivery.tag,
+            order,
+            "back" if goes_back else "over",
+            int(not delivery.has_crashed),
+            _ms(remembers),
+        ]
+        return bool(load("run_leave").on(server, keys, args))
+
+    def note_done(self, server: redis.Redis, task_id: str, order: int) -> None:
+        """Note that the copy of this order has published its task's continuation."""
+        load("run_done").on(server, [self.keys.run(task_id)], [order, _ms(_OVER_TTL)])
 
     def settle(self, server: redis.Redis, delivery: Delivery) -> bool:
         """Acknowledge or discard; return False if the delivery was over already."""

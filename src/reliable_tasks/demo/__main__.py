@@ -104,10 +104,11 @@ def _explanation(usual: Outcome, ours: Outcome) -> str:
     return f"""\
 usual: acks_late, reject_on_worker_lost and celery-once, all else as Celery has it.
 The same files, kills and deadline for both. Nobody waits for what is due after the deadline:
-a dead worker's tasks come back {usual.visibility_timeout:g} s after they were fetched (usual),
-or {ours.visibility_timeout:g} s (reliable_tasks), but not before the lease of their claim ends.
-Kombu's fetch window: a worker was killed between taking a message and noting it down. Neither
-setup closes it, that takes another transport; so this row does not count as a broken promise."""
+a dead worker's tasks come back {usual.redelivery:g} s after they were fetched (usual), or when
+its connection is gone and it missed two beats, at the latest after {ours.redelivery:g} s
+(reliable_tasks).
+Never noted down: stock kombu takes a message first and notes it afterwards; a worker that is
+killed in between takes it with it."""
 
 
 if __name__ == "__main__":

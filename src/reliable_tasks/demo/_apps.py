@@ -17,7 +17,6 @@ from reliable_tasks import (
     apply_reliable_config,
     once,
     presets,
-    recommended_visibility_timeout,
 )
 from reliable_tasks.demo._events import recorded
 from reliable_tasks.demo._load import fingerprint
@@ -65,8 +64,8 @@ class Contender(ABC):
 
     @property
     @abstractmethod
-    def visibility_timeout(self) -> float:
-        """How many seconds after it was fetched a dead worker's message goes to another."""
+    def redelivery(self) -> float:
+        """For how many seconds at most a dead worker's message stays with it."""
 
 
 class Usual(Contender):
@@ -96,7 +95,7 @@ class Usual(Contender):
         self.task = task
 
     @property
-    def visibility_timeout(self) -> float:
+    def redelivery(self) -> float:
         return 3600.0
 
     def call(self, path: str, pause: float) -> str | None:
@@ -125,8 +124,8 @@ class Reliable(Contender):
         self.task = task
 
     @property
-    def visibility_timeout(self) -> float:
-        return float(recommended_visibility_timeout(self.app).seconds)
+    def redelivery(self) -> float:
+        return float(self.app.conf.broker_transport_options["reliable"]["lease"])
 
     def call(self, path: str, pause: float) -> str | None:
         result = self.task.delay(path, pause)

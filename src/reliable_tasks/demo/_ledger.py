@@ -1,7 +1,7 @@
 """Where each message is, as the broker was told.
 
-Kombu fetches a message with BRPOP and only then notes in ``unacked`` that somebody has it: a
-worker that is killed in between loses it without a trace. To tell that loss from any other, the
+Stock kombu fetches a message with BRPOP and only then notes in ``unacked`` that somebody has it:
+a worker that is killed in between loses it without a trace. To tell that loss from any other, the
 demo reads along all that the server is told (MONITOR) and keeps books: a message that was
 queued last, yet is in the queue no longer, fell into that window; one that was taken off
 ``unacked`` without being queued again was acknowledged.
@@ -17,11 +17,10 @@ from typing import Self
 __all__ = ["Ledger", "Place"]
 
 _COMMAND = re.compile(
-    rb'\+?[\d.]+ \[\d+ [^"]*\] "(?P<name>[LR]PUSH|ZADD|ZREM)" "(?P<key>[^"]*)" (?P<rest>.*)',
+    rb'\+?[\d.]+ \[\d+ [^"]*\] "(?P<name>[LR]PUSH|HSET|HDEL)" "(?P<key>[^"]*)" (?P<rest>.*)',
     re.DOTALL,
 )
 # JSON, as MONITOR quotes it.
-_TAG = re.compile(rb'\\"delivery_tag\\": \\"([^"\\]+)\\"')
 _TASK_ID = re.compile(rb'\\"correlation_id\\": \\"([^"\\]+)\\"')
 
 
@@ -44,7 +43,7 @@ class Ledger:
     def __init__(self, port: int, queue: str = "celery") -> None:
         self._queue = queue.encode()
         self._buffer = b""
-        self._task_ids: dict[bytes, str] = {}
+        self._held: dict[bytes, re.Match[bytes] | None] = {}
         self._places: dict[str, Place] = {}
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=5.0)
         self._socket.sendall(b"MONITOR\r\n")
@@ -77,21 +76,20 @@ class Ledger:
             return False
         name, key, rest = command["name"], command["key"], command["rest"]
         if name.endswith(b"PUSH") and key == self._queue:
-            tag, task_id = _TAG.search(rest), _TASK_ID.search(rest)
-            if tag is None or task_id is None:
-                return False
-            self._task_ids[tag[1]] = task_id[1].decode()
-            return self._move(tag[1], Place.QUEUED)
-        if key != b"unacked_index":
+            return self._move(_TASK_ID.search(rest), Place.QUEUED)
+        if key != b"unacked":
             return False
-        tag_text = rest.rpartition(b' "')[2] if name == b"ZADD" else rest.lstrip(b'"')
-        return self._move(tag_text.rstrip(b'"'), Place.HELD if name == b"ZADD" else Place.DONE_WITH)
+        tag, _, message = rest.lstrip(b'"').partition(b'"')
+        if name == b"HDEL":
+            task_id = self._held.pop(tag, None)
+            return self._move(task_id, Place.DONE_WITH)
+        self._held[tag] = _TASK_ID.search(message)
+        return self._move(self._held[tag], Place.HELD)
 
-    def _move(self, tag: bytes, place: Place) -> bool:
-        task_id = self._task_ids.get(tag)
+    def _move(self, task_id: re.Match[bytes] | None, place: Place) -> bool:
         if task_id is None:
             return False
-        self._places[task_id] = place
+        self._places[task_id[1].decode()] = place
         return True
 
     def __enter__(self) -> Self:

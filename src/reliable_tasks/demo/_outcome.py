@@ -51,7 +51,7 @@ class Outcome:
         wrong: Files with another result than was expected, and that result.
         restarts: For pool children and for whole workers.
         seconds: How long it took.
-        visibility_timeout: After how many seconds the broker passes a message on.
+        redelivery: For how many seconds at most a message stays with a dead worker.
         deserters: Logs of workers that ended although nobody killed them.
     """
 
@@ -70,13 +70,13 @@ class Outcome:
     wrong: tuple[str, ...]
     restarts: Mapping[Target, Restarts]
     seconds: float
-    visibility_timeout: float
+    redelivery: float
     deserters: tuple[str, ...] = field(default=())
 
     @property
     def lost(self) -> int:
-        """Tasks without a result in the end, but for those in the window."""
-        return self.waiting + self.queued + self.gone
+        """Tasks without a result in the end."""
+        return self.waiting + self.queued + self.gone + self.in_window
 
     @property
     def broken(self) -> list[str]:

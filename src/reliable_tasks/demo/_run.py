@@ -119,6 +119,8 @@ class _Scene:
         self._chaos.give_up()
         seconds = time.monotonic() - self._started
         locks = self._locks()
+        # The last results can be stored after the last look at them.
+        self._fetch_results()
         self._screen.clear()
         return self._outcome(seconds, locks)
 
@@ -211,7 +213,7 @@ class _Scene:
         oldest: list[Any] = self._client.zrange("unacked_index", 0, 0, withscores=True)
         if not oldest:
             return False
-        wait = float(oldest[0][1]) + self._contender.visibility_timeout - time.time()
+        wait = float(oldest[0][1]) + self._contender.redelivery - time.time()
         return now + wait < self._deadline
 
     def _locks(self) -> list[str]:
@@ -259,7 +261,7 @@ class _Scene:
                 "worker": restarts(executions, kills, "worker"),
             },
             seconds=seconds,
-            visibility_timeout=self._contender.visibility_timeout,
+            redelivery=self._contender.redelivery,
             deserters=tuple(worker.log[-2000:] for worker in self._crew.deserters),
         )
 

@@ -33,7 +33,7 @@ def table(usual: Outcome, ours: Outcome) -> str:
         row("  held for a dead worker", lambda one: one.waiting),
         row("  still in the queue", lambda one: one.queued),
         row("  gone for good", lambda one: one.gone),
-        row("lost in kombu's fetch window", lambda one: one.in_window),
+        row("  taken, and never noted down", lambda one: one.in_window),
         row("run twice at once", lambda one: one.twice_at_once),
         row("run again after a crash", lambda one: one.repeated),
         row("locks left behind", lambda one: len(one.locks)),
@@ -44,7 +44,7 @@ def table(usual: Outcome, ours: Outcome) -> str:
         row("    restarted, of those interrupted", lambda one: _share(one, "child")),
         row("  whole worker", lambda one: _seconds(one, "worker")),
         row("    restarted, of those interrupted", lambda one: _share(one, "worker")),
-        row("visibility timeout (s)", lambda one: f"{one.visibility_timeout:g}"),
+        row("visibility timeout or lease (s)", lambda one: f"{one.redelivery:g}"),
         row("seconds in all", lambda one: f"{one.seconds:.0f}"),
     ]
     return "\n".join(line.rstrip() for line in lines)

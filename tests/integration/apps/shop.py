@@ -7,7 +7,9 @@ A worker finds its settings in the environment: ``RT_BROKER_URL``, ``RT_RESULT_U
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -19,9 +21,11 @@ from typing import Any
 import tenacity
 from celery import Celery, Task
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from kombu.utils.scheduling import round_robin_cycle
 
 from reliable_tasks import ReliableTask, apply_reliable_config, once, presets
 from tests.integration.apps.journal import Journal
+from tests.integration.apps.showing import run_show
 
 #: Hard time limit of the tasks (s): short, for the time to recovery follows from it.
 LIMIT = 4
@@ -36,7 +40,7 @@ def told(task: Task, name: str) -> Iterator[None]:
     """Write down that a task starts, and that it ends, also by an exception."""
     request = task.request
     about = {"name": name, "id": request.id, "attempt": request.retries}
-    journal.write("start", **about)
+    journal.write("start", **about, crashes=request.get("crashes"))
     try:
         yield
     finally:
@@ -123,6 +127,15 @@ def _retry_and_take_worker_down(task: Task, name: str) -> None:
     raise ValueError(name)
 
 
+def _replace_and_take_worker_down(task: Task, name: str) -> None:
+    if _is_first(name):
+        try:
+            task.replace(task.s(name))
+        except Ignore:
+            os.kill(os.getppid(), signal.SIGKILL)
+            _kill_own_child()
+
+
 def _replace_same(task: Task, name: str) -> None:
     if _is_first(name):
         raise task.replace(task.s(name))
@@ -153,6 +166,33 @@ def _die(task: Task, name: str) -> None:
         _kill_own_child()
 
 
+def _leave(task: Task, name: str) -> None:
+    raise SystemExit(3)
+
+
+def _interrupt(task: Task, name: str) -> None:
+    raise KeyboardInterrupt
+
+
+def _cancel(task: Task, name: str) -> None:
+    raise asyncio.CancelledError
+
+
+def _run_out_of_memory(task: Task, name: str) -> None:
+    raise MemoryError(name)
+
+
+def _hold_gil(task: Task, name: str) -> None:
+    # Through PyDLL the call keeps what CDLL would release.
+    ctypes.PyDLL(None).usleep(int(float(name.rpartition(" ")[2]) * 1_000_000))
+
+
+def _spin(task: Task, name: str) -> None:
+    until = time.monotonic() + float(name.rpartition(" ")[2])
+    while time.monotonic() < until:
+        pass
+
+
 _ACTIONS = {
     action.__name__.removeprefix("_"): action
     for action in (
@@ -169,8 +209,18 @@ _ACTIONS = {
         ),
         *(_retry_and_die, _retry_and_take_worker_down, _replace_same, _replace_other),
         *(_sleep, _sleep_on, _exit, _die),
+        _replace_and_take_worker_down,
+        *(_leave, _interrupt, _cancel, _run_out_of_memory, _hold_gil, _spin),
     )
 }
+
+
+class BackwardCycle(round_robin_cycle):  # type: ignore[misc]
+    """A strategy of a user's own: the last name first."""
+
+    def consume(self, n: int) -> list[str]:
+        """Return the queues in the order in which they are to be looked at."""
+        return sorted(self.items, reverse=True)[:n]
 
 
 def build(
@@ -185,6 +235,12 @@ def build(
     @app.task(shared=False, name="act", base=ReliableTask, bind=True, **limits)
     @once(key="{name}")
     def act(self: Task, name: str, what: str = "succeed") -> str:
+        with told(self, name):
+            _ACTIONS[what](self, name)
+        return name
+
+    @app.task(shared=False, name="bare", base=ReliableTask, bind=True, **limits)
+    def bare(self: Task, name: str, what: str = "succeed") -> str:
         with told(self, name):
             _ACTIONS[what](self, name)
         return name
@@ -235,6 +291,10 @@ def build(
             if self.request.retries < failures:
                 raise ConnectionError(name)
         return self.request.retries
+
+    @app.task(shared=False, name="show", base=ReliableTask, bind=True, **limits)
+    def show(self: Task, name: str, seconds: float = 0, text: str = "") -> str:
+        return run_show(journal, self, name, seconds, text)
 
     # What Celery does by itself, for comparison.
     @app.task(shared=False, name="plain", bind=True, time_limit=limit)

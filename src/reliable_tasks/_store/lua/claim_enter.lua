@@ -2,22 +2,29 @@
 --          Safe to repeat: the holder enters again.
 -- KEYS[1]  the claim
 -- KEYS[2]  '<owner>:<attempt>' of the task that ended last, if it was ever continued
+-- KEYS[3]  leases of messages: sorted set, tag -> end of the lease, ms
 -- ARGV[1]  owner: the task's id
 -- ARGV[2]  attempt of this copy
 -- ARGV[3]  holder: this copy's token
 -- ARGV[4]  lease: how long the run is covered, ms
 -- ARGV[5]  ttl: how long the claim lives if nobody releases it, ms
 -- ARGV[6]  task: the task's name, for people who look
+-- ARGV[7]  tag of this copy's delivery, or '': its worker renews that lease, so a holder
+--          whose delivery is over is dead, however long its run was covered
 -- Returns: {1, owner, lease in ms, fence}             entered
 --          {2, owner, 0, fence}                       a later attempt exists, or it has ended
 --          {3, owner, ms until its lease ends, fence}  another copy of this attempt runs
 --          {4, owner, ms until its lease ends, fence}  the attempt before this one still runs
 --          {0, its owner, ms until it lapses, fence}  another task owns the key
--- Commands: TIME HMGET GET HDEL HSET PEXPIRE PTTL
+-- Commands: TIME HMGET GET ZSCORE HDEL HSET PEXPIRE PTTL
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local owner, attempt, holder, lease_end, fence, holder_attempt = unpack(redis.call('HMGET',
-    KEYS[1], 'owner', 'attempt', 'holder', 'lease_end', 'fence', 'holder_attempt'))
+local owner, attempt, holder, lease_end, fence, holder_attempt, delivery =
+    unpack(redis.call('HMGET', KEYS[1], 'owner', 'attempt', 'holder', 'lease_end', 'fence',
+        'holder_attempt', 'delivery'))
+if delivery and tonumber(redis.call('ZSCORE', KEYS[3], delivery) or 0) <= now then
+    lease_end = '0'
+end
 if owner ~= ARGV[1] then
     local ended, last = string.match(redis.call('GET', KEYS[2]) or '', '^(.*):(%d+)$')
     if ended == ARGV[1] and tonumber(last) >= tonumber(ARGV[2]) then
@@ -42,7 +49,10 @@ elseif holder ~= ARGV[3] then
     end
     fence = string.format('%.0f', math.max(tonumber(fence) + 1, time[1] * 1000000 + time[2]))
 end
-redis.call('HDEL', KEYS[1], 'next_attempt')
+redis.call('HDEL', KEYS[1], 'next_attempt', 'delivery')
+if ARGV[7] ~= '' then
+    redis.call('HSET', KEYS[1], 'delivery', ARGV[7])
+end
 redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'attempt', ARGV[2], 'fence', fence,
     'holder', ARGV[3], 'holder_attempt', ARGV[2],
     'lease_end', string.format('%.0f', now + ARGV[4]))

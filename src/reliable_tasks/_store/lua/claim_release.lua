@@ -37,7 +37,8 @@ if ARGV[4] == '0' and latest <= tonumber(ARGV[2]) then
     end
     return {1, owner}
 end
-redis.call('HDEL', KEYS[1], 'holder', 'holder_attempt', 'lease_end', 'next_attempt')
+redis.call('HDEL', KEYS[1], 'holder', 'holder_attempt', 'lease_end', 'next_attempt',
+    'delivery')
 if ARGV[4] == '0' then
     redis.call('HSET', KEYS[1], 'attempt', latest)
 else

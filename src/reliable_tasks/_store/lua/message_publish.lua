@@ -17,7 +17,8 @@
 -- ARGV[9]  holder: the token of the run that continues its claim, or ''
 -- ARGV[10]  expiry ttl of the queue's lists, ms, or '0'
 -- ARGV[11]  token
--- ARGV[12..]  the lists that the expiry concerns
+-- ARGV[12]  run ttl, ms, for a run that was unknown
+-- ARGV[13..]  the lists that the expiry concerns
 -- Returns: {1, '', 0, ''}     queued
 --          {2, '', 0, ''}     it was queued before
 --          {3, '', 0, ''}     refused: the delivery that would continue itself is over
@@ -49,10 +50,14 @@ end
 redis.call('LPUSH', KEYS[2], ARGV[1])
 redis.call('SET', KEYS[1], '1', 'PX', ARGV[2])
 if ARGV[3] ~= '' then
+    local is_unknown = redis.call('EXISTS', KEYS[4]) == 0
     redis.call('HSET', KEYS[4], 'continued', ARGV[3])
+    if is_unknown then
+        redis.call('PEXPIRE', KEYS[4], ARGV[12])
+    end
 end
 if ARGV[10] ~= '0' then
-    for i = 12, #ARGV do
+    for i = 13, #ARGV do
         redis.call('PEXPIRE', ARGV[i], ARGV[10])
     end
 end

@@ -27,7 +27,8 @@ if sweeper and sweeper ~= ARGV[1] and ends > now and ends < now + 10 * ARGV[6] t
 end
 local expected = sweeper == ARGV[1] and elapsed > 0 and elapsed or 0
 local since = now - beat
-if server ~= ARGV[3] or since < expected - gap or since > expected + gap then
+-- Where nobody ever swept, nobody holds what could be mistaken.
+if server and (server ~= ARGV[3] or since < expected - gap or since > expected + gap) then
     held_until = now + ARGV[4]
 elseif held_until > now + ARGV[4] then
     held_until = now + ARGV[4]

@@ -1,0 +1,1 @@
+"""Breaks workers, servers and networks on purpose, and counts what became of the tasks."""

@@ -1,0 +1,74 @@
+"""The app of both systems, and the one task that they run: it writes down when it runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from celery import Celery
+
+from reliable_tasks import ReliableTask, apply_reliable_config
+
+__all__ = ["JOURNAL", "LEASE", "OURS", "STEP", "STOCK", "SYSTEM", "make_app"]
+
+OURS = "reliable_tasks"
+STOCK = "stock Celery"
+STEP = "chaos.step"
+
+#: The environment variables of a worker.
+SYSTEM = "RT_CHAOS_SYSTEM"
+JOURNAL = "RT_CHAOS_JOURNAL"
+LEASE = "RT_CHAOS_LEASE"
+
+#: How long stock's messages stay with a dead worker (s); its default is an hour.
+STOCK_TIMEOUT = 5
+
+
+def make_app(system: str, broker: str | None, lease: float | None = None) -> Celery:
+    """Return the app of one system.
+
+    Args:
+        system: `OURS` or `STOCK`.
+        broker: The broker's URL.
+        lease: `reliable_lease`, if not the default.
+    """
+    app = Celery("chaos", broker=broker, set_as_current=False)
+    app.conf.update(task_ignore_result=True, broker_connection_retry_on_startup=True)
+    options: dict[str, Any] = {"acks_late": True, "reject_on_worker_lost": True}
+    if system == OURS:
+        if lease:
+            app.conf.reliable_lease = lease
+        apply_reliable_config(app, longest_task=120)
+        options = {"base": ReliableTask}
+    else:
+        # The quickest that stock can be told to look for a dead worker's messages.
+        app.conf.broker_transport_options = {
+            "visibility_timeout": STOCK_TIMEOUT,
+            "unacked_restore_interval": 1,
+            "unacked_restore_throttle": 1,
+        }
+        # For ever, as apply_reliable_config has it.
+        app.conf.broker_connection_max_retries = None
+
+    @app.task(name=STEP, bind=True, shared=False, **options)
+    def step(task: Any, seconds: float = 0.0, again: float | None = None) -> None:
+        """Run for so long; a redelivered copy for ``again``, where given."""
+        _note("start", task.request)
+        is_copy = bool((task.request.delivery_info or {}).get("redelivered"))
+        pause = seconds if again is None or not is_copy else again
+        if pause:
+            time.sleep(pause)
+        _note("end", task.request)
+
+    return app
+
+
+def _note(what: str, request: Any) -> None:
+    line = f"{what} {request.id} {request.hostname} {os.getpid()} {time.time():.6f}\n"
+    # One write to a file that is only added to: it survives the process, and lines stay whole.
+    file = os.open(os.environ[JOURNAL], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(file, line.encode())
+    finally:
+        os.close(file)

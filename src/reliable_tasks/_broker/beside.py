@@ -1,0 +1,238 @@
+"""What a worker of another broker holds, kept in a Redis beside it.
+
+RabbitMQ gives a message to somebody else as soon as a connection is lost, also while its task
+runs on. So each run has a lease in the lock Redis: while it is renewed, no copy of the task is
+let in; and what is over is known there, for the message of a lost connection comes back.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import redis
+from celery import Task
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from reliable_tasks._broker.held import Held, held_for
+from reliable_tasks._celery.request import IS_COPY
+from reliable_tasks._store.claims import Claims
+from reliable_tasks._store.client import ServerAddress, connect
+from reliable_tasks._store.messages import Copy, Delivery, Guard, Layout, Messages
+from reliable_tasks.config import ReliableConfig
+
+__all__ = ["Beside", "Run", "beside", "is_beside", "note_done"]
+
+logger = logging.getLogger("reliable_tasks")
+
+#: How a tag ends, where a Redis broker's names the list.
+_LIST = "amqp"
+#: For how long the end of a task is known (s): a broker may need two heartbeats to find out that
+#: the connection is lost on which the acknowledgement was under way.
+_OVER_TTL = 300.0
+#: The same where the acknowledgement cannot be said, or there were other copies (s).
+_COPIES_OVER_TTL = 3600.0
+#: A server that does not answer is left alone for so long (s): the main loop has heartbeats to
+#: send.
+_PAUSE = 1.0
+#: Greater than any number of retries.
+_NESTING = 1_000_000
+
+
+@dataclass(slots=True)
+class Run(Delivery):
+    """One delivery of another broker.
+
+    Attributes:
+        order: A number that is greater for each continuation of the task.
+        is_copy: Whether its message was delivered before.
+        is_lost: Whether its message cannot be acknowledged any more.
+    """
+
+    order: int = 0
+    is_copy: bool = False
+    is_lost: bool = False
+
+
+class Beside(Held):
+    """The runs of one process."""
+
+    def __init__(
+        self,
+        messages: Messages,
+        lease: float,
+        server: redis.Redis,
+        keepers: redis.Redis,
+        on_error: str,
+    ) -> None:
+        super().__init__(messages, lease, server, keepers)
+        self._runs_on = on_error == "proceed"
+        self._silent_until = 0.0
+        self._numbers = count(1)
+
+    def expect(self, headers: Mapping[str, Any], *, is_redelivered: bool) -> Run:
+        """Return the run of a message, which is yet to be let in."""
+        return Run(
+            tag=f"{self.worker}:{next(self._numbers)}:0:{_LIST}",
+            list=_LIST,
+            queue="",
+            raw=b"",
+            copy=Copy(Guard.HELD_ELSEWHERE, 0, 0.0),
+            task_id=str(headers.get("id") or ""),
+            order=_order(headers.get("replaced_task_nesting"), headers.get("retries")),
+            is_copy=is_redelivered or bool(headers.get(IS_COPY)),
+        )
+
+    def hold(self, delivery: Delivery) -> Copy:
+        """Ask the guard; without an answer the copy waits, or runs if the app says so."""
+        assert isinstance(delivery, Run)
+        try:
+            if time.monotonic() < self._silent_until:
+                raise redis.exceptions.ConnectionError("it did not answer a moment ago")
+            delivery.copy = self.messages.enter(
+                self.server,
+                delivery,
+                order=delivery.order,
+                is_copy=delivery.is_copy,
+                lease=self.lease,
+            )
+        except (redis.exceptions.RedisError, OSError) as error:
+            self._note_silence(error)
+            if self._runs_on:
+                logger.error("Task %s runs unguarded: %s", delivery.task_id, error)
+                delivery.copy = Copy(Guard.MAY_RUN, 0, 0.0)
+            else:
+                delivery.copy = Copy(Guard.UNKNOWN, 0, _PAUSE)
+        else:
+            if delivery.copy.may_run:
+                delivery.is_started = True
+                self.take(delivery)
+        return delivery.copy
+
+    def count_start(self, delivery: Delivery) -> None:
+        """Do nothing: the start was counted when the copy was let in."""
+
+    def uncount_start(self, delivery: Delivery) -> None:
+        """Do nothing: a copy that waits again has left, and its start is taken back."""
+
+    def settle(self, tag: str) -> None:
+        """End a run whose task is over; at the latest when the server answers again."""
+        self._leave(tag, goes_back=False)
+
+    def requeue(self, tag: str, *, to_back: bool = False) -> None:
+        """End a run whose message goes back; at the latest when the server answers again."""
+        self._leave(tag, goes_back=True)
+
+    def _leave(self, tag: str, *, goes_back: bool) -> None:
+        delivery = self.get(tag)
+        if not isinstance(delivery, Run) or not self.is_open(tag):
+            return
+        run = delivery
+
+        def say(server: redis.Redis) -> None:
+            was_held = self.messages.leave_run(
+                server,
+                run,
+                order=run.order,
+                goes_back=goes_back,
+                remembers=_COPIES_OVER_TTL if run.is_copy or run.is_lost else _OVER_TTL,
+            )
+            if not was_held and tag not in self._over:
+                logger.warning(
+                    "Task %s ended after its lease: another copy of it may have run", run.task_id
+                )
+
+        self._say(run, say)
+
+    def _say(self, delivery: Delivery, say: Callable[[redis.Redis], Any]) -> None:
+        # No more to renew; but without an answer it goes on to be.
+        self._deliveries.pop(delivery.tag, None)
+        try:
+            if time.monotonic() < self._silent_until:
+                raise redis.exceptions.ConnectionError("it did not answer a moment ago")
+            say(self.server)
+        except (redis.exceptions.RedisError, OSError) as error:
+            self._note_silence(error)
+            self._unsaid[delivery.tag] = say
+            self._deliveries[delivery.tag] = delivery
+        self._over.discard(delivery.tag)
+
+    def _note_silence(self, error: Exception) -> None:
+        now = time.monotonic()
+        if now >= self._silent_until:
+            logger.warning("The lock Redis does not say which copy of a task may run: %s", error)
+            self._silent_until = now + _PAUSE
+
+
+def beside(claims: Claims, config: ReliableConfig) -> Beside:
+    """Return what this process holds of a broker.
+
+    Args:
+        claims: Those of the lock Redis.
+        config: The app's settings.
+    """
+    address = _address(claims)
+
+    def make() -> Held:
+        def client(name: str) -> redis.Redis:
+            timeout = min(address.timeout, config.lease / 3)
+            # The keeper keeps one connection for itself: nobody else may have its client.
+            options = {**address.options, "used_by": name}
+            found = connect(ServerAddress(address.url, timeout, options)).redis
+            found.connection_pool.connection_kwargs["retry"] = Retry(NoBackoff(), 1)
+            return found
+
+        held = Beside(
+            _messages(address.key_prefix, config),
+            config.lease,
+            client("guard"),
+            client("keeper"),
+            config.on_store_error,
+        )
+        held.detects_deaths = config.death_detection != "lease"
+        return held
+
+    identity = (_LIST, address.identity, config.key_prefix, config.lease, config.on_store_error)
+    held = held_for(identity, make)
+    assert isinstance(held, Beside)
+    return held
+
+
+def is_beside(tag: str) -> bool:
+    """Say whether a delivery's tag is of another broker's."""
+    return tag.endswith(f":0:{_LIST}")
+
+
+def note_done(task: Task[..., Any], claims: Claims, config: ReliableConfig) -> None:
+    """Note in a child that its task has published all of its continuation."""
+    request = task.request
+    order = _order(request.get("replaced_task_nesting"), request.retries)
+    messages = _messages(_address(claims).key_prefix, config)
+    try:
+        messages.note_done(claims.client.redis, str(request.id), order)
+    except (redis.exceptions.RedisError, OSError) as error:
+        logger.warning(
+            "Task %s[%s] has continued, and may run again should its worker die now: %s",
+            task.name,
+            request.id,
+            error,
+        )
+
+
+def _address(claims: Claims) -> ServerAddress:
+    return claims._address  # noqa: SLF001
+
+
+def _messages(prefix: str, config: ReliableConfig) -> Messages:
+    # Apart from what a Redis broker on the same server keeps, whose sweeper looks for messages.
+    own = f"{config.key_prefix}{_LIST}:"
+    return Messages(Layout(prefix, f"{own}unacked", f"{own}unacked_index", ""), own)
+
+
+def _order(nesting: Any, retries: Any) -> int:
+    return int(nesting or 0) * _NESTING + int(retries or 0)

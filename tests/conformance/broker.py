@@ -1,0 +1,225 @@
+"""A broker as the scripts see it, with short names for what tests call often."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+from uuid import uuid4
+
+import redis
+import time_machine
+
+from reliable_tasks._store.messages import Delivery, FetchPlan, Layout, Messages
+from reliable_tasks._store.publication import Publication, Published
+from tests.support import wait_until
+
+#: What kombu puts between a queue's name and a priority.
+SEP = "\x06\x16"
+#: The steps of priority that these tests use.
+STEPS = (0, 3)
+
+
+def message(task_id: str | None = "one", queue: str = "celery", **headers: Any) -> str:
+    """A message as kombu writes it."""
+    if task_id is not None:
+        headers = {"id": task_id, "task": "shop.send_invoice", **headers}
+    return json.dumps(
+        {
+            "body": "W1s3XSwge30sIHt9XQ==",
+            "content-type": "application/json",
+            "content-encoding": "utf-8",
+            "headers": headers,
+            "properties": {
+                "delivery_mode": 2,
+                "delivery_tag": str(uuid4()),
+                "delivery_info": {"exchange": "", "routing_key": queue},
+                "body_encoding": "base64",
+            },
+        }
+    )
+
+
+class Broker:
+    """The messages of one server.
+
+    Args:
+        server: A client that leaves answers as they are, as kombu's does.
+        traveller: The clock of a fake server; a real one has its own.
+        prefix: kombu's ``global_keyprefix``.
+    """
+
+    def __init__(
+        self,
+        server: redis.Redis,
+        traveller: time_machine.Traveller | None = None,
+        prefix: str = "",
+    ) -> None:
+        self.server: Any = server
+        self.prefix = prefix
+        layout = Layout(prefix, "unacked", "unacked_index", SEP)
+        self.messages = Messages(layout, "reliable:")
+        self.keys = self.messages.keys
+        self._traveller = traveller
+        self._fetches = 0
+
+    # -- the clock -----------------------------------------------------------------------------
+
+    def now(self) -> float:
+        """The server's clock."""
+        seconds, micros = self.server.time()
+        return float(seconds) + float(micros) / 1e6
+
+    def let_pass(self, seconds: float) -> None:
+        """Return when the server's clock has moved on."""
+        if self._traveller is not None:
+            self._traveller.shift(seconds)
+            return
+        end = self.now() + seconds
+        wait_until(lambda: self.now() > end, seconds + 5)
+
+    # -- what a process does -------------------------------------------------------------------
+
+    def publish(
+        self,
+        task_id: str | None = "one",
+        queue: str = "celery",
+        *,
+        priority: int = 0,
+        token: str | None = None,
+        publication: Publication | None = None,
+        expires: tuple[int, Sequence[str]] | None = None,
+        raw: str | None = None,
+    ) -> Published:
+        """Queue a message."""
+        return self.messages.publish(
+            self.server,
+            token=token or uuid4().hex,
+            list_=list_of(queue, priority),
+            queue=queue,
+            message=message(task_id, queue) if raw is None else raw,
+            publication=publication,
+            expires=expires,
+        )
+
+    def plan(
+        self,
+        worker: str = "w1",
+        queues: Sequence[str] = ("celery",),
+        *,
+        count: int = 10,
+        lease: float = 30.0,
+        rotates: bool = False,
+        unleased: Iterable[str] = (),
+    ) -> FetchPlan:
+        """Prepare a fetch whose tags are new."""
+        self._fetches += 1
+        return self.messages.plan_fetch(
+            f"{worker}:{self._fetches}:",
+            queues=queues,
+            lists=[list_of(queue, step) for step in STEPS for queue in queues],
+            unleased=unleased,
+            count=count,
+            rotates=rotates,
+            lease=lease,
+        )
+
+    def run(self, plan: FetchPlan) -> list[Delivery]:
+        """Carry a fetch out, and read its answer as the transport does."""
+        deliveries = []
+        for tag, list_, queue, raw, copy in plan.read(plan.run(self.server)):
+            delivery = Delivery(tag, list_, queue, raw, copy)
+            with suppress(ValueError, AttributeError):
+                delivery.describe(json.loads(raw))
+            deliveries.append(delivery)
+        return deliveries
+
+    def fetch(self, worker: str = "w1", **options: Any) -> list[Delivery]:
+        """Take messages."""
+        return self.run(self.plan(worker, **options))
+
+    def fetch_one(self, worker: str = "w1", **options: Any) -> Delivery:
+        """Take the one message that there is."""
+        (delivery,) = self.fetch(worker, **options)
+        return delivery
+
+    def start(self, delivery: Delivery) -> None:
+        """Count a start as the process does."""
+        self.server.execute_command(*self.messages.count_start(delivery, 1))
+        delivery.is_started = True
+
+    def end_lease(self, delivery: Delivery) -> None:
+        """Have a lease end now, by the server's clock."""
+        self.server.zadd(self.keys.leases, {delivery.tag: self.now() * 1000 - 1}, xx=True)
+
+    def settle(self, delivery: Delivery) -> bool:
+        """Acknowledge."""
+        return self.messages.settle(self.server, delivery)
+
+    def requeue(self, delivery: Delivery, **options: Any) -> bool:
+        """Put back."""
+        return self.messages.requeue(self.server, delivery, **options)
+
+    def sweep(self) -> int:
+        """Put back what has lapsed, as the sweeper does."""
+        tags = self.messages.lapsed(self.server, self.now(), beyond=self.now() + 600, limit=100)
+        count = 0
+        for found in self.messages.find(self.server, tags):
+            if isinstance(found, str):
+                self.messages.drop(self.server, found)
+            else:
+                count += self.requeue(found, if_lapsed=True)
+        return count
+
+    # -- what is there -------------------------------------------------------------------------
+
+    def waiting(self, queue: str = "celery", priority: int = 0) -> list[Any]:
+        """The messages of a list, the next one first."""
+        key = self.prefix + list_of(queue, priority)
+        return [json.loads(raw) for raw in reversed(self.server.lrange(key, 0, -1))]
+
+    def waiting_ids(self, queue: str = "celery", priority: int = 0) -> list[str]:
+        """The ids of their tasks."""
+        return [found["headers"]["id"] for found in self.waiting(queue, priority)]
+
+    @property
+    def unacked(self) -> dict[str, Any]:
+        """What was delivered, by its tag."""
+        found = self.server.hgetall(self.prefix + "unacked")
+        return {tag.decode(): json.loads(entry) for tag, entry in found.items()}
+
+    @property
+    def index(self) -> dict[str, float]:
+        """When stock workers would put a delivery back (s)."""
+        found = self.server.zrange(self.prefix + "unacked_index", 0, -1, withscores=True)
+        return {tag.decode(): score for tag, score in found}
+
+    @property
+    def leases(self) -> dict[str, float]:
+        """When a lease ends (s)."""
+        found = self.server.zrange(self.keys.leases, 0, -1, withscores=True)
+        return {tag.decode(): score / 1000 for tag, score in found}
+
+    def run_of(self, task_id: str = "one") -> dict[str, str]:
+        """The run of a task."""
+        found = self.server.hgetall(self.keys.run(task_id))
+        return {name.decode(): value.decode() for name, value in found.items()}
+
+    def tokens(self, queue: str = "celery") -> int:
+        """How many workers a queue's bell would wake."""
+        return int(self.server.llen(self.keys.bell(queue)))
+
+    def silence(self, queue: str = "celery") -> None:
+        """Take what a bell holds."""
+        self.server.delete(self.keys.bell(queue))
+
+
+def list_of(queue: str, priority: int = 0) -> str:
+    """The list of a queue's priority."""
+    return f"{queue}{SEP}{priority}" if priority else queue
+
+
+def task_ids(deliveries: Iterable[Delivery]) -> list[str]:
+    """The ids of the tasks that were taken, in that order."""
+    return [delivery.task_id for delivery in deliveries]

@@ -1,0 +1,273 @@
+"""RabbitMQ with a Redis beside it: running tasks outlive their connection, and run alone."""
+
+from __future__ import annotations
+
+import random
+import re
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+
+from reliable_tasks.demo._server import EmbeddedServer
+from tests.integration.conftest import StartScene
+from tests.integration.scene import Scene
+from tests.support import Proxy, RabbitMQServer, wait_until
+
+Record = Callable[[str, object], None]
+
+#: What a worker says when the second copy of a task that runs has come.
+_COPY_CAME = r"{id}\] (is set aside|runs here)"
+
+
+class Broker:
+    """One virtual host."""
+
+    def __init__(self, server: RabbitMQServer, url: str) -> None:
+        self._server = server
+        self._vhost = url.rpartition("/")[2]
+
+    def close_connections(self) -> int:
+        """Close every connection, as an administrator would; return how many there were."""
+        found = self._server.request("GET", f"vhosts/{self._vhost}/connections")
+        for connection in found:
+            name = urllib.parse.quote(connection["name"], safe="")
+            try:
+                self._server.request("DELETE", f"connections/{name}")
+            except OSError:
+                continue  # gone by itself meanwhile
+        return len(found)
+
+    def wait_empty(self) -> None:
+        """Wait until nothing is left in any queue, acknowledged all."""
+
+        def left() -> dict[str, int]:
+            queues = self._server.queues(self._vhost)
+            return {q["name"]: q["messages"] for q in queues if q.get("messages")}
+
+        wait_until(lambda: not left(), 40, lambda: f"empty queues, not {left()}")
+
+
+@pytest.fixture
+def broker(rabbitmq_server: RabbitMQServer, rabbitmq_url: str) -> Broker:
+    """The test's virtual host."""
+    return Broker(rabbitmq_server, rabbitmq_url)
+
+
+@pytest.fixture
+def scene(scenes: StartScene, rabbitmq_url: str, redis_url: str) -> Scene:
+    """An app whose results, and what is known of its runs, are kept in a Redis."""
+    return scenes(rabbitmq_url, redis_url, limit=60)
+
+
+def wait_copy(scene: Scene, task_id: str) -> None:
+    """Wait until the second copy of a running task has come to a worker."""
+    pattern = _COPY_CAME.format(id=task_id)
+    wait_until(
+        lambda: any(re.search(pattern, worker.log) for worker in scene.workers),
+        30,
+        lambda: f"a second copy of {task_id}:\n{scene.logs}",
+    )
+
+
+def assert_never_at_once(scene: Scene, task_id: str) -> None:
+    """Fail if a run of a task began before the one before it had ended."""
+    events = [e for e in scene.journal.events(id=task_id) if e.name in ("start", "end")]
+    for before, after in pairwise(events):
+        assert (before.name, after.name) != ("start", "start"), scene.logs
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_running_tasks_outlive_a_closed_connection(
+    scene: Scene, broker: Broker, workers: int, pool: str
+) -> None:
+    """They run on, no copy starts, and all messages are acknowledged in the end."""
+    scene.crew(workers, pool=pool, concurrency=3)
+    results = [scene.call("bare", f"order {n}", "wait") for n in range(2)]
+    for n in range(2):
+        scene.wait_starts(f"order {n}")
+    wait_until(lambda: broker.close_connections() >= workers, 15, "closed connections")
+    for result in results:
+        wait_copy(scene, result.id)
+    for n in range(2):
+        scene.journal.open(f"order {n}")
+    assert [result.get(timeout=15) for result in results] == ["order 0", "order 1"]
+    broker.wait_empty()
+    assert [scene.starts("order 0"), scene.starts("order 1")] == [1, 1], scene.logs
+    assert "Couldn't ack" not in scene.logs
+
+
+def test_a_busy_worker_runs_each_task_once(scene: Scene, broker: Broker) -> None:
+    """A copy that comes when its task is over is acknowledged without being run."""
+    scene.worker(concurrency=1)
+    names = [f"order {n}" for n in range(3)]
+    results = [scene.call("bare", name, "wait") for name in names]
+    scene.wait_starts(names[0])
+    wait_until(lambda: broker.close_connections() >= 1, 15, "closed connections")
+    scene.workers[0].wait_log(r"lost(.|\n)*Connected to amqp", timeout=20)
+    for name in names:
+        scene.journal.open(name)
+    assert [result.get(timeout=20) for result in results] == names
+    broker.wait_empty()
+    assert [scene.starts(name) for name in names] == [1, 1, 1], scene.logs
+
+
+def test_tasks_of_a_dead_worker_run_again_soon(
+    scene: Scene, broker: Broker, record_testsuite_property: Record
+) -> None:
+    """The lease of a worker whose connections are gone ends with it, not after 15 s."""
+    scene.worker()
+    scene.call("bare", "warm-up").get(timeout=15)
+    result = scene.call("bare", "order", "wait")
+    scene.wait_starts("order")
+    scene.worker()
+    scene.workers[0].kill_group()
+    killed = time.time()
+    seconds = scene.wait_starts("order", 2, timeout=25) - killed
+    record_testsuite_property("RabbitMQ with a guard: seconds to restart", round(seconds, 2))
+    assert seconds < 8, scene.logs
+    scene.journal.open("order")
+    assert result.get(timeout=15) == "order"
+    broker.wait_empty()
+    assert scene.starts("order") == 2
+
+
+@pytest.mark.parametrize("what", ["retry", "replace"])
+def test_what_was_continued_is_not_run_again(scene: Scene, broker: Broker, what: str) -> None:
+    """A worker that dies between publishing a continuation and its ack starts one chain only."""
+    action = f"{what}_and_take_worker_down"
+    scene.worker()
+    result = scene.call("bare", "order", action, countdown=1)
+    scene.wait_starts("order")
+    wait_until(lambda: not scene.workers[0].running, 10, "dead worker")
+    scene.workers[0].kill_group()
+    scene.worker()
+    scene.wait_starts("order", 2, timeout=30)
+    wait_until(result.ready, 15, lambda: scene.logs)
+    broker.wait_empty()
+    scene.stop_workers()
+    assert scene.starts("order") == 2, scene.logs
+
+
+def test_two_calls_with_one_id_never_run_at_once(scene: Scene, broker: Broker) -> None:
+    """The second waits for the first, and runs."""
+    scene.crew(2, concurrency=2)
+    task = scene.app.tasks["bare"]
+    for name in ("first", "second"):
+        task.apply_async((name, "wait"), task_id="twin")
+    wait_until(lambda: scene.journal.events("start"), 15, lambda: scene.logs)
+    wait_copy(scene, "twin")
+    assert len(scene.journal.events("start")) == 1, scene.logs
+    for name in ("first", "second"):
+        scene.journal.open(name)
+    wait_until(lambda: len(scene.journal.events("end")) == 2, 20, lambda: scene.logs)
+    broker.wait_empty()
+    assert_never_at_once(scene, "twin")
+    assert [scene.starts("first"), scene.starts("second")] == [1, 1]
+
+
+def test_a_crash_is_counted(scene: Scene, broker: Broker) -> None:
+    """A child's death counts, an orderly end does not."""
+    scene.worker()
+    scene.call("bare", "order", "die")
+    scene.wait_starts("order", 2, timeout=20)
+    (first, second) = scene.journal.events("start", name="order")
+    assert [first.data["crashes"], second.data["crashes"]] == [0, 1]
+    broker.wait_empty()
+
+
+def test_nothing_is_lost_or_doubled_while_connections_die(
+    scene: Scene, broker: Broker, record_testsuite_property: Record
+) -> None:
+    """All connections closed each second for 20 s under load: every task runs, none at once."""
+    scene.crew(2, concurrency=2)
+    rng = random.Random(5)
+    is_over = threading.Event()
+    closed: list[int] = []
+
+    def close() -> None:
+        while not is_over.wait(1.0):
+            closed.append(broker.close_connections())
+
+    closer = threading.Thread(target=close)
+    closer.start()
+    results = {}
+    try:
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            name = f"order {len(results)}"
+            results[name] = scene.call("sleep", name, rng.uniform(0, 1.5))
+            is_over.wait(0.25)
+    finally:
+        is_over.set()
+        closer.join()
+    for name, result in results.items():
+        assert result.get(timeout=60) == name, scene.logs
+    broker.wait_empty()
+    for result in results.values():
+        assert_never_at_once(scene, result.id)
+    twice = [name for name in results if scene.starts(name) != 1]
+    record_testsuite_property("RabbitMQ with a guard: connections closed", sum(closed))
+    record_testsuite_property("RabbitMQ with a guard: tasks started twice", len(twice))
+    assert not twice, scene.logs
+    assert sum(closed) > 20
+
+
+def test_a_lock_redis_that_is_away_stops_no_task_for_good(
+    scenes: StartScene, broker: Broker, rabbitmq_url: str, redis_server: EmbeddedServer
+) -> None:
+    """A message waits in its worker until it is known that nobody else runs it."""
+    with Proxy(redis_server.port) as proxy:
+        scene = scenes(rabbitmq_url, None, settings={"reliable_redis_url": proxy.url()})
+        worker = scene.worker()
+        scene.call("sleep", "warm-up")
+        scene.wait_starts("warm-up")
+        proxy.refuse()
+        result = scene.call("sleep", "order")
+        worker.wait_log(f"{result.id}.* is set aside", timeout=15)
+        assert scene.starts("order") == 0
+        proxy.heal()
+        scene.wait_starts("order")
+        broker.wait_empty()
+
+
+def test_an_app_can_run_tasks_without_its_lock_redis(
+    scenes: StartScene, broker: Broker, rabbitmq_url: str, redis_server: EmbeddedServer
+) -> None:
+    """With reliable_on_store_error = "proceed" a task runs unguarded, and an error says so."""
+    with Proxy(redis_server.port) as proxy:
+        settings = {"reliable_redis_url": proxy.url(), "reliable_on_store_error": "proceed"}
+        scene = scenes(rabbitmq_url, None, settings=settings)
+        worker = scene.worker()
+        scene.call("sleep", "warm-up")
+        scene.wait_starts("warm-up")
+        proxy.refuse()
+        scene.call("sleep", "order")
+        scene.wait_starts("order")
+        worker.wait_log("runs unguarded")
+        broker.wait_empty()
+        proxy.heal()
+
+
+def test_a_worker_without_a_redis_says_what_is_not_promised(
+    scenes: StartScene, rabbitmq_url: str
+) -> None:
+    """It names what can happen, and the setting that ends it; and keeps stopping such tasks."""
+    worker = scenes(rabbitmq_url, None).worker()
+    worker.wait_log("can run twice at once.*reliable_redis_url")
+
+
+@pytest.mark.parametrize("has_guard", [True, False])
+def test_a_worker_says_what_becomes_of_very_long_tasks(
+    scenes: StartScene, rabbitmq_url: str, redis_url: str, has_guard: bool
+) -> None:
+    """A limit of more than 30 minutes meets RabbitMQ's consumer_timeout."""
+    scene = scenes(rabbitmq_url, redis_url if has_guard else None, limit=3600)
+    worker = scene.worker()
+    expected = "its copy is set aside" if has_guard else "starts the task again"
+    worker.wait_log(f"consumer_timeout, and .*{expected}.*: .*sleep|{expected}")
+    assert ("can run twice at once" in worker.log) is not has_guard
