@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -152,7 +153,7 @@ def _twice(journal: Journal, deaths: Mapping[str, float]) -> list[tuple[Note, No
         ordered = sorted(notes, key=lambda note: note.at)
         found += [
             (before, after)
-            for before, after in zip(ordered, ordered[1:], strict=False)
+            for before, after in itertools.pairwise(ordered)
             if deaths.get(before.host, after.at) >= after.at
         ]
     return found

@@ -6,6 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support import wait_until
+
 __all__ = ["Journal", "Note"]
 
 
@@ -67,6 +69,18 @@ class Journal:
         self.read()
         notes = self.starts.get(task_id, [])
         return notes[times - 1] if len(notes) >= times else None
+
+    def wait_start(self, task_id: str, times: int = 1, timeout: float = 30.0) -> Note:
+        """Wait for the start of the given number.
+
+        Raises:
+            AssertionError: It did not come.
+        """
+        note = wait_until(
+            lambda: self.started(task_id, times), timeout, f"start {times} of task {task_id}"
+        )
+        assert note is not None
+        return note
 
     def ended(self, task_id: str, host: str) -> Note | None:
         """Return the end of a run on a worker, ``None`` as long as there is none."""

@@ -8,14 +8,15 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+
+from celery import Celery
 
 from benchmarks.chaos.account import Row
 from benchmarks.chaos.app import OURS, STEP, make_app
 from benchmarks.chaos.fleet import Fleet
 from benchmarks.chaos.journal import Journal
 from reliable_tasks.demo._server import EmbeddedServer
-from tests.support import Proxy, wait_until
+from tests.support import Proxy
 
 #: reliable_lease, by default and for a quick run (s).
 _LEASE, _QUICK_LEASE = 15.0, 6.0
@@ -50,7 +51,6 @@ def _series(
     given: argparse.Namespace, system: str, how: str, trials: int, lease: float | None
 ) -> Row:
     draw = random.Random(f"recovery {how} {given.seed}")
-    seconds: list[float | None] = []
     with tempfile.TemporaryDirectory() as directory, EmbeddedServer() as server:
         journal = Journal(Path(directory, "journal"))
         app = make_app(system, server.url, lease)
@@ -59,15 +59,20 @@ def _series(
             is_cut = how == "network cut"
             urls = [proxy.url() if is_cut else server.url, server.url]
             fleet = Fleet(
-                system, urls, journal.path, lease=lease, loglevel="INFO", logs=given.logs,
+                system,
+                urls,
+                journal.path,
+                lease=lease,
+                loglevel="INFO",
+                logs=given.logs,
                 concurrency=1,
             )
             with fleet:
                 fleet.wait_ready()
                 # A server that nobody swept before is left alone for one lease.
                 time.sleep((lease or _LEASE) + 1 if system == OURS else 0)
-                for _ in range(trials):
-                    seconds.append(_trial(app, fleet, journal, how, draw.uniform(0.2, 2.2), proxy))
+                pauses = (draw.uniform(0.2, 2.2) for _ in range(trials))
+                seconds = [_trial(app, fleet, journal, how, one, proxy) for one in pauses]
     found = [one for one in seconds if one is not None]
     return Row(
         system,
@@ -84,18 +89,15 @@ def _series(
 
 
 def _trial(
-    app: Any, fleet: Fleet, journal: Journal, how: str, pause: float, proxy: Proxy
+    app: Celery, fleet: Fleet, journal: Journal, how: str, pause: float, proxy: Proxy
 ) -> float | None:
-    while True:
-        task_id = app.tasks[STEP].apply_async((2 * _BOUND, 0.0)).id
-        first = wait_until(lambda: journal.started(task_id), 30, "the task's start")
-        slot = fleet.slot_of(first.host)
-        if how != "network cut" or slot == 0:
-            break
+    task_id, slot = _start(app, fleet, journal)
+    while how == "network cut" and slot != 0:
         # It went to the worker whose network stays: not what this is about.
         fleet.kill(slot)
         fleet.workers[slot].wait_ready()
-        wait_until(lambda: task_id in (journal.read() and journal.ends), _BOUND, "its end")
+        journal.wait_start(task_id, 2, _BOUND)
+        task_id, slot = _start(app, fleet, journal)
     # The end comes anywhere within a beat and a renewal.
     time.sleep(pause)
     if how == "SIGKILL":
@@ -106,12 +108,18 @@ def _trial(
         at = time.time()
         proxy.black_hole()
     try:
-        again = wait_until(lambda: journal.started(task_id, 2), _BOUND)
+        seconds = journal.wait_start(task_id, 2, _BOUND).at - at
     except AssertionError:
-        again = None
+        seconds = None
     if how != "SIGKILL":
         fleet.kill(slot)
         proxy.heal()
     for worker in fleet.workers:
         worker.wait_ready()
-    return None if again is None else again.at - at
+    return seconds
+
+
+def _start(app: Celery, fleet: Fleet, journal: Journal) -> tuple[str, int]:
+    """Have a task started; return its id and where it runs."""
+    task_id = app.tasks[STEP].apply_async((2 * _BOUND, 0.0)).id
+    return task_id, fleet.slot_of(journal.wait_start(task_id).host)

@@ -61,12 +61,12 @@ def _trial(given: argparse.Namespace, system: str, pause: float) -> dict[str, An
             # time.sleep goes by a clock that runs on while the process is stopped, so the first
             # copy ends as soon as it is woken, unless it has more to sleep.
             task_id = app.tasks[STEP].apply_async((pause + 2 * _LEASE + 5 + _LEFT, _OTHER)).id
-            first = wait_until(lambda: journal.started(task_id), 30, "the task's start")
+            first = journal.wait_start(task_id)
             (old,) = client.hkeys("unacked")
             time.sleep(pause)
             slot = fleet.slot_of(first.host)
             fleet.stop(slot)
-            second = wait_until(lambda: journal.started(task_id, 2), 60, "its second start")
+            second = journal.wait_start(task_id, 2, 60)
             (new,) = client.hkeys("unacked")
             fleet.go_on(slot)
             woken = time.monotonic()

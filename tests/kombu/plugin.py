@@ -133,7 +133,7 @@ _FAKE = Held(
 )
 
 # Tests that stop kombu's clock mean ours as well.
-transport.monotonic = lambda: stock.monotonic()  # type: ignore[assignment]
+transport.monotonic = lambda: stock.monotonic()
 
 for _scheme, _name in (
     ("redis", "Transport"),

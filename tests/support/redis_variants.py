@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
 import redis
@@ -106,7 +106,7 @@ class SentinelGroup:
     @property
     def master(self) -> EmbeddedServer:
         """The server that the Sentinels take for the master."""
-        address = self._sentinel.sentinel_get_master_addr_by_name(self.name)
+        address: Any = self._sentinel.sentinel_get_master_addr_by_name(self.name)
         return next(server for server in self._servers if address and server.port == address[1])
 
     @property
@@ -184,7 +184,7 @@ class SentinelGroup:
     def _begin_failover(self) -> bool:
         # Until it knows the replica well, a Sentinel answers NOGOODSLAVE.
         try:
-            return bool(self._sentinel.execute_command("SENTINEL FAILOVER", self.name))
+            return bool(self._sentinel.sentinel_failover(self.name))
         except redis.ResponseError:
             return False
 

@@ -10,7 +10,7 @@ import pytest
 from reliable_tasks import ConfigError, ReliableConfig
 from reliable_tasks.config import nearest
 
-SECONDS = ["store_timeout", "once_ttl"]
+SECONDS = ["store_timeout", "once_ttl", "lease"]
 OPTIONAL_SECONDS = ["longest_task", "longest_countdown"]
 ZERO_ALLOWED = ["longest_countdown", "visibility_margin"]
 
@@ -26,6 +26,8 @@ def test_defaults_need_no_setting() -> None:
     config = ReliableConfig.from_mapping({})
     assert config == ReliableConfig()
     assert (config.once_ttl, config.store_timeout, config.on_store_error) == (3600.0, 5.0, "raise")
+    assert (config.broker, config.lease, config.death_detection) == ("reliable", 15.0, "connection")
+    assert config.wait_replicas == 0
 
 
 def test_every_setting_is_explained() -> None:
@@ -88,6 +90,37 @@ def test_an_unknown_choice_names_the_nearest() -> None:
         ConfigError, match=r"reliable_on_store_error = 'procede'; did you mean 'proceed'\?"
     ):
         ReliableConfig(on_store_error="procede")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("broker", "stok", "stock"),
+        ("broker", "Reliable", "reliable"),
+        ("death_detection", "leases", "lease"),
+        ("death_detection", "connections", "connection"),
+    ],
+)
+def test_each_choice_has_its_names(name: str, value: str, meant: str) -> None:
+    """What is written almost right is answered with what is right."""
+    with pytest.raises(ConfigError, match=f"reliable_{name} = '{value}'; did you mean '{meant}'"):
+        ReliableConfig.from_mapping({f"reliable_{name}": value})
+    assert getattr(ReliableConfig.from_mapping({f"reliable_{name}": meant}), name) == meant
+
+
+def test_a_lease_has_a_longest() -> None:
+    """A dead worker's tasks wait for it where nothing else gives the death away."""
+    assert ReliableConfig(lease=300).lease == 300
+    with pytest.raises(ConfigError, match=r"reliable_lease = 300\.5: give at most 300 seconds"):
+        ReliableConfig(lease=300.5)
+
+
+@pytest.mark.parametrize("value", [-1, 1.0, "1", True, None])
+def test_replicas_are_counted(value: Any) -> None:
+    """Only a whole number is one."""
+    assert ReliableConfig(wait_replicas=2).wait_replicas == 2
+    with pytest.raises(ConfigError, match="reliable_wait_replicas = .*: give a number of replicas"):
+        ReliableConfig(wait_replicas=value)
 
 
 def test_an_unknown_setting_names_the_nearest() -> None:

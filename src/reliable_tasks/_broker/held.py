@@ -179,7 +179,7 @@ class Held:
         """Settle and put back what could not be while the broker was away.
 
         Raises:
-            redis.ConnectionError: It is away again; what is left is kept.
+            redis.RedisError: It is away again, or refuses; what is left is kept.
         """
         for tag, say in list(self._unsaid.items()):
             say(server)
@@ -217,11 +217,11 @@ class Held:
     def _say(self, delivery: Delivery, say: Callable[[redis.Redis], Any]) -> None:
         try:
             say(self.server)
-        except UNREACHABLE as error:
+        except (redis.exceptions.RedisError, OSError) as error:
             # Its lease is renewed until the broker has heard of it: nobody else may run it.
             self._unsaid[delivery.tag] = say
             logger.warning(
-                "The broker does not answer (%s): the end of task %s is said when it does",
+                "The broker cannot be told now (%s) that task %s has ended; it is tried again",
                 error,
                 delivery.task_id or delivery.tag,
             )

@@ -81,11 +81,17 @@ class Keeper:
     def stop(self) -> None:
         """Stop, and let others know that this worker ended in good order."""
         self._is_stopped = True
+        held = self._held
         try:
-            if not len(self._held):
-                self._held.messages.leave(self._held.server, self._held.worker)
-        except UNREACHABLE:
-            pass
+            held.say_what_is_unsaid(held.server)
+            if not len(held):
+                held.messages.leave(held.server, held.worker)
+        except (redis.exceptions.RedisError, OSError) as error:
+            logger.warning(
+                "The broker cannot be told that %d tasks have ended (%s): they run again",
+                held.unsaid,
+                error,
+            )
 
     def main_loop_turns(self) -> None:
         """Note that the worker's main loop is alive; from the first call on it is expected."""

@@ -342,14 +342,15 @@ class ReliableChannel:
 
     def _identity(self: Any) -> Any:
         client = self.connection.client
+        master = getattr(self, "master_name", None)
+        # With Sentinels the address is that of the one which is asked now.
+        where = (master, *sorted(client.alt)) if master else (str(client.hostname), client.port)
         return (
-            str(client.hostname),
-            client.port,
+            where,
             str(client.virtual_host),
             str(client.userid),
             repr(sorted(self.reliable.items())),
             self.global_keyprefix,
-            getattr(self, "master_name", None),
         )
 
     def _make_held(self: Any) -> Held:

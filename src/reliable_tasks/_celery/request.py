@@ -204,8 +204,8 @@ class ReliableRequest(Request):
 
     def on_accepted(self, pid: Any, time_accepted: float) -> None:
         """Note that a child, a thread or a greenlet is about to run the task."""
-        consumer, delivery = self._consumer, self._delivery
-        if should_terminate() and consumer is not None and consumer.pool.is_green:
+        delivery = self._delivery
+        if should_terminate() and self._is_green:
             # A green thread that waited for the slot of one that was killed just now. Nobody
             # would kill this one; its message goes back with those that were prefetched.
             raise green_exit()
@@ -225,6 +225,10 @@ class ReliableRequest(Request):
 
     def acknowledge(self) -> None:
         """Acknowledge the message, unless it went back already."""
+        if should_terminate() and not self._is_green:
+            # A child that is killed acknowledges nothing: this one ended in the time that a soft
+            # shutdown gave it, and was cancelled before the main process came to know.
+            self._is_cancelled = False
         if not self._is_cancelled:
             is_repetition = self.task.acks_late and self.delivery_info["redelivered"]
             if is_repetition and not self.acknowledged and not self._ends_here:
@@ -267,6 +271,11 @@ class ReliableRequest(Request):
     def _consumer(self) -> Any:
         found = _consumers.get(cast(Celery, self.app))
         return found() if found is not None else None
+
+    @property
+    def _is_green(self) -> bool:
+        consumer = self._consumer
+        return consumer is not None and bool(getattr(consumer.pool, "is_green", False))
 
     @property
     def _has_free_slot(self) -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 import tenacity
 from celery import Celery, Task
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
-from kombu.utils.scheduling import round_robin_cycle
+from kombu.utils.scheduling import priority_cycle
 
 from reliable_tasks import ReliableTask, apply_reliable_config, once, presets
 from tests.integration.apps.journal import Journal
@@ -215,12 +215,12 @@ _ACTIONS = {
 }
 
 
-class BackwardCycle(round_robin_cycle):  # type: ignore[misc]
-    """A strategy of a user's own: the last name first."""
+class BackwardCycle(priority_cycle):
+    """A queue_order_strategy of a user's own: the last name first."""
 
-    def consume(self, n: int) -> list[str]:
+    def consume(self, n: int) -> Any:
         """Return the queues in the order in which they are to be looked at."""
-        return sorted(self.items, reverse=True)[:n]
+        return sorted(self.items or (), reverse=True)[:n]
 
 
 def build(

@@ -12,13 +12,14 @@ from tests.integration.apps.journal import Journal
 def run_show(journal: Journal, task: Task, name: str, seconds: float, text: str) -> str:
     """Write down what came with a message, and who ran it."""
     request = task.request
+    delivery = request.delivery_info or {}
     about = {
         "name": name,
         "id": request.id,
         "worker": request.hostname,
         "custom": request.get("x-custom"),
-        "priority": request.delivery_info.get("priority"),
-        "queue": request.delivery_info.get("routing_key"),
+        "priority": delivery.get("priority"),
+        "queue": delivery.get("routing_key"),
         "length": len(text),
         "crashes": request.get("crashes"),
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from kombu.transport import redis as redis_transport
 
 from reliable_tasks import (
     ConfigError,
@@ -19,6 +20,7 @@ from reliable_tasks import (
     apply_reliable_config,
     once,
 )
+from reliable_tasks._broker.transport import ReliableChannel
 from reliable_tasks._celery import versions
 from reliable_tasks._setup import apply
 from reliable_tasks._setup.apply import StartCheck
@@ -61,7 +63,8 @@ def test_it_sets_what_redis_needs() -> None:
     assert conf.task_acks_late is conf.task_reject_on_worker_lost is conf.task_track_started is True
     assert conf.worker_prefetch_multiplier == 1
     assert conf.worker_deduplicate_successful_tasks is True
-    assert conf.worker_cancel_long_running_tasks_on_connection_loss is True
+    assert conf.worker_cancel_long_running_tasks_on_connection_loss is False
+    assert conf.worker_consumer == "reliable_tasks._celery.consumer:CarryingConsumer"
     assert conf.broker_connection_retry_on_startup is True
     assert conf.result_backend_always_retry is True
     options = conf.broker_transport_options
@@ -70,6 +73,68 @@ def test_it_sets_what_redis_needs() -> None:
     assert options["max_retries"] == 3
     assert options["socket_keepalive"] is True
     assert "task_default_queue_type" not in {change.setting for change in report.changes}
+    assert options["reliable"] == {
+        "key_prefix": "reliable:",
+        "lease": 15.0,
+        "death_detection": "connection",
+        "wait_replicas": 0,
+        "store_timeout": 5.0,
+    }
+
+
+def test_the_transport_is_told_the_users_settings() -> None:
+    """kombu hands it nothing but the transport options."""
+    app = new_app()
+    app.conf.update(
+        reliable_key_prefix="r:",
+        reliable_lease=30,
+        reliable_death_detection="lease",
+        reliable_wait_replicas=1,
+        reliable_store_timeout=2,
+    )
+    apply_reliable_config(app)
+    assert app.conf.broker_transport_options["reliable"] == {
+        "key_prefix": "r:",
+        "lease": 30,
+        "death_detection": "lease",
+        "wait_replicas": 1,
+        "store_timeout": 2,
+    }
+
+
+def test_the_users_own_transport_option_stays() -> None:
+    """Whoever tells the transport himself is asked nothing."""
+    app = new_app()
+    app.conf.broker_transport_options = {"reliable": {"lease": 3}}
+    apply_reliable_config(app)
+    assert app.conf.broker_transport_options["reliable"] == {"lease": 3}
+
+
+def test_stock_kombu_gets_what_it_needs() -> None:
+    """Nothing carries running tasks over a lost connection, and no script fetches."""
+    app = new_app()
+    app.conf.reliable_broker = "stock"
+    standard = app.conf.worker_consumer
+    apply_reliable_config(app)
+    assert app.conf.worker_cancel_long_running_tasks_on_connection_loss is True
+    assert app.conf.worker_consumer == standard
+    assert "reliable" not in app.conf.broker_transport_options
+    assert app.conf.broker_transport_options["visibility_timeout"] == 3610
+
+
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "sentinel"])
+@pytest.mark.parametrize("setting", ["reliable", "stock"])
+def test_the_connection_has_the_transport_that_was_asked_for(scheme: str, setting: str) -> None:
+    """Two apps in one process may differ."""
+    app = new_app(f"{scheme}://h/0")
+    app.conf.reliable_broker = setting
+    app.conf.broker_transport_options = {"master_name": "m"}
+    apply_reliable_config(app)
+    apply_reliable_config(new_app())
+    channel: Any = app.connection_for_write().transport.Channel
+    assert issubclass(channel, ReliableChannel) is (setting == "reliable")
+    stock = redis_transport.SentinelChannel if scheme == "sentinel" else redis_transport.Channel
+    assert issubclass(channel, stock)
 
 
 def test_it_sets_what_rabbitmq_needs() -> None:
@@ -80,9 +145,19 @@ def test_it_sets_what_rabbitmq_needs() -> None:
     assert conf.task_default_queue_type == conf.task_create_missing_queue_type == "quorum"
     assert conf.task_default_exchange_type == "topic"
     assert conf.broker_transport_options["confirm_publish"] is True
-    assert "visibility_timeout" not in conf.broker_transport_options
+    assert not {"visibility_timeout", "reliable"} & set(conf.broker_transport_options)
+    assert conf.worker_cancel_long_running_tasks_on_connection_loss is True
     assert conf.worker_deduplicate_successful_tasks is False, "it needs a result backend"
     assert conf.redis_socket_timeout == 120.0
+
+
+def test_rabbitmq_with_a_redis_beside_carries_what_runs() -> None:
+    """Its guard keeps the copy that the broker makes from starting."""
+    app = new_app("amqp://h//")
+    apply_reliable_config(app)
+    assert app.conf.worker_cancel_long_running_tasks_on_connection_loss is False
+    assert app.conf.worker_consumer == "reliable_tasks._celery.consumer:CarryingConsumer"
+    assert "reliable" not in app.conf.broker_transport_options
 
 
 def test_another_broker_is_left_alone() -> None:
@@ -422,24 +497,41 @@ class TaskPool:
     __module__ = "celery.concurrency.solo"
 
 
-@pytest.mark.parametrize(
-    ("pool", "name", "sweeps"),
-    [
-        ("celery.concurrency.gevent:TaskPool", "gevent", False),
-        ("celery.concurrency.eventlet:TaskPool", "eventlet", False),
-        ("celery.concurrency.thread:TaskPool", "thread", True),
-        (TaskPool, "solo", True),
-    ],
-)
+POOLS = [
+    ("celery.concurrency.gevent:TaskPool", "gevent", False),
+    ("celery.concurrency.eventlet:TaskPool", "eventlet", False),
+    ("celery.concurrency.thread:TaskPool", "thread", True),
+    (TaskPool, "solo", True),
+]
+
+
+@pytest.mark.parametrize("broker", ["reliable", "stock"])
+@pytest.mark.parametrize(("pool", "name", "sweeps"), POOLS)
 def test_a_worker_says_what_its_pool_cannot(
-    caplog: pytest.LogCaptureFixture, pool: Any, name: str, sweeps: bool
+    caplog: pytest.LogCaptureFixture, broker: str, pool: Any, name: str, sweeps: bool
 ) -> None:
-    """No pool but prefork kills a task; green ones do not look for dead workers' messages."""
+    """No pool but prefork kills a task; stock green ones do not look for the dead."""
     app = new_app()
+    app.conf.reliable_broker = broker
     apply_reliable_config(app)
     add_task(app)
     app.finalize()
     with caplog.at_level(logging.WARNING):
         start(app, pool)
     assert f"The {name} pool does not enforce hard time limits" in caplog.text
-    assert ("never looks for a dead worker's messages" not in caplog.text) is sweeps
+    never_looks = broker == "stock" and not sweeps
+    assert ("never looks for a dead worker's messages" in caplog.text) is never_looks
+    assert ("can be started by a second worker" in caplog.text) is (broker == "stock")
+
+
+def test_a_worker_says_what_stock_kombu_does_not_promise(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whoever turns the transport off is told what that means."""
+    app = new_app()
+    app.conf.reliable_broker = "stock"
+    apply_reliable_config(app)
+    add_task(app)
+    app.finalize()
+    start(app)
+    assert "Stock kombu talks to the broker: a message can be lost" in caplog.text

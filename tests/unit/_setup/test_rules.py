@@ -11,6 +11,7 @@ from celery import Celery
 from reliable_tasks import ReliableWarning, apply_reliable_config
 
 REDIS, RABBIT = "redis://h", "amqp://h//"
+STOCK = {"reliable_broker": "stock"}
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +45,28 @@ BAD: list[tuple[str, str | None, dict[str, Any], str]] = [
     (
         REDIS,
         None,
+        {"worker_cancel_long_running_tasks_on_connection_loss": False, **STOCK},
+        "runs on here while another worker starts it",
+    ),
+    (
+        RABBIT,
+        None,
         {"worker_cancel_long_running_tasks_on_connection_loss": False},
         "runs on here while another worker starts it",
     ),
+    (
+        REDIS,
+        None,
+        {"worker_cancel_long_running_tasks_on_connection_loss": True},
+        "are killed and started again, although nobody",
+    ),
+    (
+        RABBIT,
+        REDIS,
+        {"worker_cancel_long_running_tasks_on_connection_loss": True},
+        "are killed and started again, although nobody",
+    ),
+    (REDIS, None, {"worker_consumer": "mine:Consumer"}, "derive it from"),
     (REDIS, None, {"worker_prefetch_multiplier": 0}, "takes messages without bound"),
     (REDIS, None, {"task_publish_retry_policy": {"max_retries": None}}, "a call hangs"),
     (RABBIT, None, {"task_default_delivery_mode": 1}, "keeps tasks in memory only"),
@@ -63,7 +83,7 @@ BAD: list[tuple[str, str | None, dict[str, Any], str]] = [
     (
         REDIS,
         None,
-        {"broker_transport_options": {"visibility_timeout": 30}},
+        {"broker_transport_options": {"visibility_timeout": 30}, **STOCK},
         "shorter than 70 s (60 s hard limit of t0; 10 s margin)",
     ),
     (REDIS, None, {"broker_transport_options": {"ack_emulation": False}}, "forgets a message"),
@@ -77,14 +97,18 @@ def test_what_breaks_the_promise_is_named(
     """Each with its value, what it breaks, and what would mend it."""
     (found,) = concerns(broker, backend, 60, **settings)
     assert words in found
-    (name,) = settings
-    assert found.startswith(name)
+    assert found.startswith(next(iter(settings)))
 
 
 @pytest.mark.parametrize(
     ("broker", "backend", "settings"),
     [
         (REDIS, REDIS, {"worker_deduplicate_successful_tasks": True}),
+        (REDIS, None, {"worker_cancel_long_running_tasks_on_connection_loss": False}),
+        (REDIS, None, {"worker_cancel_long_running_tasks_on_connection_loss": True, **STOCK}),
+        (REDIS, None, {"worker_consumer": "mine:Consumer", **STOCK}),
+        (REDIS, None, {"worker_consumer": "mine:MyCarryingConsumer"}),
+        (REDIS, None, {"broker_transport_options": {"visibility_timeout": 30}}),
         (REDIS, None, {"task_default_delivery_mode": 1}),
         (REDIS, None, {"task_default_queue_type": "classic"}),
         (REDIS, None, {"task_acks_on_failure_or_timeout": True}),
@@ -109,10 +133,11 @@ def test_what_keeps_the_promise_is_not(
 
 
 def test_tasks_without_a_limit_are_named() -> None:
-    """On Redis, where the timeout follows from it; a few of them, not a hundred."""
-    (found,) = concerns(REDIS, None, 60, *[None] * 7)
+    """On stock Redis, where the timeout follows from it; a few of them, not a hundred."""
+    (found,) = concerns(REDIS, None, 60, *[None] * 7, **STOCK)
     assert "7 tasks have no hard time limit (t1, t2, t3, t4, t5, ...)" in found
-    assert concerns(REDIS, None, None, reliable_longest_task=60) == []
+    assert concerns(REDIS, None, None, reliable_longest_task=60, **STOCK) == []
+    assert concerns(REDIS, None, None) == [], "a lease is renewed for as long as a task runs"
     assert concerns(RABBIT, None, None) == []
 
 

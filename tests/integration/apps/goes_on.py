@@ -1,0 +1,58 @@
+"""The shop with a task that publishes its continuation and takes its worker down before the ack."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from typing import Any
+
+from celery import Celery, Task, chain, group
+from celery.exceptions import Ignore, Retry
+
+from reliable_tasks import ReliableTask
+from tests.integration.apps import shop
+
+
+def build(broker: str, backend: str | None = None, **options: Any) -> Celery:
+    """Make the app, the same for a worker and for its client."""
+    app = shop.build(broker, backend, **options)
+
+    @app.task(shared=False, name="step", base=ReliableTask, bind=True)
+    def step(self: Task, name: str) -> str:
+        with shop.told(self, name):
+            return name
+
+    @app.task(shared=False, name="go_on", base=ReliableTask, bind=True)
+    def go_on(self: Task, name: str, how: str) -> str:
+        with shop.told(self, name):
+            if how == "retry" and self.request.retries:
+                return name
+            try:
+                if how == "retry":
+                    self.retry(countdown=0)
+                self.replace(_replacement(app, name, how))
+            except (Ignore, Retry):
+                # The continuation is published, and nobody has heard that this attempt is over.
+                os.kill(os.getppid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError(how)
+
+    return app
+
+
+def _replacement(app: Celery, name: str, how: str) -> Any:
+    step = app.tasks["step"]
+    if how == "replace":
+        return step.si(f"{name}, next")
+    if how == "chain":
+        return chain(step.si(f"{name}, next"), step.si(f"{name}, last"))
+    return group(step.si(f"{name}, next"), step.si(f"{name}, last"))
+
+
+app = build(
+    os.environ.get("RT_BROKER_URL", "memory://"),
+    os.environ.get("RT_RESULT_URL"),
+    limit=int(os.environ.get("RT_LIMIT", shop.LIMIT)),
+    **json.loads(os.environ.get("RT_SETTINGS", "{}")),
+)
