@@ -69,8 +69,6 @@ def _series(
             )
             with fleet:
                 fleet.wait_ready()
-                # A server that nobody swept before is left alone for one lease.
-                time.sleep((lease or _LEASE) + 1 if system == OURS else 0)
                 pauses = (draw.uniform(0.2, 2.2) for _ in range(trials))
                 seconds = [_trial(app, fleet, journal, how, one, proxy) for one in pauses]
     found = [one for one in seconds if one is not None]

@@ -638,7 +638,7 @@ def test_a_copy_that_was_continued_does_not_run_again(broker: Broker) -> None:
     killed = taken(broker)
     broker.start(killed)
     assert broker.publish(publication=continuing(killed)).code is Queued.QUEUED
-    assert broker.run_of()["continued"] == killed.tag
+    assert f"continued:{killed.tag}" in broker.run_of()
     broker.end_lease(killed)
     assert broker.sweep() == 0
     assert broker.unacked == broker.leases == {}
@@ -668,6 +668,20 @@ def test_a_copy_that_was_continued_is_dropped_whoever_runs_now(broker: Broker) -
     assert broker.requeue(killed, if_lapsed=True) is False
     assert broker.waiting_ids() == []
     assert broker.run_of()["tag"] == retry.tag
+
+
+def test_every_copy_that_was_continued_is_dropped(broker: Broker) -> None:
+    """However far the task has come before anybody swept: retried again, or ended."""
+    copies = [taken(broker)]
+    for number in range(3):
+        broker.publish(publication=continuing(copies[-1]))
+        broker.end_lease(copies[-1])
+        copies.append(broker.fetch_one(f"w{number}"))
+        assert copies[-1].copy.may_run
+    assert broker.settle(copies[-1])
+    assert broker.sweep() == 0
+    assert broker.waiting_ids() == []
+    assert broker.unacked == {}
 
 
 def test_a_continuation_of_several_messages_is_noted_when_it_is_whole(broker: Broker) -> None:
@@ -719,6 +733,117 @@ def test_a_task_that_continued_itself_and_ends_leaves_its_run_to_the_retry(
     assert broker.run_of()["tag"] == "queued"
     assert broker.settle(broker.fetch_one())
     assert broker.run_of() == {}
+
+
+# -- runs beside another broker --------------------------------------------------------------
+
+
+class Beside:
+    """Copies of a task whose messages lie in RabbitMQ, and whose runs are guarded here."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._made = 0
+        self._copy = taken(broker, "x").copy
+
+    def copy(self) -> Delivery:
+        """A delivery of the task that was not let in yet."""
+        self._made += 1
+        return Delivery(f"w{self._made}:1:1:rabbit", "rabbit", "rabbit", b"", self._copy, "one")
+
+    def enter(self, delivery: Delivery, order: int = 0, *, is_copy: bool = False) -> Any:
+        """Ask to be let in for 30 s."""
+        messages, server = self._broker.messages, self._broker.server
+        return messages.enter(server, delivery, order=order, is_copy=is_copy, lease=30.0)
+
+    def leave(self, delivery: Delivery, order: int = 0, *, goes_back: bool = False) -> bool:
+        """End a copy; what is over is known for 100 s."""
+        return self._broker.messages.leave_run(
+            self._broker.server, delivery, order=order, goes_back=goes_back, remembers=100.0
+        )
+
+
+def test_a_copy_beside_another_broker_is_let_in_and_counted(broker: Broker) -> None:
+    """With a lease here; asked again, it is told the same."""
+    beside = Beside(broker)
+    first = beside.copy()
+    for _ in range(2):
+        copy = beside.enter(first)
+        assert (copy.guard, copy.crashes) == (Guard.MAY_RUN, 0)
+        assert broker.run_of()["crashes"] == "1"
+    assert broker.leases[first.tag] == pytest.approx(broker.now() + 30, abs=2)
+
+
+def test_a_copy_beside_another_broker_waits_for_one_that_lives(broker: Broker) -> None:
+    """And is told for how long; it gets no lease and counts no crash."""
+    beside = Beside(broker)
+    first, second = beside.copy(), beside.copy()
+    beside.enter(first)
+    held = beside.enter(second, is_copy=True)
+    assert (held.guard, held.seconds) == (Guard.HELD_ELSEWHERE, pytest.approx(30, abs=2))
+    assert second.tag not in broker.leases
+    assert broker.run_of()["crashes"] == "1"
+
+
+def test_a_copy_beside_another_broker_runs_after_a_death(broker: Broker) -> None:
+    """Its predecessor's crash stands, and a late end of that changes nothing."""
+    beside = Beside(broker)
+    dead, successor = beside.copy(), beside.copy()
+    beside.enter(dead)
+    broker.end_lease(dead)
+    copy = beside.enter(successor, is_copy=True)
+    assert (copy.guard, copy.crashes) == (Guard.MAY_RUN, 1)
+    assert beside.leave(dead, goes_back=True) is False
+    assert broker.run_of()["tag"] == successor.tag
+    assert broker.run_of()["crashes"] == "2"
+
+
+def test_a_copy_beside_another_broker_is_not_run_when_one_has_ended(broker: Broker) -> None:
+    """The broker made it when a connection was lost; a new call under the id is no copy."""
+    beside = Beside(broker)
+    first, copy, new = beside.copy(), beside.copy(), beside.copy()
+    beside.enter(first)
+    assert beside.leave(first) is True
+    assert beside.leave(first) is False
+    assert beside.enter(copy, is_copy=True).is_over
+    assert broker.server.pttl(broker.keys.run("one")) / 1000 == pytest.approx(100, abs=2)
+    again = beside.enter(new)
+    assert (again.guard, again.crashes) == (Guard.MAY_RUN, 0)
+
+
+def test_a_copy_beside_another_broker_is_not_run_when_one_was_continued(broker: Broker) -> None:
+    """Also where only the continuation was heard of; that one runs."""
+    beside = Beside(broker)
+    first, copy, retry = beside.copy(), beside.copy(), beside.copy()
+    beside.enter(first)
+    for _ in range(2):
+        broker.messages.note_done(broker.server, "one", 0)
+    broker.end_lease(first)
+    assert beside.enter(copy, is_copy=True).is_over
+    assert beside.enter(retry, order=1).may_run
+    assert beside.leave(retry, order=1) is True
+    assert beside.enter(copy, is_copy=True).is_over
+
+
+def test_a_continuation_is_noted_of_a_run_that_is_not_known(broker: Broker) -> None:
+    """For a while, not for ever."""
+    broker.messages.note_done(broker.server, "one", 3)
+    assert broker.run_of() == {"done": "3"}
+    assert broker.server.pttl(broker.keys.run("one")) / 1000 == pytest.approx(3600, abs=5)
+    broker.messages.note_done(broker.server, "one", 2)
+    assert broker.run_of() == {"done": "3"}
+
+
+def test_a_copy_beside_another_broker_that_goes_back_is_no_crash(broker: Broker) -> None:
+    """A warm shutdown takes its start back; the death of a child stands."""
+    beside = Beside(broker)
+    handed_back, crashed, last = beside.copy(), beside.copy(), beside.copy()
+    beside.enter(handed_back)
+    assert beside.leave(handed_back, goes_back=True)
+    assert beside.enter(crashed, is_copy=True).crashes == 0
+    crashed.has_crashed = True
+    assert beside.leave(crashed, goes_back=True)
+    assert beside.enter(last, is_copy=True).crashes == 1
 
 
 # -- publish ---------------------------------------------------------------------------------
@@ -820,7 +945,7 @@ def test_a_claim_is_kept_for_a_continuation(broker: Broker) -> None:
     assert "next_attempt" not in found
     left = broker.server.pttl(broker.keys.claim("shop.send_invoice:7")) / 1000
     assert left == pytest.approx(90, abs=2)
-    assert broker.run_of()["continued"] == first.tag
+    assert f"continued:{first.tag}" in broker.run_of()
     assert broker.publish(token="t2", publication=wish).code is Queued.REPEATED
 
 

@@ -28,9 +28,7 @@ def slots(pool: str) -> range:
 
 
 @pytest.fixture(scope="module")
-def shop(
-    pool: str, slots: range, module_redis: EmbeddedServer, module_scenes: StartScene
-) -> Scene:
+def shop(pool: str, slots: range, module_redis: EmbeddedServer, module_scenes: StartScene) -> Scene:
     """One worker of each kind, each on databases of its own."""
     number = 2 * POOLS.index(pool)
     broker, results = (f"redis://127.0.0.1:{module_redis.port}/{n}" for n in (number, number + 1))

@@ -513,13 +513,6 @@ _STRANGE = {
     "headers are a number": b'{"body": "W10=", "headers": 5, "properties": {"delivery_info": {}}}',
     "headers are null": b'{"body": "W10=", "headers": null, "properties": {"delivery_info": {}}}',
     "properties are null": b'{"body": "W10=", "headers": {}, "properties": null}',
-    "body is no base64": json.dumps(
-        {
-            "body": "!",
-            "headers": _HEADERS,
-            "properties": {"delivery_info": {}, "body_encoding": "base64"},
-        }
-    ).encode(),
     "id is a number": json.dumps(
         {
             "body": b64encode(b'[["strange"], {}, {}]').decode(),
@@ -693,12 +686,13 @@ _RIGHTS = (
     *("+zadd", "+zrem", "+zscore", "+zmscore", "+zrange", "+zrangebyscore", "+zscan"),
     *("+zremrangebyscore", "+hset", "+hget", "+hdel", "+hmget", "+hincrby"),
     *("+lpush", "+rpush", "+rpop", "+blpop", "+lindex", "+llen", "+sadd", "+srem", "+smembers"),
-    *("+multi", "+exec", "+watch", "+unwatch"),
+    *("+multi", "+exec", "+watch", "+unwatch", "+script|load", "+script|exists"),
 )
 #: What makes the death of a worker known before its leases end.
 _FOR_DEATHS = ("+client", "+info")
 _KEYS = ("~celery*", "~unacked*", "~_kombu.binding*", "~reliable:*", "~*.celery.pidbox*")
-_CHANNELS = ("&/0.*",)
+# A PSUBSCRIBE is allowed only by a rule that is its very pattern.
+_CHANNELS = ("&/0.*", "&/0.celery.pidbox")
 
 
 @contextmanager

@@ -76,11 +76,11 @@ class Machine(RuleBasedStateMachine):
         return bool(self.claim and self.claim.holder and self.claim.lease_end > self.now)
 
     def remembers(self, owner: str, attempt: int) -> bool:
-        """Say whether a later attempt of a task is known to have ended."""
+        """Say whether this attempt of a task, or a later one, is known to have ended."""
         if self.ended is None:
             return False
         ended, last, until = self.ended
-        return ended == owner and last > attempt and until > self.now
+        return ended == owner and last >= attempt and until > self.now
 
     @rule(seconds=st.sampled_from([1, 7, 29, 31, 70, 101]))
     def wait(self, seconds: int) -> None:

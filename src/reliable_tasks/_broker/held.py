@@ -32,6 +32,10 @@ UNREACHABLE = (
 )
 
 
+#: After a failure nothing is said for so long (s) but what the keeper says.
+_SILENCE = 1.0
+
+
 class MuteConnection:
     """Sends commands whose answer nobody waits for.
 
@@ -98,23 +102,31 @@ class Held:
         lease: Seconds.
         server: The client for settling and putting back; it outlives every channel.
         keepers: The client of the thread that renews.
+        untried: A client that never repeats a command by itself.
         detects_deaths: Whether a lost connection may count as a worker's death.
         renewed_at: When the last renewal that the server confirmed was sent (monotonic s).
     """
 
     def __init__(
-        self, messages: Messages, lease: float, server: redis.Redis, keepers: redis.Redis
+        self,
+        messages: Messages,
+        lease: float,
+        server: redis.Redis,
+        keepers: redis.Redis,
+        untried: redis.Redis | None = None,
     ) -> None:
         self.worker = uuid4().hex[:16]
         self.messages = messages
         self.lease = lease
         self.server = server
         self.keepers = keepers
+        self.untried = untried or server
         self.detects_deaths = True
         self.renewed_at = time.monotonic()
         self._deliveries: dict[str, Delivery] = {}
         self._unsaid: dict[str, Callable[[redis.Redis], Any]] = {}
         self._over: set[str] = set()
+        self._silent_until = 0.0
         self._fetches = 0
         self._mute = MuteConnection(server)
 
@@ -215,11 +227,17 @@ class Held:
             logger.info("A start of task %s is not counted: %s", delivery.task_id, error)
 
     def _say(self, delivery: Delivery, say: Callable[[redis.Redis], Any]) -> None:
+        now = time.monotonic()
+        if now < self._silent_until:
+            self._unsaid[delivery.tag] = say
+            return
         try:
             say(self.server)
         except (redis.exceptions.RedisError, OSError) as error:
             # Its lease is renewed until the broker has heard of it: nobody else may run it.
             self._unsaid[delivery.tag] = say
+            # Not asked again for each of many: the main loop has more to do than to wait.
+            self._silent_until = now + _SILENCE
             logger.warning(
                 "The broker cannot be told now (%s) that task %s has ended; it is tried again",
                 error,

@@ -103,7 +103,8 @@ class ReliableChannel:
         self._unleased: set[str] = set()
         self._undelivered: deque[tuple[Delivery, dict[str, Any]]] = deque()
         super().__init__(*args, **kwargs)
-        self.brpop_timeout = _WAIT
+        if self.connection.polling_interval is None:
+            self.brpop_timeout = _WAIT
         self.held = held_for(self._identity(), self._make_held)
 
     # -- publish -----------------------------------------------------------------------------
@@ -168,7 +169,7 @@ class ReliableChannel:
         self: Any, queue: str, no_ack: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         """Consume from a queue."""
-        if no_ack:
+        if no_ack or not self.ack_emulation:
             self._unleased.add(queue)
         else:
             self._unleased.discard(queue)
@@ -180,19 +181,32 @@ class ReliableChannel:
 
     def basic_get(self: Any, queue: str, no_ack: bool = False, **_: Any) -> Any:
         """Take one message now, or return ``None``."""
-        plan = self._plan_for([queue], 1, unleased={queue} if no_ack else ())
+        unleased = {queue} if no_ack or not self.ack_emulation else ()
+        plan = self._plan_for([queue], 1, unleased=unleased)
+        answer = self._take_now(plan)
         with self.conn_or_acquire() as client:
-            answer = plan.run(client)
             self._maybe_update_queues_expire(client, queue)
-        self._accept(plan, answer, unleased={queue} if no_ack else ())
-        if not self._undelivered:
+        waiting = len(self._undelivered)
+        self._accept(plan, answer, unleased=unleased)
+        if len(self._undelivered) == waiting:
             return None
-        _, raw = self._undelivered.popleft()
+        # What is before it was left by a consumer that raised an error.
+        _, raw = self._undelivered.pop()
         message = self.Message(raw, channel=self)
         if not no_ack:
             Keeper.of(self.held).start()
             self.qos.append(message, message.delivery_tag)
         return message
+
+    def _take_now(self: Any, plan: FetchPlan) -> list[Any]:
+        try:
+            return plan.run(self.held.untried)
+        except self.connection_errors:
+            # The same script again would take other messages under the same tags.
+            found = plan.repeated().run(self.held.server)
+            if not found:
+                raise
+            return found
 
     def _get(self: Any, queue: str) -> Any:
         message = self.basic_get(queue, no_ack=True)
@@ -306,6 +320,9 @@ class ReliableChannel:
             return 1
         if len(queues) > 1 and type(self._queue_cycle) not in _ROTATES:
             return 1
+        # Each call of drain_events delivers one message; an event loop takes what there is.
+        if self.connection.cycle._in_protected_read:
+            return 1
         room = self.qos.can_consume_max_estimate()
         return max(1, min(_FETCHED_AT_ONCE if room is None else room, _FETCHED_AT_ONCE))
 
@@ -351,6 +368,9 @@ class ReliableChannel:
             str(client.userid),
             repr(sorted(self.reliable.items())),
             self.global_keyprefix,
+            self.unacked_key,
+            self.unacked_index_key,
+            self.sep,
         )
 
     def _make_held(self: Any) -> Held:
@@ -358,10 +378,10 @@ class ReliableChannel:
         lease = float(self.reliable.get("lease") or 15.0)
         messages = Messages(layout, str(self.reliable.get("key_prefix") or "reliable:"))
 
-        def client() -> redis.Redis:
+        def client(retries: int) -> redis.Redis:
             pool = self._get_pool()
             # Those who use it decide themselves what to repeat and when.
-            pool.connection_kwargs["retry"] = Retry(NoBackoff(), 1)
+            pool.connection_kwargs["retry"] = Retry(NoBackoff(), retries)
             pool.connection_kwargs["socket_timeout"] = min(
                 lease / 3, self.socket_timeout or lease / 3
             )
@@ -372,7 +392,7 @@ class ReliableChannel:
             )
 
         # Made here, for they outlive this channel; they connect when they are used.
-        held = Held(messages, lease, client(), client())
+        held = Held(messages, lease, client(1), client(1), client(0))
         # A channel that closes closes the Sentinels that it knows of.
         self._sentinel_manager = None
         held.detects_deaths = self.reliable.get("death_detection") != "lease"
@@ -401,6 +421,11 @@ class Transport(stock.Transport):
         super().__init__(client, **kwargs)
         if client.transport_options.get(OPTION):
             self.Channel = self._reliable_channel
+
+    @property
+    def supports_batch_publish(self) -> bool:
+        """Whether publishes may be collected; a pipeline of ours could tell no repeated one."""
+        return self.Channel is not self._reliable_channel and super().supports_batch_publish
 
     def drain_events(self, connection: Any, timeout: float | None = None) -> Any:
         """Wait for messages; a socket that was closed meanwhile is a lost connection."""

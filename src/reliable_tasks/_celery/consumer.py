@@ -85,8 +85,7 @@ class CarryingConsumer(Consumer):
         self._is_lost = True
         carried = self._take_deliveries()
         if carried is None:
-            super().on_connection_error_after_connected(exc)
-            self._cancel_unguarded()
+            self._lose_connection(exc)
             return
         self._carried = {**(self._carried or {}), **carried}
         initial, restored = self.initial_prefetch_count, self._maximum_prefetch_restored
@@ -158,11 +157,19 @@ class CarryingConsumer(Consumer):
             if entry.fun in (self.apply_eta_task, self._limit_post_eta):
                 self.hub.timer.cancel(entry)
 
+    def _lose_connection(self, exc: Exception) -> None:
+        """Go on where nothing is held by the process, but perhaps guarded beside the broker."""
+        initial, restored = self.initial_prefetch_count, self._maximum_prefetch_restored
+        super().on_connection_error_after_connected(exc)
+        if self.beside is not None:
+            # What runs on takes a message again when its copy comes here. And the prefetch of a
+            # quorum queue, once it is less, stays so on 5.6.
+            self.initial_prefetch_count, self._maximum_prefetch_restored = initial, restored
+            self._cancel_unguarded()
+
     def _cancel_unguarded(self) -> None:
         """Stop those that run and that somebody else will start, too."""
-        if self.beside is None or (
-            self.app.conf.worker_cancel_long_running_tasks_on_connection_loss
-        ):
+        if self.app.conf.worker_cancel_long_running_tasks_on_connection_loss:
             return
         for request in tuple(active_requests):
             if request.task.acks_late and not request.acknowledged and not _is_guarded(request):

@@ -19,11 +19,22 @@ from reliable_tasks import (
     ReliableTask,
     ScriptError,
     StoreUnavailable,
+    apply_reliable_config,
     once,
 )
 from reliable_tasks._once.claim import CLAIM, HOLDER
 from reliable_tasks._once.locks import locks_of
+from reliable_tasks._once.publish import publish
 from reliable_tasks._store.claims import Claims
+from reliable_tasks._store.publication import (
+    ClaimTaken,
+    Publication,
+    Published,
+    Queued,
+    publication_of,
+    publishing,
+)
+from reliable_tasks.testing import fake_redis
 from tests.unit.harness import claims, run, run_all, take
 
 NOBODY = "redis://127.0.0.1:1/0"
@@ -437,3 +448,118 @@ class TestContinuations:
 
 def _unavailable(*args: Any, **kwargs: Any) -> Any:
     raise StoreUnavailable("redis://h", "away")
+
+
+# -- where the lock Redis is the broker ------------------------------------------------------
+
+
+@pytest.fixture
+def at_broker() -> Any:
+    """A once-task of an app whose broker makes the claims; nothing is connected."""
+    with Celery("shop", broker="redis://fake/0", backend="cache+memory://") as app:
+        apply_reliable_config(app)
+
+        @app.task(base=ReliableTask, name="send")
+        @once(key="{n}", ttl=60)
+        def send(n: int) -> int:
+            return n
+
+        with fake_redis():
+            yield app.tasks["send"]
+
+
+def call(task: Any, queue: Any, *args: Any, waited_for: bool = False, **options: Any) -> Any:
+    """Publish with a queue of the test's own."""
+    return publish(
+        task,
+        task.reliable_once,
+        queue,
+        args=args,
+        kwargs={},
+        task_id=options.pop("task_id", None),
+        options=options,
+        waited_for=waited_for,
+    )
+
+
+def refusing(owner: str, headers: Any) -> ReliableResult:
+    """What the transport answers where another task has the claim."""
+    raise ClaimTaken(Published(Queued.CLAIM_TAKEN, "other", 12.5, 7))
+
+
+def test_the_broker_makes_the_claim_in_the_step_that_queues(at_broker: Any) -> None:
+    """The wish is about this task's message, and there is no script before it."""
+    seen: list[Any] = []
+
+    def queue(owner: str, headers: Any) -> ReliableResult:
+        assert claims(at_broker.app) == []
+        assert publication_of({"id": "another task"}) is None
+        seen.extend([owner, headers, publication_of({"id": owner})])
+        return ReliableResult(owner)
+
+    result = call(at_broker, queue, 7, countdown=10)
+    owner, headers, wish = seen
+    assert result.id == owner
+    assert publication_of({"id": owner}) is None
+    assert headers[CLAIM] == {"key": wish.claim, "owner": owner, "attempt": 0}
+    assert (wish.owner, wish.claim_attempt, wish.keeps, wish.holder) == (owner, 0, False, "")
+    assert (wish.task, wish.ttl, wish.continues) == ("send", 70, "")
+
+
+def test_a_retry_keeps_its_claim_in_the_step_that_queues(at_broker: Any) -> None:
+    """Beside what is wished already: that its delivery counts as continued."""
+    name = at_broker.reliable_once.claim_name(at_broker, (7,), {})
+    carried = {CLAIM: {"key": name, "owner": "mine", "attempt": 2}}
+    seen: list[Any] = []
+
+    def queue(owner: str, headers: Any) -> ReliableResult:
+        seen.append(publication_of({"id": owner}))
+        return ReliableResult(owner)
+
+    outer = Publication(continues="w1:1:1:celery", task_id="mine")
+    with publishing(outer, "mine"):
+        call(at_broker, queue, 7, task_id="mine", headers=carried, retries=3)
+    (wish,) = seen
+    assert (wish.keeps, wish.claim_attempt, wish.claim) == (True, 3, name)
+    assert (wish.continues, wish.task_id) == ("w1:1:1:celery", "mine")
+
+
+def test_a_refused_call_gets_the_owners_result(at_broker: Any) -> None:
+    """As with a claim that is taken in a step of its own."""
+    result = call(at_broker, refusing, 7, task_id="mine")
+    assert (result.id, result.duplicate, result.ignored_id) == ("other", True, "mine")
+    with pytest.raises(DuplicateTaskError) as caught:
+        call(at_broker, refusing, 7, waited_for=True)
+    assert (caught.value.owner, caught.value.expires_in) == ("other", 12.5)
+
+
+def test_a_refused_retry_has_lost_its_claim(at_broker: Any) -> None:
+    """It must not end as somebody's duplicate."""
+    with pytest.raises(LockLost):
+        call(at_broker, refusing, 7, task_id="mine", retries=1)
+
+
+@pytest.mark.parametrize("option", ["producer", "connection"])
+def test_a_connection_of_the_callers_own_makes_no_claims(at_broker: Any, option: str) -> None:
+    """It may lead to another broker, so the claim is taken before."""
+
+    def queue(owner: str, headers: Any) -> ReliableResult:
+        assert publication_of({"id": owner}) is None
+        (claim,) = claims(at_broker.app)
+        assert claim["owner"] == owner
+        return ReliableResult(owner)
+
+    call(at_broker, queue, 7, **{option: object()})
+
+
+def test_stock_kombu_makes_no_claims(at_broker: Any) -> None:
+    """Without the library's transport the claim is taken before, too."""
+    options = dict(at_broker.app.conf.broker_transport_options)
+    del options["reliable"]
+    at_broker.app.conf.broker_transport_options = options
+
+    def queue(owner: str, headers: Any) -> ReliableResult:
+        assert len(claims(at_broker.app)) == 1
+        return ReliableResult(owner)
+
+    call(at_broker, queue, 7)

@@ -122,7 +122,7 @@ def test_stock_kombu_gets_what_it_needs() -> None:
     assert app.conf.broker_transport_options["visibility_timeout"] == 3610
 
 
-@pytest.mark.parametrize("scheme", ["redis", "rediss", "sentinel"])
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "sentinel", "redis+socket"])
 @pytest.mark.parametrize("setting", ["reliable", "stock"])
 def test_the_connection_has_the_transport_that_was_asked_for(scheme: str, setting: str) -> None:
     """Two apps in one process may differ."""

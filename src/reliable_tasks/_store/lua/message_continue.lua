@@ -9,5 +9,5 @@
 if redis.call('HGET', KEYS[1], 'tag') ~= ARGV[1] then
     return 0
 end
-redis.call('HSET', KEYS[1], 'continued', ARGV[1])
+redis.call('HSET', KEYS[1], 'continued:' .. ARGV[1], '1')
 return 1

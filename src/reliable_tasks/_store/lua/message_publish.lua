@@ -51,7 +51,7 @@ redis.call('LPUSH', KEYS[2], ARGV[1])
 redis.call('SET', KEYS[1], '1', 'PX', ARGV[2])
 if ARGV[3] ~= '' then
     local is_unknown = redis.call('EXISTS', KEYS[4]) == 0
-    redis.call('HSET', KEYS[4], 'continued', ARGV[3])
+    redis.call('HSET', KEYS[4], 'continued:' .. ARGV[3], '1')
     if is_unknown then
         redis.call('PEXPIRE', KEYS[4], ARGV[12])
     end

@@ -5,18 +5,25 @@
 --          is_over: the copy does not go back to its queue
 --          remembers: how long to know of a run that is over, ms, lest an earlier copy of it,
 --          stopped and forgotten, publishes a continuation; 0 if there was no other copy
--- Commands: HMGET HDEL HSET HINCRBY PEXPIRE DEL
+-- Commands: HMGET HDEL HLEN HSET HINCRBY PEXPIRE DEL
 local function release_run(run, tag, started, is_over, remembers)
-    local holder, continued, crashes = unpack(redis.call('HMGET', run, 'tag', 'continued', 'crashes'))
-    local has_continued = continued == tag
+    local mark = 'continued:' .. tag
+    local holder, continued, crashes = unpack(redis.call('HMGET', run, 'tag', mark, 'crashes'))
+    local has_continued = continued ~= false
+    if has_continued then
+        redis.call('HDEL', run, mark)
+    end
     if holder ~= tag then
         return has_continued
     end
     if is_over and not has_continued then
+        redis.call('HDEL', run, 'crashes')
         if remembers > 0 then
-            redis.call('HDEL', run, 'crashes', 'continued')
             redis.call('HSET', run, 'tag', 'over')
             redis.call('PEXPIRE', run, remembers)
+        elseif redis.call('HLEN', run) > 1 then
+            -- A copy that was continued has not been swept yet, and must be dropped then.
+            redis.call('HSET', run, 'tag', 'over')
         else
             redis.call('DEL', run)
         end
