@@ -14,6 +14,24 @@ from reliable_tasks.config import PREFIX, ReliableConfig
 
 __all__ = ["check_table", "rule_table", "settings"]
 
+#: Brokers, as they differ in what is set. The last backend is none that could hold leases.
+_APPS = (
+    ("Redis", "redis://", "redis://", {}),
+    ("stock", "redis://", "redis://", {"reliable_broker": "stock"}),
+    ("RabbitMQ", "amqp://", "redis://", {}),
+    ("alone", "amqp://", "rpc://", {}),
+)
+#: What a page says for those of them that a setting is for.
+_WHERE = {
+    frozenset({"Redis", "stock", "RabbitMQ", "alone"}): "anywhere",
+    frozenset({"Redis", "stock", "RabbitMQ"}): "results in a Redis",
+    frozenset({"Redis", "stock"}): "Redis",
+    frozenset({"RabbitMQ", "alone"}): "RabbitMQ",
+    frozenset({"Redis"}): "Redis, with leases",
+    frozenset({"Redis", "RabbitMQ"}): "with leases",
+    frozenset({"stock", "alone"}): "without leases",
+}
+
 
 def settings() -> list[str]:
     """Return the table of the ``reliable_*`` settings, in Markdown."""
@@ -28,12 +46,11 @@ def settings() -> list[str]:
 
 def rule_table() -> list[str]:
     """Return the table of what ``apply_reliable_config`` sets, in Markdown."""
-    rows: dict[str, list[str]] = {}
-    for name, broker, backend in (
-        ("Redis", "redis://", "redis://"),
-        ("RabbitMQ", "amqp://", "redis://"),
-    ):
-        facts = Facts.of(Celery(broker=broker, backend=backend, set_as_current=False))
+    rows: dict[tuple[str, str], tuple[set[str], str]] = {}
+    for name, broker, backend, conf in _APPS:
+        app = Celery(broker=broker, backend=backend, set_as_current=False)
+        app.conf.update(conf)
+        facts = Facts.of(app)
         timeout = VisibilityTimeout(0, ("computed, see below",))
         chosen = [(rule, rule.setting) for rule in rules.SETTINGS if rule.applies(facts)]
         chosen += [
@@ -42,12 +59,12 @@ def rule_table() -> list[str]:
         ]
         for rule, setting in chosen:
             value = "computed" if rule.setting == "visibility_timeout" else f"`{rule.value!r}`"
-            rows.setdefault(setting, [f"`{setting}`", value, "", rule.reason])[2] += f"{name}, "
+            rows.setdefault((setting, value), (set(), rule.reason))[0].add(name)
     return _table(
-        ("setting", "value", "broker", "why"),
+        ("setting", "value", "where", "why"),
         [
-            (setting, value, "any" if "Redis, R" in where else where.rstrip(", "), reason)
-            for setting, value, where, reason in rows.values()
+            (f"`{setting}`", value, _WHERE[frozenset(names)], reason)
+            for (setting, value), (names, reason) in rows.items()
         ],
     )
 

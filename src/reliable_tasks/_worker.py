@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 from typing import Any
 
@@ -13,6 +14,7 @@ from reliable_tasks._broker.beside import beside
 from reliable_tasks._broker.held import all_held
 from reliable_tasks._broker.keeper import Keeper
 from reliable_tasks._celery.consumer import CarryingConsumer, held_by, is_amqp
+from reliable_tasks._celery.signals import handle_signals_in_green_threads
 from reliable_tasks._once.locks import locks_of
 from reliable_tasks.errors import ConfigError
 
@@ -30,15 +32,22 @@ class KeeperStep(bootsteps.StartStopStep):
 
     def __init__(self, parent: Any, **options: Any) -> None:
         super().__init__(parent, **options)
+        # Made before the worker installs its handlers.
+        handle_signals_in_green_threads()
         self._ticks: Any = None
 
     def start(self, parent: Any) -> None:
         """Start the keeper; Celery calls it each time the consumer has connected."""
-        held = held_by(parent.task_consumer.channel) or _beside(parent)
+        held = held_by(parent.task_consumer.channel)
+        if held is None:  # One that holds nothing yet is false.
+            held = _beside(parent)
         if held is None:
             return
         keeper = Keeper.of(held)
         keeper.start()
+        # A cold shutdown does not send Celery's signal; and a connection can be a later one.
+        atexit.unregister(_leave)
+        atexit.register(_leave)
         if self._ticks is not None:
             self._ticks.cancel()
         is_loop_of_its_own = not getattr(parent.pool, "is_green", False) and (

@@ -527,19 +527,12 @@ def test_a_copy_that_went_back_lets_the_other_run(broker: Broker) -> None:
     assert broker.messages.hold(broker.server, second).may_run
 
 
-def test_a_copy_of_another_broker_gets_a_lease_here(broker: Broker) -> None:
-    """RabbitMQ's deliveries are guarded by a lease that stands beside no message."""
-    copies = [
-        Delivery(f"{worker}:1:1:rabbit", "rabbit", "rabbit", b"", taken(broker, "x").copy, "one")
-        for worker in ("w1", "w2")
-    ]
-    assert broker.messages.hold(broker.server, copies[0], 30).may_run
-    assert broker.leases[copies[0].tag] == pytest.approx(broker.now() + 30, abs=2)
-    held = broker.messages.hold(broker.server, copies[1], 30)
-    assert (held.guard, held.seconds) == (Guard.HELD_ELSEWHERE, pytest.approx(30, abs=2))
-    assert copies[1].tag not in broker.leases
-    assert broker.settle(copies[0])
-    assert broker.messages.hold(broker.server, copies[1], 30).may_run
+def test_a_copy_whose_message_was_put_back_is_over(broker: Broker) -> None:
+    """A worker that was stopped for long does not start what others have by now."""
+    put(broker, "one")
+    (delivery,) = broker.fetch("w1")
+    broker.requeue(delivery)
+    assert broker.messages.hold(broker.server, delivery).is_over
 
 
 def test_two_tasks_do_not_wait_for_each_other(broker: Broker) -> None:
@@ -1184,6 +1177,13 @@ def test_a_beat_that_is_a_little_late_holds_nothing(broker: Broker) -> None:
     assert beat(broker, elapsed=1)[1:] == (True, 0.0)
     change_sweeper(broker, beat=-9)
     assert beat(broker, elapsed=9)[1:] == (True, 0.0)
+
+
+def test_a_fleet_that_was_down_sweeps_when_its_keepers_could_have_renewed(broker: Broker) -> None:
+    """A gap without a sweeper is no proof of a jump: what lives renews in a third of a lease."""
+    in_office(broker, "w1")
+    change_sweeper(broker, beat=-60, until=-50)
+    assert beat(broker, "w2")[1:] == (True, pytest.approx(8, abs=1))
 
 
 def test_a_hold_does_not_outlast_a_lease(broker: Broker) -> None:

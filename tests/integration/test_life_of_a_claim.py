@@ -78,7 +78,6 @@ def test_a_running_task_is_the_holder_of_its_key(shop: Scene, name: str) -> None
         pytest.param("requeue", 2, id="Reject with requeue"),
         pytest.param("replace_same", 2, id="self.replace with the same key"),
         pytest.param("replace_other", 1, id="self.replace with another key"),
-        pytest.param("exit", 2, id="SystemExit"),
         pytest.param("die", 2, id="child killed"),
     ],
 )

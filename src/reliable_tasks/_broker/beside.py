@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -72,7 +72,6 @@ class Beside(Held):
     ) -> None:
         super().__init__(messages, lease, server, keepers)
         self._runs_on = on_error == "proceed"
-        self._silent_until = 0.0
         self._numbers = count(1)
 
     def expect(self, headers: Mapping[str, Any], *, is_redelivered: bool) -> Run:
@@ -134,7 +133,7 @@ class Beside(Held):
             return
         run = delivery
 
-        def say(server: redis.Redis) -> None:
+        def say(server: redis.Redis, is_repeated: bool) -> None:
             was_held = self.messages.leave_run(
                 server,
                 run,
@@ -142,25 +141,10 @@ class Beside(Held):
                 goes_back=goes_back,
                 remembers=_COPIES_OVER_TTL if run.is_copy or run.is_lost else _OVER_TTL,
             )
-            if not was_held and tag not in self._over:
-                logger.warning(
-                    "Task %s ended after its lease: another copy of it may have run", run.task_id
-                )
+            if not was_held and not is_repeated:
+                self._warn_of_lapsed(run)
 
         self._say(run, say)
-
-    def _say(self, delivery: Delivery, say: Callable[[redis.Redis], Any]) -> None:
-        # No more to renew; but without an answer it goes on to be.
-        self._deliveries.pop(delivery.tag, None)
-        try:
-            if time.monotonic() < self._silent_until:
-                raise redis.exceptions.ConnectionError("it did not answer a moment ago")
-            say(self.server)
-        except (redis.exceptions.RedisError, OSError) as error:
-            self._note_silence(error)
-            self._unsaid[delivery.tag] = say
-            self._deliveries[delivery.tag] = delivery
-        self._over.discard(delivery.tag)
 
     def _note_silence(self, error: Exception) -> None:
         now = time.monotonic()
@@ -176,7 +160,7 @@ def beside(claims: Claims, config: ReliableConfig) -> Beside:
         claims: Those of the lock Redis.
         config: The app's settings.
     """
-    address = _address(claims)
+    address = claims.address
 
     def make() -> Held:
         def client(name: str) -> redis.Redis:
@@ -212,7 +196,7 @@ def note_done(task: Task[..., Any], claims: Claims, config: ReliableConfig) -> N
     """Note in a child that its task has published all of its continuation."""
     request = task.request
     order = _order(request.get("replaced_task_nesting"), request.retries)
-    messages = _messages(_address(claims).key_prefix, config)
+    messages = _messages(claims.address.key_prefix, config)
     try:
         messages.note_done(claims.client.redis, str(request.id), order)
     except (redis.exceptions.RedisError, OSError) as error:
@@ -222,10 +206,6 @@ def note_done(task: Task[..., Any], claims: Claims, config: ReliableConfig) -> N
             request.id,
             error,
         )
-
-
-def _address(claims: Claims) -> ServerAddress:
-    return claims._address  # noqa: SLF001
 
 
 def _messages(prefix: str, config: ReliableConfig) -> Messages:

@@ -6,22 +6,23 @@ back, and what could not be said to the broker is said when it answers again.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from uuid import uuid4
 
 import redis
 
-from reliable_tasks._store.messages import Copy, Delivery, Guard, Messages
+from reliable_tasks._broker.saying import say
+from reliable_tasks._store.messages import Copy, Delivery, FetchPlan, Guard, Messages
 from reliable_tasks._store.scripts import execute
 
 __all__ = ["UNREACHABLE", "Held", "all_held", "held_for"]
-
-logger = logging.getLogger("reliable_tasks")
 
 #: What may go wrong on the way to a server that is there again later.
 UNREACHABLE = (
@@ -47,6 +48,8 @@ class MuteConnection:
         self._server = server
         self._connection: Any = None
         self._is_refused = False
+        # In the threads pool tasks start and are set aside in threads of their own.
+        self._sending = threading.Lock()
 
     def send(self, command: Sequence[Any]) -> None:
         """Send a command.
@@ -54,11 +57,12 @@ class MuteConnection:
         Raises:
             redis.ConnectionError: The server cannot be reached, tried twice.
         """
-        try:
-            self._send(command)
-        except UNREACHABLE:
-            self._disconnect()
-            self._send(command)
+        with self._sending:
+            try:
+                self._send(command)
+            except UNREACHABLE:
+                self._disconnect()
+                self._send(command)
 
     def _send(self, command: Sequence[Any]) -> None:
         if self._connection is None and not self._is_refused:
@@ -102,7 +106,6 @@ class Held:
         lease: Seconds.
         server: The client for settling and putting back; it outlives every channel.
         keepers: The client of the thread that renews.
-        untried: A client that never repeats a command by itself.
         detects_deaths: Whether a lost connection may count as a worker's death.
         renewed_at: When the last renewal that the server confirmed was sent (monotonic s).
     """
@@ -113,19 +116,19 @@ class Held:
         lease: float,
         server: redis.Redis,
         keepers: redis.Redis,
-        untried: redis.Redis | None = None,
     ) -> None:
         self.worker = uuid4().hex[:16]
         self.messages = messages
         self.lease = lease
         self.server = server
         self.keepers = keepers
-        self.untried = untried or server
         self.detects_deaths = True
         self.renewed_at = time.monotonic()
         self._deliveries: dict[str, Delivery] = {}
-        self._unsaid: dict[str, Callable[[redis.Redis], Any]] = {}
+        self._unsaid: dict[str, Callable[[redis.Redis, bool], Any]] = {}
         self._over: set[str] = set()
+        self._suspected: set[str] = set()
+        self._lost_fetches: deque[FetchPlan] = deque()
         self._silent_until = 0.0
         self._fetches = 0
         self._mute = MuteConnection(server)
@@ -158,7 +161,10 @@ class Held:
         """Acknowledge or discard a delivery; at the latest when the broker answers again."""
         delivery = self._deliveries.get(tag)
         if delivery is not None:
-            self._say(delivery, lambda server: self._settle(server, delivery))
+            self._say(
+                delivery,
+                lambda server, is_repeated: self._settle(server, delivery, is_repeated),
+            )
 
     def requeue(self, tag: str, *, to_back: bool = False) -> None:
         """Put a delivery's message back; at the latest when the broker answers again."""
@@ -166,15 +172,31 @@ class Held:
         if delivery is not None:
             self._say(
                 delivery,
-                lambda server: self.messages.requeue(server, delivery, to_back=to_back),
+                lambda server, _: self.messages.requeue(server, delivery, to_back=to_back),
             )
+
+    def put_back_fetched(self, plan: FetchPlan) -> None:
+        """Put back what a fetch took whose answer is lost, now or when the broker answers."""
+        try:
+            self._put_back(self.server, plan)
+        except (*UNREACHABLE, redis.exceptions.ResponseError):
+            self._lost_fetches.append(plan)
+
+    def may_be_over(self) -> bool:
+        """Say whether leases may have ended that were not renewed: this process was stopped."""
+        return time.monotonic() - self.renewed_at > self.lease
+
+    def forget(self, tag: str) -> None:
+        """Let go of a delivery that is over; nothing is said."""
+        self._deliveries.pop(tag, None)
+        self._over.discard(tag)
 
     def hold(self, delivery: Delivery) -> Copy:
         """Ask the guard again; a broker that does not answer says that the copy must wait."""
         try:
             delivery.copy = self.messages.hold(self.server, delivery)
         except UNREACHABLE as error:
-            logger.warning("The broker does not answer: %s", error)
+            say(logging.WARNING, "The broker does not answer: %s", error)
             delivery.copy = Copy(Guard.HELD_ELSEWHERE, delivery.copy.crashes, 1.0)
         return delivery.copy
 
@@ -193,24 +215,30 @@ class Held:
         Raises:
             redis.RedisError: It is away again, or refuses; what is left is kept.
         """
-        for tag, say in list(self._unsaid.items()):
-            say(server)
+        while self._lost_fetches:
+            self._put_back(server, self._lost_fetches[0])
+            self._lost_fetches.popleft()
+        for tag, tell in list(self._unsaid.items()):
+            tell(server, True)
             self._unsaid.pop(tag, None)
             self._deliveries.pop(tag, None)
 
     @property
     def unsaid(self) -> int:
         """How many deliveries ended without the broker having heard of it."""
-        return len(self._unsaid)
+        return len(self._unsaid) + len(self._lost_fetches)
 
     def note_over(self, tags: Iterable[str]) -> None:
         """Note deliveries that the broker took back although this process holds them."""
-        for tag in tags:
+        # Said at the second time: the first may have met one that was ending just then.
+        before, self._suspected = self._suspected, set(tags)
+        for tag in self._suspected & before - self._over:
             delivery = self._deliveries.get(tag)
-            if delivery is None or tag in self._unsaid or tag in self._over:
+            if delivery is None or tag in self._unsaid:
                 continue
             self._over.add(tag)
-            logger.error(
+            say(
+                logging.ERROR,
                 "Task %s lost its lease: this worker was silent for too long, or the broker "
                 "lost data. Another copy may run; this one can no longer acknowledge",
                 delivery.task_id or tag,
@@ -224,21 +252,31 @@ class Held:
         try:
             self._mute.send(command)
         except UNREACHABLE as error:
-            logger.info("A start of task %s is not counted: %s", delivery.task_id, error)
+            say(logging.INFO, "A start of task %s is not counted: %s", delivery.task_id, error)
 
-    def _say(self, delivery: Delivery, say: Callable[[redis.Redis], Any]) -> None:
+    def _say(self, delivery: Delivery, tell: Callable[[redis.Redis, bool], Any]) -> None:
+        """Tell the broker how a delivery ended.
+
+        Args:
+            delivery: It is held until the broker has heard of it: nobody else may run it.
+            tell: Takes the client, and whether the broker may have heard it before.
+        """
         now = time.monotonic()
         if now < self._silent_until:
-            self._unsaid[delivery.tag] = say
+            self._unsaid[delivery.tag] = tell
             return
         try:
-            say(self.server)
+            try:
+                tell(self.server, False)
+            except UNREACHABLE:
+                # An idle connection that was cut; or the answer alone was lost.
+                tell(self.server, True)
         except (redis.exceptions.RedisError, OSError) as error:
-            # Its lease is renewed until the broker has heard of it: nobody else may run it.
-            self._unsaid[delivery.tag] = say
+            self._unsaid[delivery.tag] = tell
             # Not asked again for each of many: the main loop has more to do than to wait.
             self._silent_until = now + _SILENCE
-            logger.warning(
+            say(
+                logging.WARNING,
                 "The broker cannot be told now (%s) that task %s has ended; it is tried again",
                 error,
                 delivery.task_id or delivery.tag,
@@ -247,9 +285,24 @@ class Held:
             self._deliveries.pop(delivery.tag, None)
             self._over.discard(delivery.tag)
 
-    def _settle(self, server: redis.Redis, delivery: Delivery) -> None:
-        if not self.messages.settle(server, delivery) and delivery.tag not in self._over:
-            logger.warning(
+    def _put_back(self, server: redis.Redis, plan: FetchPlan) -> None:
+        for tag, list_, queue, raw, copy in plan.read(plan.repeated().run(server)):
+            delivery = Delivery(tag, list_, queue, raw, copy)
+            try:
+                delivery.describe(json.loads(raw))
+            except ValueError:
+                continue  # whose lease ends; a fetch sets it apart
+            self.messages.requeue(server, delivery)
+
+    def _settle(self, server: redis.Redis, delivery: Delivery, is_repeated: bool) -> None:
+        settled = self.messages.settle(server, delivery)
+        if not settled and not is_repeated:
+            self._warn_of_lapsed(delivery)
+
+    def _warn_of_lapsed(self, delivery: Delivery) -> None:
+        if delivery.tag not in self._over:
+            say(
+                logging.WARNING,
                 "Task %s ended after its lease: another copy of it may have run",
                 delivery.task_id or delivery.tag,
             )

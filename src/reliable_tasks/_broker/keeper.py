@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,8 +14,9 @@ import redis
 
 from reliable_tasks._broker.fence import note_renewal
 from reliable_tasks._broker.held import UNREACHABLE, Held
+from reliable_tasks._broker.saying import say, say_what_waits, speak_later
 from reliable_tasks._broker.sweep import BEAT, ring, sweep
-from reliable_tasks._celery.threads import is_patched, native_sleep, start_native_thread
+from reliable_tasks._celery.threads import native_sleep, start_native_thread
 from reliable_tasks._store.scripts import execute
 
 __all__ = ["Keeper"]
@@ -53,7 +53,6 @@ class Keeper:
         self._is_fenced = False
         self._loop_seen_at: float | None = None
         self._has_hung = False
-        self._to_say: deque[tuple[Any, ...]] | None = deque() if is_patched() else None
 
     @classmethod
     def of(cls, held: Held) -> Keeper:
@@ -100,8 +99,7 @@ class Keeper:
 
     def say_what_is_unsaid(self) -> None:
         """Write the log lines that the thread itself must not write."""
-        while self._to_say:
-            logger.log(*self._to_say.popleft())
+        say_what_waits()
 
     def beat(self) -> bool:
         """Beat once, renew what is due; return whether this worker sweeps.
@@ -112,6 +110,9 @@ class Keeper:
         held, server = self._held, self._held.keepers
         self._identify(server)
         before, self._beat_at = self._beat_at, time.monotonic()
+        if not before or self._beat_at - held.renewed_at >= held.lease / 3 - BEAT / 2:
+            # First, for a task may keep this thread waiting after each answer.
+            self._renew(server)
         server_now, sweeps, on_hold = held.messages.beat(
             server,
             worker=held.worker,
@@ -122,8 +123,6 @@ class Keeper:
             term=_TERM,
             gap=max(held.lease / 3, 2 * _TERM),
         )
-        if not before or self._beat_at - held.renewed_at >= held.lease / 3 - BEAT / 2:
-            self._renew(server)
         if held.unsaid:
             held.say_what_is_unsaid(server)
         if self._queues and self._beat_at - self._named_at > _NAME_QUEUES:
@@ -134,6 +133,7 @@ class Keeper:
         return sweeps
 
     def _run(self) -> None:
+        speak_later()
         while not self._is_stopped:
             began = time.monotonic()
             try:
@@ -148,11 +148,11 @@ class Keeper:
                 self._say_unreachable(error)
                 wait = _AGAIN
             except redis.exceptions.RedisError as error:
-                self._say(logging.ERROR, "The broker refuses the keeper: %s", error)
+                say(logging.ERROR, "The broker refuses the keeper: %s", error)
                 wait = BEAT
             except Exception:  # noqa: BLE001 - whatever it is, the next beat must come
                 # Without its keeper a worker would lose all it holds.
-                self._say(logging.ERROR, "The keeper goes on after an error", exc_info=True)
+                say(logging.ERROR, "The keeper goes on after an error", exc_info=True)
                 wait = BEAT
             self._fence()
             native_sleep(max(0.0, min(wait, began + wait - time.monotonic())))
@@ -174,7 +174,7 @@ class Keeper:
         silent = time.monotonic() - self._loop_seen_at
         has_hung = silent > max(_HUNG, 4 * self._held.lease)
         if has_hung and not self._has_hung:
-            self._say(
+            say(
                 logging.CRITICAL,
                 "The worker's main loop has not turned for %.0f s: its %d messages are left to "
                 "other workers",
@@ -189,7 +189,7 @@ class Keeper:
         silent = time.monotonic() - self._held.renewed_at
         is_fenced = silent > self._held.lease and len(self._held) > 0
         if is_fenced and not self._is_fenced:
-            self._say(
+            say(
                 logging.CRITICAL,
                 "No lease could be renewed for %.1f s (reliable_lease is %g s): the %d messages "
                 "of this worker may be run by others while it still runs them",
@@ -217,30 +217,26 @@ class Keeper:
             if known["addr"] in (f"{host}:{port}", f"[{host}]:{port}"):
                 self._connection = f"{self._server_id} {known['id']}"
         except (redis.exceptions.ResponseError, KeyError, TypeError, ValueError) as error:
-            self._say(logging.INFO, "Dead workers are found by their leases alone: %s", error)
+            say(logging.INFO, "Dead workers are found by their leases alone: %s", error)
 
     def _own_connection(self, server: redis.Redis) -> Any:
         """Keep one connection: the server takes its loss for the worker's death."""
         if server.connection is None:
             server.connection = server.connection_pool.get_connection()
-        return server.connection
+        # Only this asks the Sentinels; a command alone would dial the master that was.
+        connection: Any = server.connection
+        connection.connect()
+        return connection
 
     def _say_unreachable(self, error: Exception) -> None:
         if not self._is_unreachable:
-            self._say(logging.WARNING, "The keeper cannot reach the broker: %s", error)
+            say(logging.WARNING, "The keeper cannot reach the broker: %s", error)
         self._is_unreachable = True
 
     def _say_reachable(self) -> None:
         if self._is_unreachable:
-            self._say(logging.INFO, "The keeper reaches the broker again")
+            say(logging.INFO, "The keeper reaches the broker again")
         self._is_unreachable = False
-
-    def _say(self, level: int, message: str, *args: Any, **options: Any) -> None:
-        # A native thread must not wait for the locks of logging where those are green.
-        if self._to_say is None:
-            logger.log(level, message, *args, **options)
-        else:
-            self._to_say.append((level, message, *args))
 
 
 _keepers: WeakKeyDictionary[Held, Keeper] = WeakKeyDictionary()

@@ -8,11 +8,10 @@ from collections.abc import Iterable
 import redis
 
 from reliable_tasks._broker.held import Held
+from reliable_tasks._broker.saying import say
 from reliable_tasks._store.scripts import execute
 
 __all__ = ["BEAT", "ring", "sweep"]
-
-logger = logging.getLogger("reliable_tasks")
 
 #: How often a keeper says that its worker lives (s).
 BEAT = 1.0
@@ -57,7 +56,8 @@ def _put_back(held: Held, server: redis.Redis, tags: list[str]) -> int:
             held.messages.drop(server, found)
         elif held.messages.requeue(server, found, if_lapsed=True):
             count += 1
-            logger.warning(
+            say(
+                logging.WARNING,
                 "Task %s is put back into %s: the worker that had it no longer renews its lease",
                 found.task_id or found.tag,
                 found.queue,
@@ -84,14 +84,16 @@ def _end_leases_of_the_dead(held: Held, server: redis.Redis, now: float, server_
         if connection not in alive:
             count = messages.end_leases_of(server, worker)
             messages.leave(server, worker)
-            logger.warning("Worker %s is dead; it held %d messages", worker, count)
+            say(logging.WARNING, "Worker %s is dead; it held %d messages", worker, count)
 
 
 def _connected(server: redis.Redis, ids: Iterable[str]) -> set[str] | None:
     try:
         answer = execute(server, "CLIENT LIST", "ID", *ids)
     except redis.exceptions.ResponseError as error:
-        logger.info("Dead workers are found by their leases alone: CLIENT LIST says %s", error)
+        say(
+            logging.INFO, "Dead workers are found by their leases alone: CLIENT LIST says %s", error
+        )
         return None
     return {str(client["id"]) for client in answer}
 

@@ -53,6 +53,8 @@ _TOKEN = "reliable_token"  # noqa: S105 - not a secret
 _FETCHED_AT_ONCE = 16
 #: A worker that waits is woken by its bell; it looks by itself as rarely as this (s).
 _WAIT = 5
+#: The same for queues that the sweeper does not look after (s).
+_WAIT_FOR_REPLIES = 0.1
 #: Strategies whose order the script can follow within one fetch; with others it takes one.
 _ROTATES = {round_robin_cycle: True, priority_cycle: False, sorted_cycle: False}
 
@@ -97,6 +99,7 @@ class ReliableChannel:
         self._plan: FetchPlan | None = None
         self._must_repeat = False
         self._is_empty = False
+        self._was_woken = False
         self._is_fetching = False
         self._must_send_source = False
         self._refused_until = 0.0
@@ -131,6 +134,9 @@ class ReliableChannel:
         )
 
     def _put(self: Any, queue: str, message: dict[str, Any], **_: Any) -> None:
+        if self.closed:
+            # kombu goes on with a channel that it closed while it declared the queue anew.
+            raise redis.exceptions.ConnectionError("the connection was lost and made anew")
         properties = message["properties"]
         publication = publication_of(message["headers"])
         token = properties.get(_TOKEN) or properties["delivery_tag"]
@@ -174,10 +180,17 @@ class ReliableChannel:
         else:
             self._unleased.discard(queue)
         consumed = super().basic_consume(queue, no_ack, *args, **kwargs)
-        self._is_empty = False
+        self._stop_waiting()
         if not no_ack and queue not in self.active_fanout_queues:
             Keeper.of(self.held).look_after(queue, self._lists([queue]))
         return consumed
+
+    def _stop_waiting(self: Any) -> None:
+        """Give up a wait for the bells of other queues than those that are active now."""
+        self._is_empty = False
+        if self._in_poll and not self._is_fetching:
+            connection, self._in_poll = self._in_poll, None
+            connection.disconnect()
 
     def basic_get(self: Any, queue: str, no_ack: bool = False, **_: Any) -> Any:
         """Take one message now, or return ``None``."""
@@ -200,7 +213,7 @@ class ReliableChannel:
 
     def _take_now(self: Any, plan: FetchPlan) -> list[Any]:
         try:
-            return plan.run(self.held.untried)
+            return plan.run(self.held.server)
         except self.connection_errors:
             # The same script again would take other messages under the same tags.
             found = plan.repeated().run(self.held.server)
@@ -225,7 +238,9 @@ class ReliableChannel:
         if self._is_empty:
             self._is_fetching = False
             bells = [self.held.messages.keys.bell(queue) for queue in queues]
-            connection.send_command("BLPOP", *bells, timeout or self.brpop_timeout)
+            # Nobody rings for replies that stock workers send.
+            wait = _WAIT_FOR_REPLIES if self._unleased.intersection(queues) else self.brpop_timeout
+            connection.send_command("BLPOP", *bells, timeout or wait)
             return
         if self._must_repeat and self._plan is not None:
             plan = self._plan.repeated()
@@ -259,12 +274,13 @@ class ReliableChannel:
             self._flush_brpop_reauth()
         self._must_repeat = self._must_send_source = False
         if not was_fetching:
-            self._is_empty = False
+            self._is_empty, self._was_woken = False, bool(answer)
             raise Empty
         if not answer:
             # What a repeated fetch no longer finds was put back by a sweep: fetch anew.
             self._is_empty = not was_repeat
             raise Empty
+        self._was_woken = False
         self._accept(self._plan, answer, unleased=self._unleased)
         while self._undelivered:
             delivery, raw = self._undelivered.popleft()
@@ -287,7 +303,10 @@ class ReliableChannel:
             try:
                 decoded = loads(bytes_to_str(message))
                 decoded["properties"]["delivery_tag"] = tag
-            except (ValueError, TypeError, KeyError):
+                delivery = Delivery(tag, list_, queue, message, copy)
+                delivery.describe(decoded)
+                self.Message(decoded, channel=self)
+            except (ValueError, TypeError, KeyError, AttributeError):
                 logger.error(
                     "A message in %s cannot be read and is kept in %s: %r",
                     list_,
@@ -296,8 +315,6 @@ class ReliableChannel:
                 )
                 self.held.messages.set_apart(self.held.server, tag, message)
                 continue
-            delivery = Delivery(tag, list_, queue, message, copy)
-            delivery.describe(decoded)
             if queue not in unleased:
                 self.held.take(delivery)
             self._undelivered.append((delivery, decoded))
@@ -320,6 +337,9 @@ class ReliableChannel:
             return 1
         if len(queues) > 1 and type(self._queue_cycle) not in _ROTATES:
             return 1
+        # One bell is for one message: others that wait are woken for the rest.
+        if self._was_woken:
+            return 1
         # Each call of drain_events delivers one message; an event loop takes what there is.
         if self.connection.cycle._in_protected_read:
             return 1
@@ -333,27 +353,30 @@ class ReliableChannel:
 
     def close(self: Any) -> None:
         """Close the channel and put back what it holds, also over a connection that is dead."""
+        # Also one whose answer was lost together with the connection.
+        has_fetch_under_way = self._must_repeat or bool(self._in_poll and self._is_fetching)
         if self._in_poll:
-            # kombu would read its answer, which may never come. What a fetch under way takes
-            # is asked for again, or lapses.
+            # kombu would read its answer, which may never come.
             connection, self._in_poll = self._in_poll, None
-            is_fetching = self._is_fetching
             with suppress(*self.connection_errors):
                 connection.disconnect()
-            if is_fetching and not self.closed:
-                self._put_back_fetched()
+        plan, self._plan, self._must_repeat = self._plan, None, False
+        if has_fetch_under_way and plan is not None:
+            self.held.put_back_fetched(plan)
         while self._undelivered:
             self.held.requeue(self._undelivered.popleft()[0].tag)
+        self._delete_fanout_queues()
         super().close()
 
-    def _put_back_fetched(self: Any) -> None:
-        plan, self._plan = self._plan, None
-        if plan is None:
+    def _delete_fanout_queues(self: Any) -> None:
+        """Do what kombu's close does, which a broker that is away would end half-way."""
+        client = vars(self).get("client")
+        if self.closed or client is None:
             return
-        try:
-            self._accept(plan, plan.repeated().run(self.held.server), unleased=self._unleased)
-        except (*self.connection_errors, ResponseError) as error:
-            logger.warning("Messages under way come back when their lease ends: %s", error)
+        for queue in self.auto_delete_queues.intersection(self._fanout_queues):
+            self.auto_delete_queues.discard(queue)
+            with suppress(*self.connection_errors, ResponseError):
+                self.queue_delete(queue, client=client)
 
     # -- what this process holds ----------------------------------------------------------------
 
@@ -378,10 +401,10 @@ class ReliableChannel:
         lease = float(self.reliable.get("lease") or 15.0)
         messages = Messages(layout, str(self.reliable.get("key_prefix") or "reliable:"))
 
-        def client(retries: int) -> redis.Redis:
+        def client() -> redis.Redis:
             pool = self._get_pool()
             # Those who use it decide themselves what to repeat and when.
-            pool.connection_kwargs["retry"] = Retry(NoBackoff(), retries)
+            pool.connection_kwargs["retry"] = Retry(NoBackoff(), 0)
             pool.connection_kwargs["socket_timeout"] = min(
                 lease / 3, self.socket_timeout or lease / 3
             )
@@ -392,7 +415,7 @@ class ReliableChannel:
             )
 
         # Made here, for they outlive this channel; they connect when they are used.
-        held = Held(messages, lease, client(1), client(1), client(0))
+        held = Held(messages, lease, client(), client())
         # A channel that closes closes the Sentinels that it knows of.
         self._sentinel_manager = None
         held.detects_deaths = self.reliable.get("death_detection") != "lease"
@@ -421,6 +444,10 @@ class Transport(stock.Transport):
         super().__init__(client, **kwargs)
         if client.transport_options.get(OPTION):
             self.Channel = self._reliable_channel
+            # With these kombu tries a publish again as often as its policy says, which is safe
+            # here; without, a second error in a row is the last.
+            self.recoverable_connection_errors = self.connection_errors + self.channel_errors
+            self.recoverable_channel_errors = ()
 
     @property
     def supports_batch_publish(self) -> bool:

@@ -149,8 +149,9 @@ class CarryingConsumer(Consumer):
             entry = getattr(request, "_eta_timer_entry", None)
             if entry is not None and self.timer is not None:
                 self.timer.cancel(entry)
-            if requests.get(request.id) is request:
-                del requests[request.id]
+            task_id: str = request.id
+            if requests.get(task_id) is request:
+                del requests[task_id]
             reserved_requests.discard(request)
             scheduled.discard(request)
         for entry in self._timers():

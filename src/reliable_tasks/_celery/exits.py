@@ -8,7 +8,7 @@ from typing import Any, cast
 from billiard import common
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 
-__all__ = ["ends_more_than_the_task", "green_exit"]
+__all__ = ["ends_more_than_the_task", "quiet_exit"]
 
 
 def ends_more_than_the_task(error: BaseException, *, is_limited: bool) -> bool:
@@ -32,9 +32,9 @@ def ends_more_than_the_task(error: BaseException, *, is_limited: bool) -> bool:
     return is_limited and isinstance(error, _known("gevent", "Timeout"))
 
 
-def green_exit() -> BaseException:
-    """Return what ends the green thread in which it is raised, without a word."""
-    return cast(BaseException, sys.modules["greenlet"].GreenletExit())
+def quiet_exit() -> BaseException:
+    """Return what ends a run without a word, raised in a pool's green or other thread."""
+    return cast(BaseException, (_known("greenlet", "GreenletExit") or SystemExit)())
 
 
 def _known(module: str, name: str) -> Any:

@@ -32,7 +32,7 @@ from celery.worker.state import (
 )
 
 from reliable_tasks._celery.consumer import held_by, is_lost
-from reliable_tasks._celery.exits import green_exit
+from reliable_tasks._celery.exits import quiet_exit
 from reliable_tasks._celery.registry import hard_limit
 from reliable_tasks._celery.versions import ENDS_EXITS_AND_REJECTS
 
@@ -148,8 +148,10 @@ class ReliableRequest(Request):
             self._times_set_aside = int(self.request_dict.get(_TIMES) or 0)
             self._delivery = self._expect()
         if self._delivery is not None:
-            # Of this delivery; a retry must not inherit them.
-            self.request_dict[DELIVERY] = self._delivery.tag
+            # Of this delivery; a retry must not inherit them. With an early ack it is over
+            # before the task could continue itself.
+            if self.task.acks_late:
+                self.request_dict[DELIVERY] = self._delivery.tag
             self.request_dict["crashes"] = self._delivery.copy.crashes
         self._guard._reliable_reserved(self.request_dict)
 
@@ -194,6 +196,9 @@ class ReliableRequest(Request):
         # With return_ok the child itself reported, and released its claim.
         self._ends_here = not return_ok
         super().on_failure(exc_info, send_failed_event, return_ok)
+        if self._is_cancelled and self._held is not None and self._beside is None:
+            # Nobody else gives it back: it was not the connection's.
+            super().reject(requeue=True)
         if not self._ends_here or self._is_requeued:
             return
         if isinstance(error, TimeLimitExceeded):
@@ -205,10 +210,10 @@ class ReliableRequest(Request):
     def on_accepted(self, pid: Any, time_accepted: float) -> None:
         """Note that a child, a thread or a greenlet is about to run the task."""
         delivery = self._delivery
-        if should_terminate() and self._is_green:
-            # A green thread that waited for the slot of one that was killed just now. Nobody
-            # would kill this one; its message goes back with those that were prefetched.
-            raise green_exit()
+        if should_terminate() and not self._has_free_slot:
+            # It waited for the slot of one that was killed just now, or on Celery 5.6 that ended
+            # in its thread. Nobody would kill it; its message goes back with the prefetched.
+            raise quiet_exit()
         if delivery is not None and self.task.acks_late and not delivery.is_started:
             self._note_start()
         super().on_accepted(pid, time_accepted)
@@ -374,11 +379,22 @@ class ReliableRequest(Request):
         if self._is_left_to_broker():
             task_ready(self)
             return False
-        if not delivery.copy.may_run:
+        if not delivery.copy.may_run or self._held.may_be_over():
             self._held.hold(delivery)
             self.request_dict["crashes"] = delivery.copy.crashes
         if self._beside is not None and not delivery.copy.may_run:
             self._refuse(delivery.copy)
+            return False
+        if delivery.copy.is_over:
+            task_ready(self)
+            logger.warning(
+                "Task %s[%s] is not started here: its lease ended, and others have it",
+                self.name,
+                self.id,
+            )
+            self._held.forget(delivery.tag)
+            _forget(self.message)
+            self.acknowledged = True
             return False
         if not delivery.copy.may_run:
             seconds = min(delivery.copy.seconds, _WHILE_HELD_ELSEWHERE)
@@ -429,7 +445,8 @@ class ReliableRequest(Request):
     def _note_start(self) -> None:
         self._held.count_start(self._delivery)
         limit = hard_limit(self.task, self.time_limits)
-        if limit:
+        # Other pools do not end what outlives its limit, and it must not be run beside itself.
+        if limit and self._has_free_slot:
             self._delivery.renew_until = time.monotonic() + limit + _HUNG_AFTER
 
     def _set_aside(self, answer: SetAside) -> None:

@@ -76,6 +76,11 @@ class Claims:
         self._keys = Keys(address.key_prefix + key_prefix)
 
     @property
+    def address(self) -> ServerAddress:
+        """Where the claims are."""
+        return self._address
+
+    @property
     def client(self) -> Client:
         """This process' client."""
         return connect(self._address)

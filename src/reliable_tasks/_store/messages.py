@@ -31,6 +31,8 @@ _RUN_TTL = 7 * 86400.0
 _OVER_TTL = 3600.0
 #: How many tags one renewal takes: each ZADD blocks the server for well under 1 ms.
 _RENEWED_AT_ONCE = 500
+#: How much later than a third of the lease a keeper may come to renew (s).
+_RENEWAL_SLACK = 3.0
 #: How long a queue is looked after that no worker names any more (s).
 _QUEUE_TTL = 60.0
 
@@ -279,10 +281,10 @@ class Messages:
             int(_text(fence) or 0),
         )
 
-    def hold(self, server: redis.Redis, delivery: Delivery, lease: float = 0.0) -> Copy:
-        """Ask again whether a copy may run; with a lease also for one of another broker."""
-        keys = [self.keys.leases, self.keys.run(delivery.task_id)]
-        args: list[Argument] = [delivery.tag, _ms(_RUN_TTL), _ms(lease)]
+    def hold(self, server: redis.Redis, delivery: Delivery) -> Copy:
+        """Ask again whether a copy may run."""
+        keys = [self.keys.leases, self.keys.run(delivery.task_id), self._held[0]]
+        args: list[Argument] = [delivery.tag, _ms(_RUN_TTL)]
         return Copy.of(load("message_hold").on(server, keys, args))
 
     def enter(
@@ -374,7 +376,7 @@ class Messages:
         keys = [self.keys.leases, self._held[1]]
         rest = iter(tags)
         while batch := list(islice(rest, _RENEWED_AT_ONCE)):
-            answer = load("message_renew").on(server, keys, [_ms(lease), *batch])
+            answer = load("message_renew").on_full(server, keys, [_ms(lease), *batch])
             over += [_text(tag) for tag in answer]
         return over
 
@@ -402,8 +404,9 @@ class Messages:
             _ms(elapsed),
             _ms(term),
             _ms(gap),
+            _ms(min(lease, lease / 3 + _RENEWAL_SLACK)),
         ]
-        now, sweeps, held = load("worker_beat").on(server, keys, args)
+        now, sweeps, held = load("worker_beat").on_full(server, keys, args)
         return int(now) / 1000, bool(sweeps), int(held) / 1000
 
     def leave(self, server: redis.Redis, worker: str) -> None:

@@ -67,6 +67,17 @@ class Script:
         except redis.exceptions.NoScriptError:
             return execute(server, "EVAL", self.source, len(keys), *keys, *args)
 
+    def on_full(self, server: redis.Redis, keys: Sequence[Key], args: Sequence[Argument]) -> Any:
+        """Run the script once, also where memory is full: it keeps what is there alive.
+
+        Redis 7 or newer allows it; before, it is refused until there is memory.
+        """
+        try:
+            return self.on(server, keys, args)
+        except redis.exceptions.OutOfMemoryError:
+            source = f"#!lua flags=allow-oom\n{self.source}"
+            return execute(server, "EVAL", source, len(keys), *keys, *args)
+
     def _evaluate(self, client: Client, keys: list[str], args: list[str | int]) -> Any:
         try:
             return self.on(client.redis, keys, args)

@@ -13,8 +13,9 @@
 --          0  the delivery was over: somebody else has the message, or had it
 -- Uses: release_run
 -- Commands: HDEL ZREM
-local settled = redis.call('ZREM', KEYS[3], ARGV[1])
-redis.call('HDEL', KEYS[1], ARGV[1])
+redis.call('ZREM', KEYS[3], ARGV[1])
+-- Not the lease: a stock worker that takes the message back does not know of it.
+local settled = redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('ZREM', KEYS[2], ARGV[1])
 release_run(KEYS[4], ARGV[1], ARGV[2], true, tonumber(ARGV[3]))
 return settled

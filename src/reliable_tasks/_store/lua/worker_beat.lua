@@ -11,6 +11,7 @@
 -- ARGV[5]  elapsed since this worker's beat before, by its own clock, ms, or '0'
 -- ARGV[6]  interval of the election, ms
 -- ARGV[7]  gap in ms beyond which the clock jumped, or nobody has swept
+-- ARGV[8]  renewal: within which time each keeper that lives has renewed its leases, ms
 -- Returns: {now in ms, 1 if this worker sweeps or else 0, ms for which nobody may sweep}
 -- Commands: TIME ZADD HSET HMGET
 local time = redis.call('TIME')
@@ -25,14 +26,20 @@ ends, beat, held_until = tonumber(ends or 0), tonumber(beat or 0), tonumber(held
 if sweeper and sweeper ~= ARGV[1] and ends > now and ends < now + 10 * ARGV[6] then
     return {now, 0, 0}
 end
-local expected = sweeper == ARGV[1] and elapsed > 0 and elapsed or 0
 local since = now - beat
 -- Where nobody ever swept, nobody holds what could be mistaken.
-if server and (server ~= ARGV[3] or since < expected - gap or since > expected + gap) then
-    held_until = now + ARGV[4]
-elseif held_until > now + ARGV[4] then
-    held_until = now + ARGV[4]
+if server then
+    local goes_on = sweeper == ARGV[1] and elapsed > 0
+    local expected = goes_on and elapsed or 0
+    if server ~= ARGV[3] or since < expected - gap or (goes_on and since > expected + gap) then
+        held_until = now + ARGV[4]
+    elseif not goes_on and since > gap then
+        -- Nobody swept for a while: no worker was up, or the clock jumped. Who lives renews
+        -- within this time.
+        held_until = math.max(held_until, now + ARGV[8])
+    end
 end
+held_until = math.min(held_until, now + ARGV[4])
 redis.call('HSET', KEYS[3], 'worker', ARGV[1], 'until', string.format('%.0f', now + ARGV[6]),
     'beat', string.format('%.0f', now), 'server', ARGV[3],
     'held_until', string.format('%.0f', held_until))
