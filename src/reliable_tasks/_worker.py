@@ -44,6 +44,9 @@ class KeeperStep(bootsteps.StartStopStep):
         if held is None:
             return
         keeper = Keeper.of(held)
+        # Their fence waits for the end of the lease, so the others must.
+        tasks = parent.app.tasks.values()
+        keeper.goes_by_lease = any(getattr(task, "exclusive", False) for task in tasks)
         keeper.start()
         # A cold shutdown does not send Celery's signal; and a connection can be a later one.
         atexit.unregister(_leave)

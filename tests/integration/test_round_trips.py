@@ -22,17 +22,23 @@ SCRIPTS = {
     load(name).sha: name
     for name in (
         *("claim_acquire", "claim_continue", "claim_abandon"),
-        *("claim_enter", "claim_release"),
+        *("claim_enter", "claim_release", "message_publish"),
     )
 }
 
 
 @dataclass
 class Watched:
-    """An app, and the servers that it talks to."""
+    """An app, the servers that it talks to, and whether its broker makes its claims."""
 
     scene: Scene
     servers: tuple[EmbeddedServer, ...]
+    claims_at_broker: bool
+
+    @property
+    def claim(self) -> list[str]:
+        """What a claim costs besides the publish."""
+        return [] if self.claims_at_broker else ["claim_acquire"]
 
     def sent(self, action: Callable[[], object]) -> list[str]:
         """Return what the servers are sent while something is done; our scripts by name."""
@@ -66,7 +72,7 @@ def caller(
             for task in ("act", "sleep", "plain"):
                 # Connections are open and scripts loaded before anything is counted.
                 scene.call(task, "warm-up")
-            yield Watched(scene, (broker, locks))
+            yield Watched(scene, (broker, locks), not settings)
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +85,22 @@ def shop(caller: Watched) -> Watched:
     return caller
 
 
-def test_a_call_costs_one_round_trip_more_than_plain_celery(caller: Watched) -> None:
-    """The claim is taken in one script; all else is what Celery sends."""
+def test_a_claim_costs_nothing_where_the_broker_makes_it(caller: Watched) -> None:
+    """It is taken in the script that queues; another Redis is asked once. Else all is Celery's."""
     plain = caller.sent(lambda: caller.scene.call("plain", "first"))
-    assert "LPUSH" in plain
+    assert "message_publish" in plain
     once = caller.sent(lambda: caller.scene.call("act", "first"))
-    assert sorted(once) == sorted([*plain, "claim_acquire"])
+    assert sorted(once) == sorted([*plain, *caller.claim])
 
 
-def test_a_duplicate_costs_one_round_trip(caller: Watched) -> None:
-    """Nothing is queued, so nothing but the claim is asked for."""
+def test_a_duplicate_is_told_in_one_round_trip(caller: Watched) -> None:
+    """Nothing is queued; Celery's subscription to a result that will not come is ended."""
     caller.scene.call("act", "twice")
-    assert caller.sent(lambda: caller.scene.call("act", "twice")) == ["claim_acquire"]
+    sent = caller.sent(lambda: caller.scene.call("act", "twice"))
+    if caller.claims_at_broker:
+        assert sorted(sent) == ["SUBSCRIBE", "UNSUBSCRIBE", "message_publish"]
+    else:
+        assert sent == ["claim_acquire"]
 
 
 def test_a_call_without_once_costs_nothing(caller: Watched) -> None:
@@ -107,7 +117,7 @@ def test_a_run_costs_one_round_trip_at_its_start_and_one_at_its_end(shop: Watche
         shop.scene.call("act", name).get(timeout=10)
         shop.scene.wait_free(name)
 
-    assert shop.scripts(run) == ["claim_acquire", "claim_enter", "claim_release"]
+    assert shop.scripts(run) == [*shop.claim, "claim_enter", "claim_release"]
 
 
 def test_a_retry_costs_a_round_trip_for_each_of_its_steps(shop: Watched) -> None:
@@ -118,8 +128,9 @@ def test_a_retry_costs_a_round_trip_for_each_of_its_steps(shop: Watched) -> None
         shop.scene.call("flaky", name, 1).get(timeout=10)
         shop.scene.wait_free(name, 1, task="flaky")
 
+    continued = [] if shop.claims_at_broker else ["claim_continue"]
     assert shop.scripts(run) == [
-        *("claim_acquire", "claim_enter", "claim_continue", "claim_release"),
+        *(*shop.claim, "claim_enter", *continued, "claim_release"),
         *("claim_enter", "claim_release"),
     ]
 

@@ -684,7 +684,7 @@ _RIGHTS = (
     *("+eval", "+evalsha", "+ping", "+select", "+time", "+publish", "+subscribe", "+psubscribe"),
     *("+unsubscribe", "+punsubscribe", "+del", "+set", "+exists", "+expire", "+pexpire", "+pttl"),
     *("+zadd", "+zrem", "+zscore", "+zmscore", "+zrange", "+zrangebyscore", "+zscan"),
-    *("+zremrangebyscore", "+hset", "+hget", "+hdel", "+hmget", "+hincrby"),
+    *("+zremrangebyscore", "+hset", "+hget", "+hdel", "+hmget", "+hincrby", "+hlen", "+hexists"),
     *("+lpush", "+rpush", "+rpop", "+blpop", "+lindex", "+llen", "+sadd", "+srem", "+smembers"),
     *("+multi", "+exec", "+watch", "+unwatch", "+script|load", "+script|exists"),
 )

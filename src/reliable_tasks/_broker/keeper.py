@@ -40,6 +40,8 @@ class Keeper:
 
     def __init__(self, held: Held) -> None:
         self._held = held
+        #: Nobody may take the loss of its connection for the worker's death.
+        self.goes_by_lease = False
         self._queues: dict[str, Sequence[str]] = {}
         self._starting = threading.Lock()
         self._is_running = False
@@ -86,11 +88,12 @@ class Keeper:
             if not len(held):
                 held.messages.leave(held.server, held.worker)
         except (redis.exceptions.RedisError, OSError) as error:
-            logger.warning(
-                "The broker cannot be told that %d tasks have ended (%s): they run again",
-                held.unsaid,
-                error,
-            )
+            if held.unsaid:
+                logger.warning(
+                    "The broker cannot be told that %d tasks have ended (%s): they run again",
+                    held.unsaid,
+                    error,
+                )
 
     def main_loop_turns(self) -> None:
         """Note that the worker's main loop is alive; from the first call on it is expected."""
@@ -214,7 +217,13 @@ class Keeper:
             host, port = self._socket.getsockname()[:2]
             # Through a proxy or a translated address, a connection that the server loses says
             # nothing of the worker behind it.
-            if known["addr"] in (f"{host}:{port}", f"[{host}]:{port}"):
+            if known["addr"] not in (f"{host}:{port}", f"[{host}]:{port}"):
+                say(
+                    logging.INFO,
+                    "Dead workers are found by their leases alone: Redis sees this one at %s",
+                    known["addr"],
+                )
+            elif not self.goes_by_lease:
                 self._connection = f"{self._server_id} {known['id']}"
         except (redis.exceptions.ResponseError, KeyError, TypeError, ValueError) as error:
             say(logging.INFO, "Dead workers are found by their leases alone: %s", error)

@@ -9,10 +9,11 @@ from typing import Any
 from uuid import uuid4
 
 from celery import Task
+from kombu.exceptions import OperationalError
 
 from reliable_tasks._celery.delays import delay_of
 from reliable_tasks._once.claim import CLAIM, OF_ONE_DELIVERY, Claim, Run
-from reliable_tasks._once.locks import Locks, locks_of
+from reliable_tasks._once.locks import BrokerUnavailable, Locks, locks_of
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.result import ReliableResult
 from reliable_tasks._store.claims import Publish, Ticket
@@ -72,6 +73,9 @@ def publish(
         try:
             with publishing(_wish(task, claim, ttl, continued), owner):
                 return queue(owner, headers)
+        except OperationalError as error:
+            # Claim and message are queued together or not at all: nothing is to be taken back.
+            raise BrokerUnavailable(locks.claims.client.shown_url, str(error)) from error
         except ClaimTaken as taken:
             _forget_result(task, owner)
             answer = taken.published

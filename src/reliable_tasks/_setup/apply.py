@@ -259,6 +259,12 @@ def _refuse_exclusive(app: Celery, facts: Facts, pool: str) -> None:
     if not names:
         return
     listed = ", ".join(names)
+    early = [name for name in names if not app.tasks[name].acks_late]
+    if early:
+        raise ConfigError(
+            f"exclusive=True of {', '.join(early)} needs acks_late=True: with an early ack the "
+            "lease ends when the task starts"
+        )
     if pool != "prefork":
         raise ConfigError(
             f"exclusive=True of {listed} needs the prefork pool, whose children can be ended one "
