@@ -166,7 +166,9 @@ class ReliableTask(_Task):
             StoreUnavailable: The lock Redis cannot be reached.
         """
 
-        def queue(identity: str | None, headers: Mapping[str, Any] | None) -> ReliableResult:
+        def queue(
+            identity: str | None, headers: Mapping[str, Any] | None, producer: Any = producer
+        ) -> ReliableResult:
             given = options if headers is None else {**options, "headers": dict(headers)}
             result = super(ReliableTask, self).apply_async(
                 args,

@@ -42,14 +42,19 @@ def test_what_was_continued_is_not_run_again(scene: Scene, how: str) -> None:
     expected: list[str] = []
     for number in range(TIMES):
         name = f"{how} {number}"
-        victim = scene.worker(concurrency=1)
+        scene.worker(concurrency=1)
         result = scene.call("go_on", name, how)
-        wait_until(lambda: not victim.running, 20, lambda: f"the worker's death\n{scene.logs}")
+        wait_until(
+            lambda: not scene.workers[-1].running, 20, lambda: f"a worker's death\n{scene.logs}"
+        )
         scene.worker(concurrency=2)
         expected += [step.format(name) for step in steps]
         result.get(timeout=30)
-        redis = scene.claims.client.redis
-        wait_until(lambda: not redis.exists("unacked"), 20, lambda: f"no message\n{scene.logs}")
+        wait_until(
+            lambda: not scene.claims.client.redis.exists("unacked"),
+            20,
+            lambda: f"no message left\n{scene.logs}",
+        )
         started = [event.data["name"] for event in scene.journal.events("start")]
         assert sorted(started) == sorted(expected), scene.logs
         scene.stop_workers()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 from celery import Task
@@ -29,8 +29,14 @@ __all__ = ["publish"]
 
 logger = logging.getLogger("reliable_tasks")
 
-#: Queues the task under an id with the given headers, and returns its result.
-Queue = Callable[[str, Mapping[str, Any]], ReliableResult]
+
+class Queue(Protocol):
+    """Queues the task under an id with the given headers, and returns its result."""
+
+    def __call__(
+        self, identity: str, headers: Mapping[str, Any], producer: Any = None
+    ) -> ReliableResult:
+        """Queue it, by a producer of the caller's if there is one."""
 
 
 def publish(
@@ -71,15 +77,18 @@ def publish(
     is_own = continued is not None or retries > 0
     if _is_one_script(task, locks, options):
         try:
-            with publishing(_wish(task, claim, ttl, continued), owner):
-                return queue(owner, headers)
+            # Ours to give back: kombu closes the connection of one that an exception leaves.
+            with task.app.producer_or_acquire() as producer:
+                try:
+                    with publishing(_wish(task, claim, ttl, continued), owner):
+                        return queue(owner, headers, producer)
+                except ClaimTaken as taken:
+                    _forget_result(task, owner)
+                    answer = taken.published
+                    ticket = Ticket(Publish.DUPLICATE, answer.owner, answer.seconds, answer.fence)
         except OperationalError as error:
             # Claim and message are queued together or not at all: nothing is to be taken back.
             raise BrokerUnavailable(locks.claims.client.shown_url, str(error)) from error
-        except ClaimTaken as taken:
-            _forget_result(task, owner)
-            answer = taken.published
-            ticket = Ticket(Publish.DUPLICATE, answer.owner, answer.seconds, answer.fence)
         return _refused(task, once, claim, ticket, task_id, is_own=is_own, waited_for=waited_for)
     try:
         ticket = _take(task, locks, claim, token, ttl, continued)
