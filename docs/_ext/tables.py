@@ -8,6 +8,7 @@ from dataclasses import fields
 from celery import Celery
 
 from reliable_tasks._setup import rules
+from reliable_tasks._setup.concerns import CHECKS
 from reliable_tasks._setup.facts import Facts
 from reliable_tasks._setup.visibility import VisibilityTimeout
 from reliable_tasks.config import PREFIX, ReliableConfig
@@ -71,7 +72,7 @@ def rule_table() -> list[str]:
 
 def check_table() -> list[str]:
     """Return the table of what ``apply_reliable_config`` warns about, in Markdown."""
-    rows = [(f"`{setting}`", reason) for setting, _, reason in rules.CHECKS]
+    rows = [(f"`{setting}`", reason) for setting, _, reason in CHECKS]
     return _table(("your setting", "what it breaks, and what to do"), rows)
 
 

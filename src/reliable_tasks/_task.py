@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from celery import Celery, Task, chord, group
@@ -14,13 +11,13 @@ from celery.exceptions import Ignore, Reject, Retry
 from celery.result import EagerResult
 from kombu.exceptions import OperationalError
 
+from reliable_tasks._body import guarded
 from reliable_tasks._broker.beside import note_done
 from reliable_tasks._broker.continuing import continuing, note_continued
-from reliable_tasks._broker.fence import Fenced, exclusively
 from reliable_tasks._celery.delays import with_short_delay
-from reliable_tasks._celery.exits import ends_more_than_the_task
-from reliable_tasks._celery.registry import hard_limit
-from reliable_tasks._celery.request import OF_ONE_COPY, SetAside, remember_consumer
+from reliable_tasks._celery.delivery import remember_consumer
+from reliable_tasks._celery.headers import OF_ONE_COPY
+from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._celery.settings import explicit
 from reliable_tasks._celery.versions import check_versions
 from reliable_tasks._once.claim import CLAIM, OF_ONE_DELIVERY, Claim, Run
@@ -30,10 +27,10 @@ from reliable_tasks._once.once import Once
 from reliable_tasks._once.options import OnceOptions
 from reliable_tasks._once.publish import publish
 from reliable_tasks._once.result import ReliableResult
-from reliable_tasks._once.run import end_unrun, enter, mark_copy
-from reliable_tasks._retrying import RETRYING, GiveUp, Policy, RetryIn, Retrying
+from reliable_tasks._once.run import end_unrun, mark_copy
+from reliable_tasks._retrying import Policy, Retrying
 from reliable_tasks._store.publication import Superseded
-from reliable_tasks.errors import ConfigError, DuplicateTaskError, LockLost, StoreError, TaskExited
+from reliable_tasks.errors import ConfigError, DuplicateTaskError, LockLost, StoreError
 
 if TYPE_CHECKING:
     _Task = Task[..., Any]
@@ -58,10 +55,6 @@ _DEFAULTS: tuple[tuple[str, str, bool], ...] = (
 _CANVAS = ("chain", "chord", "group_id")
 #: A task whose retry could not be published runs again after a pause: the first, the longest (s).
 _AFTER_FAILED_RETRY = (1.0, 30.0)
-
-
-#: An exclusive task whose lease may have ended tries again after a pause (s).
-_AFTER_FENCE = (0.5, 5.0)
 
 
 class ReliableTask(_Task):
@@ -102,7 +95,7 @@ class ReliableTask(_Task):
         if body is not None:
             function = body.__func__ if isinstance(body, staticmethod) else body
             options_of_body = once_options(function)
-            setattr(cls, "run", _guarded(function, takes_self=body is function))  # noqa: B010
+            setattr(cls, "run", guarded(function, takes_self=body is function))  # noqa: B010
         once = options_of_body or once_options(cls)
         if once is not None:
             cls.adopt_once(once)
@@ -299,111 +292,6 @@ class ReliableTask(_Task):
     def _reliable_slack(self, visibility_timeout: float) -> float:
         # One half of the margin is for waiting, the other for clocks that differ.
         return min(self._visibility_margin, visibility_timeout) / 2
-
-
-def _guarded(function: Callable[..., Any], *, takes_self: bool) -> Callable[..., Any]:
-    """Wrap a task's body: let it in by its claim, and carry out its retry policy.
-
-    The body is wrapped and not ``__call__`` or a handler like ``before_start``, for users
-    override those without calling ``super()``.
-    """
-
-    @functools.wraps(function)
-    def run(self: ReliableTask, *args: Any, **kwargs: Any) -> Any:
-        body = functools.partial(function, self) if takes_self else function
-        # Called as a function, or by a subclass' run through super(): nothing of ours to do.
-        if self.request.called_directly or self.request.get("reliable_body"):
-            return body(*args, **kwargs)
-        self.request.update(reliable_body=True)
-        if not self.exclusive or self.request.is_eager:
-            return _start(self, self._policy, body, args, kwargs)
-        with _fenced():
-            return _start(self, self._policy, body, args, kwargs)
-
-    run.__takes_self__ = takes_self  # type: ignore[attr-defined]
-    signature = inspect.signature(function)
-    if not takes_self:
-        # run is a method now, while a plain function had no self: Celery asks for the signature.
-        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        own = [
-            p.replace(name="self_") if p.name == "self" else p
-            for p in signature.parameters.values()
-        ]
-        signature = signature.replace(parameters=[first, *own])
-    run.__signature__ = signature  # type: ignore[attr-defined]
-    return run
-
-
-def _start(
-    task: ReliableTask, policy: Policy | None, body: Callable[..., Any], args: Any, kwargs: Any
-) -> Any:
-    if task.request.is_eager:
-        task.request.update(crashes=0)
-    else:
-        body = _ending_alone(task, body)
-        if task.reliable_once is not None:
-            enter(task, task.reliable_once)
-    if policy is None:
-        return body(*args, **kwargs)
-    return _run_with(policy, task, body, args, kwargs)
-
-
-@contextlib.contextmanager
-def _fenced() -> Iterator[None]:
-    try:
-        with exclusively():
-            yield
-    except Fenced:
-        reason = "its worker could not renew its lease"
-        raise SetAside(reason, *_AFTER_FENCE) from None
-
-
-def _ending_alone(task: ReliableTask, body: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a body: what ends more than a task in Celery is the failure of this one alone."""
-
-    @functools.wraps(body)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return body(*args, **kwargs)
-        except Exception:
-            raise
-        except BaseException as error:
-            is_limited = bool(hard_limit(task, task.request.timelimit))
-            if ends_more_than_the_task(error, is_limited=is_limited):
-                raise
-            raise TaskExited(repr(error)) from error
-
-    return run
-
-
-def _run_with(
-    policy: Policy, task: ReliableTask, body: Callable[..., Any], args: Any, kwargs: Any
-) -> Any:
-    if not policy.retrying.enabled:
-        return body(*args, **kwargs)
-    request = task.request
-    headers = request.headers or {}
-    state = policy.start(body, args, kwargs, request.retries, headers.get(RETRYING))
-    try:
-        result = body(*args, **kwargs)
-    except (Ignore, Reject, Retry):
-        raise
-    except Exception as error:  # noqa: BLE001 - which errors are retried is the policy's choice
-        decision = policy.after_error(state, error)
-        raised: Exception | None = error
-    else:
-        decision = policy.after_result(state, result)
-        raised = None
-    if isinstance(decision, RetryIn):
-        raise task.retry(
-            exc=raised,
-            countdown=decision.seconds,
-            max_retries=request.retries + 1,
-            headers={**headers, RETRYING: decision.header},
-        )
-    if isinstance(decision, GiveUp):
-        raise decision.error
-    return decision.value
 
 
 def _as_reliable(result: Any) -> ReliableResult:

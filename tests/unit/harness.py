@@ -9,7 +9,7 @@ from celery import Celery
 from celery.app.trace import build_tracer
 from kombu import Queue
 
-from reliable_tasks._celery.request import SetAside
+from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._once.locks import locks_of
 
 

@@ -21,7 +21,7 @@ from reliable_tasks import (
     presets,
 )
 from reliable_tasks._celery import versions
-from reliable_tasks._celery.request import SetAside
+from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._retrying import RETRYING
 from tests.unit.harness import claims, run, run_all, take
 

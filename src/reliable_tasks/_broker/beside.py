@@ -20,7 +20,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from reliable_tasks._broker.held import Held, held_for
-from reliable_tasks._celery.request import IS_COPY
+from reliable_tasks._celery.headers import IS_COPY
 from reliable_tasks._store.claims import Claims
 from reliable_tasks._store.client import ServerAddress, connect
 from reliable_tasks._store.messages import Copy, Delivery, Guard, Layout, Messages

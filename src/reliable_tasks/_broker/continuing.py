@@ -10,7 +10,7 @@ from celery import Celery, Task
 from celery.exceptions import Ignore, Retry
 
 from reliable_tasks._broker.beside import is_beside
-from reliable_tasks._celery.request import DELIVERY
+from reliable_tasks._celery.headers import DELIVERY
 from reliable_tasks._store.publication import Publication, publishing
 
 __all__ = ["continuing", "note_continued"]

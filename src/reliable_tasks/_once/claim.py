@@ -7,7 +7,7 @@ from typing import Any
 
 from celery import Task
 
-from reliable_tasks._celery.request import DELIVERY
+from reliable_tasks._celery.headers import DELIVERY
 from reliable_tasks._once.once import Once
 
 __all__ = ["CLAIM", "HOLDER", "OF_ONE_DELIVERY", "Claim", "Run"]

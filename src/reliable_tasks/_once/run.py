@@ -11,8 +11,9 @@ from celery import Task, states
 from celery.exceptions import Ignore
 from celery.signals import task_postrun
 
+from reliable_tasks._celery.headers import DELIVERY
 from reliable_tasks._celery.registry import hard_limit
-from reliable_tasks._celery.request import DELIVERY, SetAside
+from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._once.claim import HOLDER, Claim, Run
 from reliable_tasks._once.locks import Locks, locks_of
 from reliable_tasks._once.once import Once

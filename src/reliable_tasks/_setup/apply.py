@@ -25,6 +25,7 @@ from reliable_tasks._celery.versions import check_versions
 from reliable_tasks._once.decorator import refuse_plain_base
 from reliable_tasks._once.locks import locks_of, read_config
 from reliable_tasks._setup import rules
+from reliable_tasks._setup.concerns import concerns
 from reliable_tasks._setup.facts import Facts
 from reliable_tasks._setup.report import Change, Concern, Report
 from reliable_tasks._setup.visibility import recommend
@@ -134,7 +135,7 @@ class _Setup:
         )
         changes += self._fill(app, "result_backend_transport_options", rules.backend_options(facts))
         self._changes = changes
-        self._concerns = [*rules.concerns(facts, timeout, self._knew_all_tasks)]
+        self._concerns = [*concerns(facts, timeout, self._knew_all_tasks)]
         self._concerns += _tasks_made_too_early(app)
         for concern in self._concerns:
             # Python shows a warning of the same text once.

@@ -1,0 +1,127 @@
+"""The body of a reliable task: let in by its claim, fenced, and retried by its policy."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from celery.exceptions import Ignore, Reject, Retry
+
+from reliable_tasks._broker.fence import Fenced, exclusively
+from reliable_tasks._celery.exits import ends_more_than_the_task
+from reliable_tasks._celery.registry import hard_limit
+from reliable_tasks._celery.setting_aside import SetAside
+from reliable_tasks._once.run import enter
+from reliable_tasks._retrying import RETRYING, GiveUp, Policy, RetryIn
+from reliable_tasks.errors import TaskExited
+
+__all__ = ["guarded"]
+
+#: An exclusive task whose lease may have ended tries again after a pause (s).
+_AFTER_FENCE = (0.5, 5.0)
+
+
+def guarded(function: Callable[..., Any], *, takes_self: bool) -> Callable[..., Any]:
+    """Wrap a task's body: let it in by its claim, and carry out its retry policy.
+
+    The body is wrapped and not ``__call__`` or a handler like ``before_start``, for users
+    override those without calling ``super()``.
+    """
+
+    @functools.wraps(function)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        body = functools.partial(function, self) if takes_self else function
+        # Called as a function, or by a subclass' run through super(): nothing of ours to do.
+        if self.request.called_directly or self.request.get("reliable_body"):
+            return body(*args, **kwargs)
+        self.request.update(reliable_body=True)
+        if not self.exclusive or self.request.is_eager:
+            return _start(self, self._policy, body, args, kwargs)
+        with _fenced():
+            return _start(self, self._policy, body, args, kwargs)
+
+    run.__takes_self__ = takes_self  # type: ignore[attr-defined]
+    signature = inspect.signature(function)
+    if not takes_self:
+        # run is a method now, while a plain function had no self: Celery asks for the signature.
+        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        own = [
+            p.replace(name="self_") if p.name == "self" else p
+            for p in signature.parameters.values()
+        ]
+        signature = signature.replace(parameters=[first, *own])
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    return run
+
+
+def _start(
+    task: Any, policy: Policy | None, body: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    if task.request.is_eager:
+        task.request.update(crashes=0)
+    else:
+        body = _ending_alone(task, body)
+        if task.reliable_once is not None:
+            enter(task, task.reliable_once)
+    if policy is None:
+        return body(*args, **kwargs)
+    return _run_with(policy, task, body, args, kwargs)
+
+
+@contextlib.contextmanager
+def _fenced() -> Iterator[None]:
+    try:
+        with exclusively():
+            yield
+    except Fenced:
+        reason = "its worker could not renew its lease"
+        raise SetAside(reason, *_AFTER_FENCE) from None
+
+
+def _ending_alone(task: Any, body: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a body: what ends more than a task in Celery is the failure of this one alone."""
+
+    @functools.wraps(body)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return body(*args, **kwargs)
+        except Exception:
+            raise
+        except BaseException as error:
+            is_limited = bool(hard_limit(task, task.request.timelimit))
+            if ends_more_than_the_task(error, is_limited=is_limited):
+                raise
+            raise TaskExited(repr(error)) from error
+
+    return run
+
+
+def _run_with(policy: Policy, task: Any, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    if not policy.retrying.enabled:
+        return body(*args, **kwargs)
+    request = task.request
+    headers = request.headers or {}
+    state = policy.start(body, args, kwargs, request.retries, headers.get(RETRYING))
+    try:
+        result = body(*args, **kwargs)
+    except (Ignore, Reject, Retry):
+        raise
+    except Exception as error:  # noqa: BLE001 - which errors are retried is the policy's choice
+        decision = policy.after_error(state, error)
+        raised: Exception | None = error
+    else:
+        decision = policy.after_result(state, result)
+        raised = None
+    if isinstance(decision, RetryIn):
+        raise task.retry(
+            exc=raised,
+            countdown=decision.seconds,
+            max_retries=request.retries + 1,
+            headers={**headers, RETRYING: decision.header},
+        )
+    if isinstance(decision, GiveUp):
+        raise decision.error
+    return decision.value

@@ -1,0 +1,140 @@
+"""A request and its delivery: what this process holds of the message, and how it lets go of it.
+
+The delivery is held on a lease, by our own transport or beside another broker. On stock kombu's
+Redis transport there is none.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from typing import Any, Protocol, cast
+from weakref import WeakKeyDictionary
+
+from celery import Celery
+from celery.worker.request import Request
+
+from reliable_tasks._celery.consumer import held_by, is_lost
+from reliable_tasks._celery.headers import DELIVERY, TIMES_SET_ASIDE
+from reliable_tasks._celery.registry import hard_limit
+
+__all__ = ["DeliveredRequest", "GuardedTask", "remember_consumer"]
+
+#: A run that outlives its hard limit by so much has hung (s): its lease is left to end.
+_HUNG_AFTER = 30.0
+
+_consumers: WeakKeyDictionary[Celery, weakref.ref[Any]] = WeakKeyDictionary()
+
+
+def remember_consumer(app: Celery, consumer: Any) -> None:
+    """Note who runs an app's tasks in this process: it has the timer and the prefetch count."""
+    _consumers[app] = weakref.ref(consumer)
+
+
+class GuardedTask(Protocol):
+    """What a `ReliableRequest` asks of its task; each is called in the main process."""
+
+    def _reliable_reserved(self, headers: dict[str, Any]) -> None:
+        """A message was received: its headers can still be added to."""
+
+    def _reliable_unfinished(self, headers: dict[str, Any], *, requeued: bool) -> None:
+        """A copy ended without its child having said so, or before it could start."""
+
+    def _reliable_repeated(self, headers: dict[str, Any]) -> None:
+        """A redelivered copy is about to be acknowledged; perhaps it did not run."""
+
+    def _reliable_slack(self, visibility_timeout: float) -> float:
+        """How many seconds of a visibility timeout must not be counted on."""
+
+
+class DeliveredRequest(Request):
+    """Celery's request, which knows its delivery, its consumer and its task's guard."""
+
+    _context: Any
+    _message: Any
+    _on_ack: Any
+    _on_reject: Any
+
+    def __init__(self, message: Any, **options: Any) -> None:
+        super().__init__(message, **options)
+        self._received_at = time.monotonic()
+        self._ends_here = False
+        self._is_cancelled = False
+        self._is_requeued = False
+        self._times_set_aside = 0
+        self._held = held_by(message.channel)
+        self._delivery: Any = None if self._held is None else self._held.get(message.delivery_tag)
+        self._beside: Any = None
+        if self._held is None and self.task.acks_late:
+            self._held = self._beside = getattr(self._consumer, "beside", None)
+        if self._beside is not None:
+            self._times_set_aside = int(self.request_dict.get(TIMES_SET_ASIDE) or 0)
+            self._delivery = self._expect()
+        if self._delivery is not None:
+            # Of this delivery; a retry must not inherit them. With an early ack it is over
+            # before the task could continue itself.
+            if self.task.acks_late:
+                self.request_dict[DELIVERY] = self._delivery.tag
+            self.request_dict["crashes"] = self._delivery.copy.crashes
+        self._guard._reliable_reserved(self.request_dict)
+
+    @property
+    def _guard(self) -> GuardedTask:
+        return cast(GuardedTask, self.task)
+
+    @property
+    def _consumer(self) -> Any:
+        found = _consumers.get(cast(Celery, self.app))
+        return found() if found is not None else None
+
+    @property
+    def _is_green(self) -> bool:
+        consumer = self._consumer
+        return consumer is not None and bool(getattr(consumer.pool, "is_green", False))
+
+    @property
+    def _has_free_slot(self) -> bool:
+        """Whether the task runs as soon as it is handed to the pool, and not in its turn.
+
+        It does in prefork, whose child cannot tell before its user's code runs. In the other
+        pools a task that waits there has not been started; `on_accepted` says when it is.
+        """
+        consumer = self._consumer
+        return consumer is None or bool(getattr(consumer.pool, "uses_semaphore", True))
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether no copy of the task is let in elsewhere until this one has ended."""
+        return self._beside is not None and bool(self._beside.is_open(self._delivery.tag))
+
+    def _expect(self) -> Any:
+        """Return the run that begins when this copy is let in."""
+        is_redelivered = bool(self.delivery_info["redelivered"])
+        return self._beside.expect(self.request_dict, is_redelivered=is_redelivered)
+
+    def _leave(self, *, goes_back: bool) -> None:
+        """End the run, where it is kept beside the broker; before the message is ended."""
+        if self._beside is None:
+            return
+        self._delivery.is_lost = is_lost(self.message.channel)
+        end = self._beside.requeue if goes_back else self._beside.settle
+        end(self._delivery.tag)
+
+    def _is_left_to_broker(self) -> bool:
+        """Say whether nothing can be said of the message: its connection was lost."""
+        if self._beside is None or self.acknowledged or not is_lost(self.message.channel):
+            return False
+        # The copy that the broker made of it will be.
+        self.acknowledged = True
+        return True
+
+    def _settle(self, *, requeued: bool) -> None:
+        self._leave(goes_back=requeued)
+        self._guard._reliable_unfinished(self.request_dict, requeued=requeued)
+
+    def _note_start(self) -> None:
+        self._held.count_start(self._delivery)
+        limit = hard_limit(self.task, self.time_limits)
+        # Other pools do not end what outlives its limit, and it must not be run beside itself.
+        if limit and self._has_free_slot:
+            self._delivery.renew_until = time.monotonic() + limit + _HUNG_AFTER

@@ -1,0 +1,43 @@
+"""What a pool reports of a child, put in the words that Celery's request acts upon."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from billiard.einfo import ExceptionInfo
+from billiard.exceptions import WorkerLostError
+
+__all__ = ["TaskOutOfMemory", "has_exited", "lost_worker", "without_memory_error"]
+
+
+def has_exited(pid: Any) -> bool:
+    """Say whether a pool child is dead; leaves it for billiard to reap."""
+    if not pid or pid == os.getpid():
+        return False
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
+
+
+def without_memory_error(exc_info: Any) -> Any:
+    """Return the same failure under another type."""
+    try:
+        raise TaskOutOfMemory(str(exc_info.exception)) from None
+    except TaskOutOfMemory:
+        replaced = ExceptionInfo()
+    replaced.traceback = exc_info.traceback
+    return replaced
+
+
+class TaskOutOfMemory(Exception):
+    """A task's MemoryError, as the worker's main process handles it."""
+
+
+def lost_worker(reason: str) -> ExceptionInfo:
+    """Return the failure of a task whose child is gone."""
+    try:
+        raise WorkerLostError(f"Worker exited prematurely: {reason}.")
+    except WorkerLostError:
+        return ExceptionInfo()

@@ -1,0 +1,13 @@
+"""The headers that this library's worker puts on a message that it received."""
+
+from __future__ import annotations
+
+__all__ = ["DELIVERY", "IS_COPY", "OF_ONE_COPY", "TIMES_SET_ASIDE"]
+
+#: Header, of one delivery: its tag.
+DELIVERY = "reliable_delivery"
+#: Headers of a copy that waits in the broker: its message was delivered before, ...
+IS_COPY = "reliable_copy"
+#: ... and so many times it was set aside.
+TIMES_SET_ASIDE = "reliable_set_aside"
+OF_ONE_COPY = (IS_COPY, TIMES_SET_ASIDE)

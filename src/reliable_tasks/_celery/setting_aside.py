@@ -1,0 +1,142 @@
+"""Setting a copy aside: it runs later, after a pause that holds no slot.
+
+It waits in the worker where the prefetch can be raised for it, and else in the broker.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any
+
+from celery import Task
+from celery.exceptions import Ignore, Reject
+from celery.worker.state import task_ready, task_reserved
+
+from reliable_tasks._celery import stock
+from reliable_tasks._celery.delivery import DeliveredRequest
+from reliable_tasks._celery.headers import DELIVERY, IS_COPY, TIMES_SET_ASIDE
+
+__all__ = ["PatientRequest", "SetAside"]
+
+logger = logging.getLogger("reliable_tasks")
+
+#: Enough for any pause to reach its longest, and few enough for a float.
+_MOST_DOUBLINGS = 20
+
+#: So many copies may wait in a worker beyond its prefetch.
+_MOST_WAITING = 100
+
+#: So long (s) is too long to wait in a worker whose prefetch stands: the broker keeps the copy.
+_SHORTEST_IN_BROKER = 1.0
+
+_waiting: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+class SetAside(Reject, Ignore):
+    """Raised in a child: run this copy later, after a pause that holds no slot.
+
+    A `Reject` with requeue, should nobody understand it; an `Ignore`, which ``autoretry_for``
+    leaves alone.
+
+    Attributes:
+        first: The first pause (s); it doubles each time that the same copy is set aside.
+        longest: The longest pause (s).
+    """
+
+    def __init__(self, reason: str, first: float, longest: float) -> None:
+        super().__init__(reason, requeue=True)
+        self.args = (reason, first, longest)
+        self.first = first
+        self.longest = longest
+
+    def __repr__(self) -> str:
+        return f"set aside: {self.args[0]}"
+
+    __str__ = __repr__
+
+
+class PatientRequest(DeliveredRequest):
+    """A request that can be set aside."""
+
+    def _set_aside(self, answer: SetAside) -> None:
+        """Run this copy again after a pause that holds no slot."""
+        task_ready(self)
+        # Of the run that is over: a revoke with terminate must not kill that child again.
+        self.time_start = self.worker_pid = self._apply_result = None
+        doublings = min(self._times_set_aside, _MOST_DOUBLINGS)
+        pause = min(answer.first * 2**doublings, answer.longest)
+        if self._delivery is not None:
+            self._held.uncount_start(self._delivery)
+        if self.is_guarded:
+            # It may come back by another worker, which could not wait for this one's lease.
+            self._leave(goes_back=True)
+            self._delivery = self._expect()
+            self.request_dict[DELIVERY] = self._delivery.tag
+        if self._is_left_to_broker():
+            return
+        self._times_set_aside += 1
+        logger.info("Task %s[%s] is %s (%.1f s)", self.name, self.id, answer, pause)
+        consumer = self._consumer
+        if consumer is None:
+            self.reject(requeue=True)
+        elif self._can_wait_here(pause) or not self._send_again(pause):
+            self._wait_here(consumer, pause)
+
+    def _can_wait_here(self, pause: float) -> bool:
+        if self._beside is not None:
+            # The prefetch of a quorum queue stands, so not for long. Without an answer from the
+            # lock Redis no other message could be run, either.
+            return pause < _SHORTEST_IN_BROKER or self._delivery.copy.is_unknown
+        return self._held is not None or stock.visibility_timeout(self.message) is not None
+
+    def _wait_here(self, consumer: Any, pause: float) -> None:
+        """Keep the message for a pause, as Celery does with an ETA: nothing is requeued."""
+        channel = self.message.channel
+        # Not without bound: with the lock Redis away each copy in the queue would come to wait.
+        raises_prefetch = self._beside is None and len(_waiting) < _MOST_WAITING
+        if raises_prefetch:
+            _waiting.add(self)
+            consumer.qos.increment_eventually()
+
+        def run_again() -> None:
+            _waiting.discard(self)
+            tasks = consumer.task_consumer
+            if self._held is not None and self._beside is None:
+                if not self._held.is_open(self.message.delivery_tag):
+                    return
+            elif tasks is None or tasks.channel is not channel:
+                # After a reconnection the broker has the message, and perhaps somebody else.
+                return
+            task_reserved(self)
+            consumer.on_task_request(self)
+            if raises_prefetch:
+                consumer.qos.decrement_eventually()
+
+        consumer.timer.call_after(pause, run_again)
+
+    def _send_again(self, pause: float) -> bool:
+        """Publish the same copy with a delay and acknowledge this one.
+
+        With quorum queues a worker cannot raise its prefetch, so a copy that waits in it would
+        stop it; and a requeue counts towards the queue's delivery limit.
+        """
+        request = self._context
+        # Native delayed delivery knows whole seconds.
+        copy = self.task.signature_from_request(
+            request, countdown=max(round(pause), 1), retries=request.retries
+        )
+        if self._beside is not None:
+            headers = copy.options.get("headers") or {}
+            copy.options["headers"] = {
+                **{k: v for k, v in headers.items() if k not in (DELIVERY, "crashes")},
+                IS_COPY: self._delivery.is_copy,
+                TIMES_SET_ASIDE: self._times_set_aside,
+            }
+        try:
+            Task.apply_async(self.task, copy.args, copy.kwargs, **copy.options)
+        except Exception:
+            logger.warning("Task %s[%s] waits in the worker", self.name, self.id, exc_info=True)
+            return False
+        super().acknowledge()
+        return True
