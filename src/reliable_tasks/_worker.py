@@ -35,6 +35,7 @@ class KeeperStep(bootsteps.StartStopStep):
         # Made before the worker installs its handlers.
         handle_signals_in_green_threads()
         self._ticks: Any = None
+        self._keeper: Keeper | None = None
 
     def start(self, parent: Any) -> None:
         """Start the keeper; Celery calls it each time the consumer has connected."""
@@ -59,6 +60,12 @@ class KeeperStep(bootsteps.StartStopStep):
         # In the other pools the loop is the tasks', and may be busy for as long as they are.
         tick = keeper.main_loop_turns if is_loop_of_its_own else keeper.say_what_is_unsaid
         self._ticks = parent.timer.call_repeatedly(_TICK, tick)
+        self._keeper = keeper
+
+    def stop(self, parent: Any) -> None:
+        """Expect no turn of the main loop until the consumer has connected again."""
+        if self._keeper is not None:
+            self._keeper.main_loop_rests()
 
 
 def _beside(consumer: Any) -> Any:

@@ -11,7 +11,9 @@ from uuid import uuid4
 import redis
 import time_machine
 
-from reliable_tasks._store.messages import Delivery, FetchPlan, Layout, Messages
+from reliable_tasks._store.delivery import Delivery, FetchPlan, Layout
+from reliable_tasks._store.fleet import Fleet
+from reliable_tasks._store.messages import Messages
 from reliable_tasks._store.publication import Publication, Published
 from tests.support import wait_until
 
@@ -61,6 +63,7 @@ class Broker:
         layout = Layout(prefix, "unacked", "unacked_index", SEP)
         self.messages = Messages(layout, "reliable:")
         self.keys = self.messages.keys
+        self.fleet = Fleet(layout, self.keys)
         self._traveller = traveller
         self._fetches = 0
 
@@ -163,13 +166,13 @@ class Broker:
 
     def sweep(self) -> int:
         """Put back what has lapsed, as the sweeper does."""
-        tags = self.messages.lapsed(self.server, self.now(), beyond=self.now() + 600, limit=100)
+        tags = self.fleet.lapsed(self.server, self.now(), limit=100)
         count = 0
         for found in self.messages.find(self.server, tags):
             if isinstance(found, str):
                 self.messages.drop(self.server, found)
             else:
-                count += self.requeue(found, if_lapsed=True)
+                count += self.requeue(found, if_lapsed_of=600.0)
         return count
 
     # -- what is there -------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import redis
 from kombu.transport.redis import PrefixedStrictRedis
 
-from reliable_tasks._store.messages import Delivery, Guard
+from reliable_tasks._store.delivery import Delivery, Guard
 from reliable_tasks._store.publication import (
     ClaimTaken,
     Publication,
@@ -409,7 +409,7 @@ def test_a_sweep_leaves_a_lease_that_lasts(broker: Broker) -> None:
     """Renewed between look and grip: the message stays with its worker."""
     delivery = taken(broker)
     before = everything(broker)
-    assert broker.requeue(delivery, if_lapsed=True) is False
+    assert broker.requeue(delivery, if_lapsed_of=600.0) is False
     assert everything(broker) == before
 
 
@@ -417,7 +417,7 @@ def test_a_sweep_puts_back_what_has_lapsed(broker: Broker) -> None:
     """By the server's clock alone."""
     delivery = taken(broker, lease=0.1)
     broker.let_pass(0.15)
-    assert broker.requeue(delivery, if_lapsed=True) is True
+    assert broker.requeue(delivery, if_lapsed_of=600.0) is True
     assert broker.waiting_ids() == ["one"]
 
 
@@ -425,7 +425,7 @@ def test_a_message_whose_lease_is_gone_counts_as_lapsed(broker: Broker) -> None:
     """A message without a lease would stay with nobody for ever."""
     delivery = taken(broker)
     broker.server.zrem(broker.keys.leases, delivery.tag)
-    assert broker.requeue(delivery, if_lapsed=True) is True
+    assert broker.requeue(delivery, if_lapsed_of=600.0) is True
 
 
 def test_a_message_that_goes_back_wakes_a_worker(broker: Broker) -> None:
@@ -513,7 +513,7 @@ def test_a_run_whose_holder_has_lapsed_is_free(broker: Broker) -> None:
     first, second = broker.fetch()
     broker.end_lease(first)
     assert broker.messages.hold(broker.server, second).may_run
-    assert broker.requeue(first, if_lapsed=True)
+    assert broker.requeue(first, if_lapsed_of=600.0)
     third = broker.fetch_one("w3")
     assert third.copy.guard is Guard.HELD_ELSEWHERE
     assert broker.run_of()["tag"] == second.tag
@@ -658,7 +658,7 @@ def test_a_copy_that_was_continued_is_dropped_whoever_runs_now(broker: Broker) -
     broker.end_lease(killed)
     retry = broker.fetch_one("w2")
     assert retry.copy.may_run
-    assert broker.requeue(killed, if_lapsed=True) is False
+    assert broker.requeue(killed, if_lapsed_of=600.0) is False
     assert broker.waiting_ids() == []
     assert broker.run_of()["tag"] == retry.tag
 
@@ -1041,13 +1041,13 @@ def test_a_refused_publish_wakes_nobody(broker: Broker) -> None:
 def test_the_sweeper_rings_for_stock_producers(broker: Broker) -> None:
     """For each queue with messages that some worker waits for, whatever their priority."""
     lists = {queue: [queue, list_of(queue, 3)] for queue in ("a", "b", "c")}
-    broker.messages.name_queues(broker.server, broker.now(), lists)
+    broker.fleet.name_queues(broker.server, broker.now(), lists)
     broker.server.lpush("a", message("one"))
     broker.server.lpush(list_of("b", 3), message("two"))
     broker.server.lpush("unknown", message("three"))
-    assert broker.messages.ring(broker.server) == 2
+    assert broker.fleet.ring(broker.server) == 2
     assert [broker.tokens(queue) for queue in ("a", "b", "c", "unknown")] == [1, 1, 0, 0]
-    assert broker.messages.ring(broker.server) == 2
+    assert broker.fleet.ring(broker.server) == 2
     assert broker.tokens("a") == 1
 
 
@@ -1055,12 +1055,12 @@ def test_a_queue_that_nobody_names_is_forgotten(broker: Broker) -> None:
     """A worker that is gone leaves no work behind for the sweeper."""
     broker.server.lpush("a", message("one"))
     broker.server.lpush("b", message("two"))
-    broker.messages.name_queues(broker.server, broker.now() - 61, {"a": ["a"]})
-    broker.messages.name_queues(broker.server, broker.now() - 50, {"b": ["b"]})
-    assert broker.messages.ring(broker.server) == 1
+    broker.fleet.name_queues(broker.server, broker.now() - 61, {"a": ["a"]})
+    broker.fleet.name_queues(broker.server, broker.now() - 50, {"b": ["b"]})
+    assert broker.fleet.ring(broker.server) == 1
     assert (broker.tokens("a"), broker.tokens("b")) == (0, 1)
     assert broker.server.zcard(broker.keys.queues) == 1
-    broker.messages.name_queues(broker.server, broker.now(), {"b": ["b"]})
+    broker.fleet.name_queues(broker.server, broker.now(), {"b": ["b"]})
     assert broker.server.zcard(broker.keys.queues) == 1
 
 
@@ -1071,7 +1071,7 @@ def beat(
     broker: Broker, worker: str = "w1", *, server_id: str = "s1", elapsed: float = 0.0
 ) -> tuple[float, bool, float]:
     """Beat with a lease of 15 s, a term of 2.5 s and a gap of 5 s."""
-    return broker.messages.beat(
+    return broker.fleet.beat(
         broker.server,
         worker=worker,
         connection=f"{server_id} 7",
@@ -1101,18 +1101,18 @@ def test_a_beat_is_heard(broker: Broker) -> None:
     """By the server's clock; it says how to tell the keeper's connection."""
     now, _, _ = beat(broker)
     assert now == pytest.approx(broker.now(), abs=2)
-    assert broker.messages.silent(broker.server, now + 1) == {"w1": pytest.approx(now)}
-    assert broker.messages.keepers(broker.server, ["w1", "w2"]) == {"w1": "s1 7"}
-    assert broker.messages.keepers(broker.server, []) == {}
+    assert broker.fleet.silent(broker.server, now + 1) == {"w1": pytest.approx(now)}
+    assert broker.fleet.keepers(broker.server, ["w1", "w2"]) == {"w1": "s1 7"}
+    assert broker.fleet.keepers(broker.server, []) == {}
 
 
 def test_a_worker_that_is_heard_is_not_silent(broker: Broker) -> None:
     """Silent is who was last heard of before a time, not at it."""
     now, _, _ = beat(broker)
-    assert broker.messages.silent(broker.server, now) == {}
+    assert broker.fleet.silent(broker.server, now) == {}
     beat(broker, "w2")
     broker.server.zadd(broker.keys.beats, {"w1": (now - 3) * 1000})
-    assert [*broker.messages.silent(broker.server, now - 2)] == ["w1"]
+    assert [*broker.fleet.silent(broker.server, now - 2)] == ["w1"]
 
 
 def test_one_worker_sweeps(broker: Broker) -> None:
@@ -1135,11 +1135,11 @@ def test_who_leaves_hands_over_at_once(broker: Broker) -> None:
     """And is forgotten; others who leave change nothing of the office."""
     in_office(broker, "w1")
     beat(broker, "w2")
-    broker.messages.leave(broker.server, "w2")
+    broker.fleet.leave(broker.server, "w2")
     assert beat(broker, "w2")[1] is False
-    broker.messages.leave(broker.server, "w1")
-    assert [*broker.messages.silent(broker.server, broker.now() + 9)] == ["w2"]
-    assert broker.messages.keepers(broker.server, ["w1"]) == {}
+    broker.fleet.leave(broker.server, "w1")
+    assert [*broker.fleet.silent(broker.server, broker.now() + 9)] == ["w2"]
+    assert broker.fleet.keepers(broker.server, ["w1"]) == {}
     assert beat(broker, "w2")[1] is True
 
 
@@ -1208,20 +1208,20 @@ def test_the_leases_of_a_dead_worker_end_at_once(broker: Broker) -> None:
     put(broker, *(f"t{n}" for n in range(1100)))
     dead = broker.fetch("w1", count=1050)
     alive = broker.fetch("w10", count=1000)
-    assert broker.messages.end_leases_of(broker.server, "w1") == 1050
+    assert broker.fleet.end_leases_of(broker.server, "w1") == 1050
     leases = broker.leases
     assert {leases[delivery.tag] for delivery in dead} == {0.0}
     assert all(leases[delivery.tag] > 0 for delivery in alive)
-    assert broker.messages.end_leases_of(broker.server, "w2") == 0
+    assert broker.fleet.end_leases_of(broker.server, "w2") == 0
     assert len(broker.leases) == 1100
 
 
 def test_a_worker_that_was_taken_for_dead_may_still_renew(broker: Broker) -> None:
     """Until its message was put back it is its own."""
     delivery = taken(broker)
-    broker.messages.end_leases_of(broker.server, "w1")
+    broker.fleet.end_leases_of(broker.server, "w1")
     assert broker.messages.renew(broker.server, [delivery.tag], 30) == []
-    assert broker.requeue(delivery, if_lapsed=True) is False
+    assert broker.requeue(delivery, if_lapsed_of=600.0) is False
 
 
 def test_leases_that_have_ended_are_found(broker: Broker) -> None:
@@ -1233,7 +1233,7 @@ def test_leases_that_have_ended_are_found(broker: Broker) -> None:
     now = broker.now()
     expected = [two.tag, three.tag, one.tag]
     for limit in (2, 3, 9):
-        found = broker.messages.lapsed(broker.server, now, beyond=now + 600, limit=limit)
+        found = broker.fleet.lapsed(broker.server, now, limit=limit)
         assert found == expected[:limit]
 
 
@@ -1243,11 +1243,9 @@ def test_leases_that_no_worker_can_have_given_are_found(broker: Broker) -> None:
     one, two = broker.fetch()
     now = broker.now()
     broker.server.zadd(broker.keys.leases, {one.tag: (now + 3600) * 1000})
-    assert broker.messages.lapsed(broker.server, now, beyond=now + 600, limit=9) == [one.tag]
-    broker.end_lease(two)
-    found = broker.messages.lapsed(broker.server, broker.now(), beyond=now + 600, limit=9)
-    assert found == [two.tag, one.tag]
-    assert len(broker.messages.lapsed(broker.server, now, beyond=now + 600, limit=1)) == 1
+    assert two.tag not in broker.fleet.leased_beyond(broker.server, now + 600, limit=9)
+    assert broker.fleet.leased_beyond(broker.server, now + 600, limit=9) == [one.tag]
+    assert broker.requeue(one, if_lapsed_of=600.0) is True
 
 
 def test_a_delivery_is_found_by_its_tag(broker: Broker) -> None:

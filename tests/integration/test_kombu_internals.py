@@ -1,7 +1,7 @@
 """Each private part of kombu, and of Celery's consumer, that our transport rests on, pinned.
 
-A test that fails here after an upgrade says which assumption of ``_broker/transport.py`` or of
-``_celery/consumer.py`` has moved.
+A test that fails here after an upgrade says which assumption of ``_broker/channel.py``,
+``_broker/fetching.py``, ``_broker/transport.py`` or ``_celery/consumer.py`` has moved.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from kombu.utils.scheduling import (
     sorted_cycle,
 )
 
+from reliable_tasks._broker import fetching
 from reliable_tasks._broker import transport as ours
+from reliable_tasks._broker.channel import ReliableChannel
 from reliable_tasks._celery.versions import CLEARS_TIMERS
 
 
@@ -159,7 +161,8 @@ class TestWhatIsOverridden:
         """They differ from the others by how they find a server, and by nothing that ours have."""
         assert issubclass(stock.SentinelChannel, stock.Channel)
         assert issubclass(stock.SentinelTransport, stock.Transport)
-        assert not set(vars(ours.ReliableChannel)) & set(vars(stock.SentinelChannel)) - {
+        own = {*vars(ReliableChannel), *vars(fetching.FetchingChannel)}
+        assert not own & set(vars(stock.SentinelChannel)) - {
             *("__module__", "__doc__", "__init__", "__firstlineno__", "__static_attributes__")
         }
         assert {name for name in vars(stock.SentinelTransport) if not name.startswith("__")} == {
@@ -217,7 +220,7 @@ class TestChannel:
         assert type(channel._queue_cycle) is round_robin_cycle
         assert channel._queue_cycle.consume(1) == ["pin"]
         assert channel._queue_cycle.consume(0) == []
-        assert set(ours._ROTATES) == {round_robin_cycle, priority_cycle, sorted_cycle}
+        assert set(fetching._ROTATES) == {round_robin_cycle, priority_cycle, sorted_cycle}
         for name, cycle in (("priority", priority_cycle), ("sorted", sorted_cycle)):
             assert cycle_by_name(name) is cycle
 

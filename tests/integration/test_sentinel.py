@@ -14,7 +14,7 @@ import redis
 from kombu import Connection
 from kombu.exceptions import OperationalError
 
-from reliable_tasks._broker.transport import SentinelChannel
+from reliable_tasks._broker.channel import SentinelChannel
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.conftest import StartScene
 from tests.integration.scene import Scene

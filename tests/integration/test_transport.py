@@ -18,7 +18,7 @@ from celery.app.control import flatten_reply
 from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
 
-from reliable_tasks._broker.transport import Channel
+from reliable_tasks._broker.channel import Channel
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.conftest import StartScene, other_database
 from tests.integration.scene import Scene

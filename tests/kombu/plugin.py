@@ -19,9 +19,10 @@ import redis
 from kombu import transport as transports
 from kombu.transport import redis as stock
 
-from reliable_tasks._broker import held, transport
+from reliable_tasks._broker import channel, fetching, held, transport
 from reliable_tasks._broker.held import Held
-from reliable_tasks._store.messages import Layout, Messages
+from reliable_tasks._store.delivery import Layout
+from reliable_tasks._store.messages import Messages
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.kombu.deselected import deselected
 
@@ -39,13 +40,13 @@ _NEED_A_SERVER = frozenset(
 )
 
 
-class Channel(transport.Channel):
+class Channel(channel.Channel):
     """Ours, also where a test makes one of a mock that has no transport options."""
 
     reliable = _SETTINGS
 
 
-class SentinelChannel(transport.SentinelChannel):
+class SentinelChannel(channel.SentinelChannel):
     """The same by Sentinel."""
 
     reliable = _SETTINGS
@@ -121,7 +122,7 @@ def _server_of_a_unit_test(
         yield
         held._helds.clear()
     else:
-        monkeypatch.setattr(transport.ReliableChannel, "_make_held", lambda _: _FAKE)
+        monkeypatch.setattr(channel.ReliableChannel, "_make_held", lambda _: _FAKE)
         yield
 
 
@@ -133,7 +134,7 @@ _FAKE = Held(
 )
 
 # Tests that stop kombu's clock mean ours as well.
-transport.monotonic = lambda: stock.monotonic()
+fetching.monotonic = lambda: stock.monotonic()
 
 for _scheme, _name in (
     ("redis", "Transport"),
@@ -141,7 +142,7 @@ for _scheme, _name in (
     ("sentinel", "SentinelTransport"),
 ):
     transports.TRANSPORT_ALIASES[_scheme] = f"{__name__}:{_name}"
-stock.QoS = transport.QoS
+stock.QoS = channel.QoS
 stock.Channel = Channel
 stock.SentinelChannel = SentinelChannel
 stock.Transport = Transport

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from reliable_tasks._store.messages import Delivery
+from reliable_tasks._store.delivery import Delivery
 from reliable_tasks._store.publication import Publication, Queued
 from tests.conformance.broker import STEPS, Broker, list_of, message
 
@@ -193,7 +193,9 @@ class Machine(RuleBasedStateMachine):
         """A worker gives back, or a sweeper puts back."""
         held = self.held(pick)
         lapsed = held.lease_end <= self.now
-        answer = self.broker.requeue(held.delivery, to_back=to_back, if_lapsed=if_lapsed)
+        answer = self.broker.requeue(
+            held.delivery, to_back=to_back, if_lapsed_of=600.0 if if_lapsed else 0.0
+        )
         if held.is_current and (lapsed or not if_lapsed):
             assert answer is self.gone_back(held)
         else:
@@ -255,7 +257,7 @@ class Machine(RuleBasedStateMachine):
             for held in self.known
             if held.is_current and held.delivery.tag.startswith(f"{worker}:")
         ]
-        count = self.broker.messages.end_leases_of(self.broker.server, worker)
+        count = self.broker.fleet.end_leases_of(self.broker.server, worker)
         assert count == len(theirs)
         for held in theirs:
             held.lease_end = 0.0
@@ -274,8 +276,8 @@ class Machine(RuleBasedStateMachine):
         self.broker.let_pass(seconds)
         self.note_time()
         lists = {queue: [list_of(queue, step) for step in STEPS] for queue in QUEUES}
-        self.broker.messages.name_queues(self.broker.server, self.now, lists)
-        self.broker.messages.ring(self.broker.server)
+        self.broker.fleet.name_queues(self.broker.server, self.now, lists)
+        self.broker.fleet.ring(self.broker.server)
 
     # -- what always holds ---------------------------------------------------------------------
 

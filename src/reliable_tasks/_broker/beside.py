@@ -23,7 +23,8 @@ from reliable_tasks._broker.held import Held, held_for
 from reliable_tasks._celery.headers import IS_COPY
 from reliable_tasks._store.claims import Claims
 from reliable_tasks._store.client import ServerAddress, connect
-from reliable_tasks._store.messages import Copy, Delivery, Guard, Layout, Messages
+from reliable_tasks._store.delivery import Copy, Delivery, Guard, Layout
+from reliable_tasks._store.messages import Messages
 from reliable_tasks.config import ReliableConfig
 
 __all__ = ["Beside", "Run", "beside", "is_beside", "note_done"]

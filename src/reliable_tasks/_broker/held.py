@@ -12,89 +12,23 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from itertools import count
 from typing import Any
 from uuid import uuid4
 
 import redis
 
+from reliable_tasks._broker.mute import UNREACHABLE, MuteConnection
 from reliable_tasks._broker.saying import say
-from reliable_tasks._store.messages import Copy, Delivery, FetchPlan, Guard, Messages
-from reliable_tasks._store.scripts import execute
+from reliable_tasks._store.delivery import Copy, Delivery, FetchPlan, Guard
+from reliable_tasks._store.fleet import Fleet
+from reliable_tasks._store.messages import Messages
 
-__all__ = ["UNREACHABLE", "Held", "all_held", "held_for"]
-
-#: What may go wrong on the way to a server that is there again later.
-UNREACHABLE = (
-    redis.exceptions.ConnectionError,
-    redis.exceptions.TimeoutError,
-    redis.exceptions.ReadOnlyError,
-    OSError,
-)
-
+__all__ = ["Held", "all_held", "held_for"]
 
 #: After a failure nothing is said for so long (s) but what the keeper says.
 _SILENCE = 1.0
-
-
-class MuteConnection:
-    """Sends commands whose answer nobody waits for.
-
-    What was sent lies in the kernel's buffer, and reaches the server also when this process is
-    killed in the next moment.
-    """
-
-    def __init__(self, server: redis.Redis) -> None:
-        self._server = server
-        self._connection: Any = None
-        self._is_refused = False
-        # In the threads pool tasks start and are set aside in threads of their own.
-        self._sending = threading.Lock()
-
-    def send(self, command: Sequence[Any]) -> None:
-        """Send a command.
-
-        Raises:
-            redis.ConnectionError: The server cannot be reached, tried twice.
-        """
-        with self._sending:
-            try:
-                self._send(command)
-            except UNREACHABLE:
-                self._disconnect()
-                self._send(command)
-
-    def _send(self, command: Sequence[Any]) -> None:
-        if self._connection is None and not self._is_refused:
-            self._connect()
-        if self._is_refused:
-            execute(self._server, *command)
-            return
-        packed = self._connection.pack_command(*command)
-        # A health check would wait for an answer.
-        self._connection.send_packed_command(packed, check_health=False)
-
-    def _connect(self) -> None:
-        connection = self._server.connection_pool.get_connection()
-        try:
-            # Asked for first, for what follows is not answered, not even by a refusal.
-            self._ask(connection, "ON")
-            connection.read_response()
-            self._ask(connection, "OFF")
-        except redis.exceptions.ResponseError:
-            self._is_refused = True
-            self._server.connection_pool.release(connection)
-        else:
-            self._connection = connection
-
-    def _ask(self, connection: Any, replies: str) -> None:
-        connection.send_command("CLIENT", "REPLY", replies, check_health=False)
-
-    def _disconnect(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.disconnect()
-            self._server.connection_pool.release(connection)
 
 
 class Held:
@@ -103,6 +37,7 @@ class Held:
     Attributes:
         worker: This process' name in tags and beats; never used again.
         messages: The scripts, with the keys they work on.
+        fleet: All processes that share the broker, of which this is one.
         lease: Seconds.
         server: The client for settling and putting back; it outlives every channel.
         keepers: The client of the thread that renews.
@@ -119,6 +54,7 @@ class Held:
     ) -> None:
         self.worker = uuid4().hex[:16]
         self.messages = messages
+        self.fleet = Fleet(messages.layout, messages.keys)
         self.lease = lease
         self.server = server
         self.keepers = keepers
@@ -130,13 +66,12 @@ class Held:
         self._suspected: set[str] = set()
         self._lost_fetches: deque[FetchPlan] = deque()
         self._silent_until = 0.0
-        self._fetches = 0
+        self._fetches = count(1)
         self._mute = MuteConnection(server)
 
     def next_prefix(self) -> str:
         """Return what the tags of the next fetch begin with."""
-        self._fetches += 1
-        return f"{self.worker}:{self._fetches}:"
+        return f"{self.worker}:{next(self._fetches)}:"
 
     def take(self, delivery: Delivery) -> None:
         """Hold a delivery that was fetched."""
@@ -195,7 +130,7 @@ class Held:
         """Ask the guard again; a broker that does not answer says that the copy must wait."""
         try:
             delivery.copy = self.messages.hold(self.server, delivery)
-        except UNREACHABLE as error:
+        except (redis.exceptions.RedisError, OSError) as error:
             say(logging.WARNING, "The broker does not answer: %s", error)
             delivery.copy = Copy(Guard.HELD_ELSEWHERE, delivery.copy.crashes, 1.0)
         return delivery.copy
@@ -219,7 +154,12 @@ class Held:
             self._put_back(server, self._lost_fetches[0])
             self._lost_fetches.popleft()
         for tag, tell in list(self._unsaid.items()):
-            tell(server, True)
+            try:
+                tell(server, True)
+            except redis.exceptions.ResponseError as error:
+                # What is refused must not keep the others from being said.
+                say(logging.ERROR, "The broker does not take the end of %s: %s", tag, error)
+                continue
             self._unsaid.pop(tag, None)
             self._deliveries.pop(tag, None)
 
@@ -268,7 +208,10 @@ class Held:
         try:
             try:
                 tell(self.server, False)
-            except UNREACHABLE:
+            except UNREACHABLE as error:
+                if isinstance(error, redis.exceptions.ReadOnlyError):
+                    # The master became a replica: connect again, to the one that is master now.
+                    self.server.connection_pool.disconnect(inuse_connections=False)
                 # An idle connection that was cut; or the answer alone was lost.
                 tell(self.server, True)
         except (redis.exceptions.RedisError, OSError) as error:

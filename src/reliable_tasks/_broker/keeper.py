@@ -13,7 +13,8 @@ from weakref import WeakKeyDictionary
 import redis
 
 from reliable_tasks._broker.fence import note_renewal
-from reliable_tasks._broker.held import UNREACHABLE, Held
+from reliable_tasks._broker.held import Held
+from reliable_tasks._broker.mute import UNREACHABLE
 from reliable_tasks._broker.saying import say, say_what_waits, speak_later
 from reliable_tasks._broker.sweep import BEAT, ring, sweep
 from reliable_tasks._celery.threads import native_sleep, start_native_thread
@@ -31,6 +32,8 @@ _AGAIN = 0.2
 _TERM = 2.5
 #: How often a worker names the queues that it waits for (s).
 _NAME_QUEUES = 20.0
+#: How much later than a third of the lease all are back after the server was away (s).
+_BACK_WITHIN = 3.0
 #: A main loop that does not turn for so long has hung (s), or four leases if that is longer.
 _HUNG = 60.0
 
@@ -52,6 +55,7 @@ class Keeper:
         self._beat_at = 0.0
         self._named_at = 0.0
         self._is_unreachable = False
+        self._reached_at = self._sweeps_from = 0.0
         self._is_fenced = False
         self._loop_seen_at: float | None = None
         self._has_hung = False
@@ -74,9 +78,10 @@ class Keeper:
     def start(self) -> None:
         """Start the thread, unless it runs."""
         with self._starting:
+            self._is_stopped = False
             if self._is_running:
                 return
-            self._is_running, self._is_stopped = True, False
+            self._is_running = True
         start_native_thread(self._run, "reliable-tasks-keeper")
 
     def stop(self) -> None:
@@ -86,7 +91,7 @@ class Keeper:
         try:
             held.say_what_is_unsaid(held.server)
             if not len(held):
-                held.messages.leave(held.server, held.worker)
+                held.fleet.leave(held.server, held.worker)
         except (redis.exceptions.RedisError, OSError) as error:
             if held.unsaid:
                 logger.warning(
@@ -99,6 +104,10 @@ class Keeper:
         """Note that the worker's main loop is alive; from the first call on it is expected."""
         self._loop_seen_at = time.monotonic()
         self.say_what_is_unsaid()
+
+    def main_loop_rests(self) -> None:
+        """Note that the main loop does not turn while it connects again."""
+        self._loop_seen_at = None
 
     def say_what_is_unsaid(self) -> None:
         """Write the log lines that the thread itself must not write."""
@@ -116,7 +125,7 @@ class Keeper:
         if not before or self._beat_at - held.renewed_at >= held.lease / 3 - BEAT / 2:
             # First, for a task may keep this thread waiting after each answer.
             self._renew(server)
-        server_now, sweeps, on_hold = held.messages.beat(
+        server_now, sweeps, on_hold = held.fleet.beat(
             server,
             worker=held.worker,
             connection=self._connection,
@@ -128,11 +137,15 @@ class Keeper:
         )
         if held.unsaid:
             held.say_what_is_unsaid(server)
-        if self._queues and self._beat_at - self._named_at > _NAME_QUEUES:
-            held.messages.name_queues(server, server_now, self._queues)
-            self._named_at = self._beat_at
-        if sweeps and not on_hold:
+        if self._is_unreachable and self._beat_at - self._reached_at > 2 * BEAT:
+            # The others may come back a moment later: first let them renew.
+            self._sweeps_from = self._beat_at + min(held.lease, held.lease / 3 + _BACK_WITHIN)
+        self._reached_at = self._beat_at
+        if sweeps and not on_hold and self._beat_at >= self._sweeps_from:
             sweep(held, server, server_now, self._server_id)
+        if self._queues and self._beat_at - self._named_at > _NAME_QUEUES:
+            held.fleet.name_queues(server, server_now, self._queues)
+            self._named_at = self._beat_at
         return sweeps
 
     def _run(self) -> None:
@@ -149,6 +162,9 @@ class Keeper:
                     wait = began + BEAT - time.monotonic()
             except UNREACHABLE as error:
                 self._say_unreachable(error)
+                if isinstance(error, redis.exceptions.ReadOnlyError):
+                    # The master became a replica: connect again, to the one that is master now.
+                    self._own_connection(self._held.keepers).disconnect()
                 wait = _AGAIN
             except redis.exceptions.RedisError as error:
                 say(logging.ERROR, "The broker refuses the keeper: %s", error)
@@ -160,6 +176,8 @@ class Keeper:
             self._fence()
             native_sleep(max(0.0, min(wait, began + wait - time.monotonic())))
         self._is_running = False
+        if not self._is_stopped:  # It was started again after this thread had looked.
+            self.start()
 
     def _renew(self, server: redis.Redis) -> None:
         held = self._held
@@ -223,7 +241,7 @@ class Keeper:
                     "Dead workers are found by their leases alone: Redis sees this one at %s",
                     known["addr"],
                 )
-            elif not self.goes_by_lease:
+            elif self._held.detects_deaths and not self.goes_by_lease:
                 self._connection = f"{self._server_id} {known['id']}"
         except (redis.exceptions.ResponseError, KeyError, TypeError, ValueError) as error:
             say(logging.INFO, "Dead workers are found by their leases alone: %s", error)

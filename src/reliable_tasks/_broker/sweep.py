@@ -17,6 +17,8 @@ __all__ = ["BEAT", "ring", "sweep"]
 BEAT = 1.0
 #: A worker has missed two beats when it was silent for so long (s).
 _SILENT = 2 * BEAT + 0.3
+#: What is seldom the case is looked for each so many seconds.
+_SELDOM = 10
 #: So many messages are put back in one go.
 _AT_ONCE = 100
 #: No lease lasts longer (s). One that seems to was given before the server's clock went back.
@@ -34,19 +36,25 @@ def sweep(held: Held, server: redis.Redis, now: float, server_id: str) -> int:
     """
     if held.detects_deaths and server_id:
         _end_leases_of_the_dead(held, server, now, server_id)
+    is_seldom = int(now) % _SELDOM == 0
     count = 0
     while True:
-        tags = held.messages.lapsed(server, now, beyond=now + _LONGEST_LEASE, limit=_AT_ONCE)
-        count += _put_back(held, server, tags)
-        if len(tags) < _AT_ONCE:
+        tags = held.fleet.lapsed(server, now, limit=_AT_ONCE)
+        if not tags and is_seldom:
+            tags = held.fleet.leased_beyond(server, now + _LONGEST_LEASE, limit=_AT_ONCE)
+        put_back = _put_back(held, server, tags)
+        count += put_back
+        # The keeper must come to beat again, whatever stays.
+        if len(tags) < _AT_ONCE or not put_back:
             break
-    _forget_the_silent(held, server, now)
+    if is_seldom:
+        _forget_the_silent(held, server, now)
     return count
 
 
 def ring(held: Held, server: redis.Redis) -> None:
     """Wake workers for messages that came without a bell."""
-    held.messages.ring(server)
+    held.fleet.ring(server)
 
 
 def _put_back(held: Held, server: redis.Redis, tags: list[str]) -> int:
@@ -54,7 +62,7 @@ def _put_back(held: Held, server: redis.Redis, tags: list[str]) -> int:
     for found in held.messages.find(server, tags):
         if isinstance(found, str):
             held.messages.drop(server, found)
-        elif held.messages.requeue(server, found, if_lapsed=True):
+        elif held.messages.requeue(server, found, if_lapsed_of=_LONGEST_LEASE):
             count += 1
             say(
                 logging.WARNING,
@@ -66,10 +74,10 @@ def _put_back(held: Held, server: redis.Redis, tags: list[str]) -> int:
 
 
 def _end_leases_of_the_dead(held: Held, server: redis.Redis, now: float, server_id: str) -> None:
-    messages = held.messages
-    silent = [name for name in messages.silent(server, now - _SILENT) if name != held.worker]
+    fleet = held.fleet
+    silent = [name for name in fleet.silent(server, now - _SILENT) if name != held.worker]
     connections: dict[str, str] = {}
-    for worker, known in messages.keepers(server, silent).items():
+    for worker, known in fleet.keepers(server, silent).items():
         process, _, connection = known.partition(" ")
         # Seen by another process of the server, its connection says nothing here.
         if connection and process == server_id:
@@ -82,8 +90,8 @@ def _end_leases_of_the_dead(held: Held, server: redis.Redis, now: float, server_
         return
     for worker, connection in connections.items():
         if connection not in alive:
-            count = messages.end_leases_of(server, worker)
-            messages.leave(server, worker)
+            count = fleet.end_leases_of(server, worker)
+            fleet.leave(server, worker)
             say(logging.WARNING, "Worker %s is dead; it held %d messages", worker, count)
 
 
@@ -99,5 +107,5 @@ def _connected(server: redis.Redis, ids: Iterable[str]) -> set[str] | None:
 
 
 def _forget_the_silent(held: Held, server: redis.Redis, now: float) -> None:
-    for worker in held.messages.silent(server, now - 2 * _LONGEST_LEASE):
-        held.messages.leave(server, worker)
+    for worker in held.fleet.silent(server, now - 2 * _LONGEST_LEASE):
+        held.fleet.leave(server, worker)

@@ -104,6 +104,8 @@ class PatientRequest(DeliveredRequest):
             tasks = consumer.task_consumer
             if self._held is not None and self._beside is None:
                 if not self._held.is_open(self.message.delivery_tag):
+                    if raises_prefetch:
+                        consumer.qos.decrement_eventually()
                     return
             elif tasks is None or tasks.channel is not channel:
                 # After a reconnection the broker has the message, and perhaps somebody else.

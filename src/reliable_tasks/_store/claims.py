@@ -13,6 +13,7 @@ import redis
 from reliable_tasks._store.client import Client, ServerAddress, connect
 from reliable_tasks._store.keys import Keys
 from reliable_tasks._store.scripts import load
+from reliable_tasks._store.values import ms
 from reliable_tasks.errors import StoreError, StoreUnavailable
 
 __all__ = ["Claims", "Entry", "Publish", "Release", "Ticket"]
@@ -89,7 +90,7 @@ class Claims:
         self, name: str, *, owner: str, attempt: int, token: str, ttl: float, task: str
     ) -> Ticket[Publish]:
         """Take a free claim for a new call."""
-        args: list[str | int] = [owner, attempt, token, _ms(ttl), task]
+        args: list[str | int] = [owner, attempt, token, ms(ttl), task]
         answer = load("claim_acquire")(self.client, [self._keys.claim(name)], args)
         return _ticket(Publish, answer)
 
@@ -105,7 +106,7 @@ class Claims:
         holder: str,
     ) -> Ticket[Publish]:
         """Keep the claim for the owner's own retry or replacement."""
-        args: list[str | int] = [owner, attempt, token, _ms(ttl), task, holder]
+        args: list[str | int] = [owner, attempt, token, ms(ttl), task, holder]
         answer = load("claim_continue")(self.client, [self._keys.claim(name)], args)
         return _ticket(Publish, answer)
 
@@ -129,7 +130,7 @@ class Claims:
 
         With the tag of its ``delivery`` the run is covered for as long as that is on lease.
         """
-        args: list[str | int] = [owner, attempt, holder, _ms(lease), _ms(ttl), task, delivery]
+        args: list[str | int] = [owner, attempt, holder, ms(lease), ms(ttl), task, delivery]
         keys = [*self._both(name), self._keys.leases]
         answer = load("claim_enter")(self.client, keys, args)
         return _ticket(Entry, answer)
@@ -154,9 +155,9 @@ class Claims:
             owner,
             attempt,
             holder,
-            _ms(keep_for),
+            ms(keep_for),
             unentered,
-            max(_ms(remember), 1),
+            max(ms(remember), 1),
         ]
         code, other = load("claim_release")(self.client, self._both(name), args)
         return Release(int(code)), str(other)
@@ -184,10 +185,6 @@ class Claims:
             raise StoreUnavailable(client.shown_url, str(error)) from error
         except redis.ResponseError as error:
             raise StoreError(f"the lock Redis refused to {what} claims: {error}") from error
-
-
-def _ms(seconds: float) -> int:
-    return round(seconds * 1000)
 
 
 def _ticket(codes: type[Code], answer: list[str]) -> Ticket[Code]:

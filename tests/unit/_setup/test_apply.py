@@ -20,7 +20,7 @@ from reliable_tasks import (
     apply_reliable_config,
     once,
 )
-from reliable_tasks._broker.transport import ReliableChannel
+from reliable_tasks._broker.channel import ReliableChannel
 from reliable_tasks._celery import versions
 from reliable_tasks._setup import apply
 from reliable_tasks._setup.apply import StartCheck

@@ -10,16 +10,18 @@
 -- ARGV[2]  message, as it shall wait from now on
 -- ARGV[3]  'front' to be the next one taken, 'back' to wait behind all others
 -- ARGV[4]  started: '1' to take back the crash that was counted ahead
--- ARGV[5]  lapsed: '1' to do it only if the lease has ended
+-- ARGV[5]  longest: '0', or to do it only if the lease has ended: how long one can be, ms
 -- Returns: 1  put back
 --          2  not put back: the copy had published a continuation of its task
 --          0  the delivery is over already, or its lease has not ended
 -- Uses: release_run ring_bell
 -- Commands: TIME ZSCORE HDEL ZREM RPUSH LPUSH
-if ARGV[5] == '1' then
+if ARGV[5] ~= '0' then
     local time = redis.call('TIME')
     local lease_end = redis.call('ZSCORE', KEYS[3], ARGV[1])
-    if lease_end and tonumber(lease_end) > time[1] * 1000 + math.floor(time[2] / 1000) then
+    local left = tonumber(lease_end or 0) - time[1] * 1000 - math.floor(time[2] / 1000)
+    -- No lease lasts longer: it was given before the clock went back.
+    if left > 0 and left <= tonumber(ARGV[5]) then
         return 0
     end
 end
