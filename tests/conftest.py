@@ -11,8 +11,9 @@ import hypothesis
 import pytest
 import redis
 
+from reliable_tasks._broker import keeper
 from reliable_tasks.demo._server import EmbeddedServer
-from tests.support import Proxy, RabbitMQServer, WorkerProcess
+from tests.support import Proxy, RabbitMQServer, WorkerProcess, wait_until
 
 _INTEGRATION = Path(__file__).parent / "integration"
 _NEEDS_RABBITMQ = {"rabbitmq_server", "rabbitmq_url"}
@@ -118,3 +119,14 @@ def start_worker(redis_url: str, result_url: str) -> Iterator[Callable[..., Work
     yield start
     for worker in reversed(workers):
         worker.stop()
+
+
+@pytest.fixture(autouse=True)
+def _no_keepers_left() -> Iterator[None]:
+    """Stop the keepers of this process: they would sweep in the next test's server."""
+    yield
+    keepers = list(keeper._keepers.values())
+    for one in keepers:
+        one.stop()
+    wait_until(lambda: not any(one._is_running for one in keepers), 10)
+    keeper._keepers.clear()
