@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks import enqueue, recovery
+from benchmarks import broker, enqueue, recovery
 
-for benchmark in (enqueue, recovery):
+for benchmark in (enqueue, recovery, broker):
     print(f"== {benchmark.__name__}", flush=True)
     benchmark.main([])
