@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import urllib.parse
 from collections.abc import Iterator
@@ -18,17 +16,7 @@ from reliable_tasks.demo._server import EmbeddedServer, free_port, tied_to_paren
 from tests.integration.conftest import StartScene, other_database
 from tests.integration.scene import Scene
 from tests.support import wait_until
-
-
-def _needs(program: str) -> str:
-    """Return the path of a program; without it the test is skipped, but never in CI."""
-    found = shutil.which(program)
-    if found is None:
-        message = f"{program} is not installed"
-        if os.environ.get("CI"):
-            pytest.fail(f"CI has to run these tests, and {message}")
-        pytest.skip(message)
-    return found
+from tests.support.redis_variants import needs
 
 
 def _works(scene: Scene) -> None:
@@ -50,7 +38,7 @@ def _works(scene: Scene) -> None:
 @pytest.fixture
 def certificates(tmp_path: Path) -> Path:
     """A certificate authority and a server's certificate that it signed."""
-    openssl = _needs("openssl")
+    openssl = needs("openssl")
 
     def run(*arguments: str) -> None:
         subprocess.run([openssl, *arguments], cwd=tmp_path, check=True, capture_output=True)
@@ -77,7 +65,7 @@ def _tls_server(certificates: Path) -> Iterator[int]:
         *("--tls-auth-clients", "no"),
     ]
     # The embedded server is built without TLS.
-    with EmbeddedServer(binary=_needs("redis-server"), args=args):
+    with EmbeddedServer(binary=needs("redis-server"), args=args):
         yield port
 
 
@@ -126,7 +114,7 @@ def _sentinel(directory: Path, master: EmbeddedServer) -> Iterator[int]:
         f"bind 127.0.0.1\nport {port}\ndir {directory}\n"
         f"sentinel monitor shop 127.0.0.1 {master.port} 1\n"
     )
-    command = [_needs("redis-server"), str(config), "--sentinel"]
+    command = [needs("redis-server"), str(config), "--sentinel"]
     with (directory / "sentinel.log").open("wb") as log:
         process = subprocess.Popen(tied_to_parent(command), stdout=log, stderr=log)
     try:
@@ -147,7 +135,7 @@ def _masters(client: redis.Redis) -> bool:
 
 def test_sentinel(scenes: StartScene, tmp_path: Path) -> None:
     """sentinel:// with the master's name where Celery wants it."""
-    master = EmbeddedServer(binary=_needs("redis-server"))
+    master = EmbeddedServer(binary=needs("redis-server"))
     with master, _sentinel(tmp_path, master) as port:
         scene = scenes(
             f"sentinel://127.0.0.1:{port}/0",

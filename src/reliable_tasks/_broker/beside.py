@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import redis
@@ -73,12 +72,11 @@ class Beside(Held):
     ) -> None:
         super().__init__(messages, lease, server, keepers)
         self._runs_on = on_error == "proceed"
-        self._numbers = count(1)
 
     def expect(self, headers: Mapping[str, Any], *, is_redelivered: bool) -> Run:
         """Return the run of a message, which is yet to be let in."""
         return Run(
-            tag=f"{self.worker}:{next(self._numbers)}:0:{_LIST}",
+            tag=f"{self.next_prefix()}0:{_LIST}",
             list=_LIST,
             queue="",
             raw=b"",
