@@ -129,8 +129,9 @@ class ReliableConfig:
     )
     wait_replicas: int = _setting(
         0,
-        "How many replicas of the Redis broker must have a message before its publish returns "
-        "(`WAIT`); a failover then forgets less. With 0 none is waited for.",
+        "How many replicas of the Redis broker must have a message before its publish returns, "
+        "and of the lock Redis a `@once` claim before it counts (`WAIT`); a failover then forgets "
+        "less. With 0 none is waited for.",
     )
     visibility_margin: float = _setting(
         10.0,

@@ -15,7 +15,7 @@ from reliable_tasks._store.delivery import Delivery, FetchPlan, Layout
 from reliable_tasks._store.fleet import Fleet
 from reliable_tasks._store.messages import Messages
 from reliable_tasks._store.publication import Publication, Published
-from tests.support import wait_until
+from tests.conformance.clock import OnAClock
 
 #: What kombu puts between a queue's name and a priority.
 SEP = "\x06\x16"
@@ -43,7 +43,7 @@ def message(task_id: str | None = "one", queue: str = "celery", **headers: Any) 
     )
 
 
-class Broker:
+class Broker(OnAClock):
     """The messages of one server.
 
     Args:
@@ -58,29 +58,14 @@ class Broker:
         traveller: time_machine.Traveller | None = None,
         prefix: str = "",
     ) -> None:
-        self.server: Any = server
+        super().__init__(traveller)
+        self.server = server
         self.prefix = prefix
         layout = Layout(prefix, "unacked", "unacked_index", SEP)
         self.messages = Messages(layout, "reliable:")
         self.keys = self.messages.keys
         self.fleet = Fleet(layout, self.keys)
-        self._traveller = traveller
         self._fetches = 0
-
-    # -- the clock -----------------------------------------------------------------------------
-
-    def now(self) -> float:
-        """The server's clock."""
-        seconds, micros = self.server.time()
-        return float(seconds) + float(micros) / 1e6
-
-    def let_pass(self, seconds: float) -> None:
-        """Return when the server's clock has moved on."""
-        if self._traveller is not None:
-            self._traveller.shift(seconds)
-            return
-        end = self.now() + seconds
-        wait_until(lambda: self.now() > end, seconds + 5)
 
     # -- what a process does -------------------------------------------------------------------
 

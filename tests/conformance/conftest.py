@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import fakeredis
 import pytest
@@ -14,14 +13,14 @@ from reliable_tasks._store.claims import Claims, Entry, Publish, Release, Ticket
 from reliable_tasks._store.client import ServerAddress, forget_clients
 from reliable_tasks.testing import fake_redis
 from tests.conformance.broker import Broker
-from tests.support import wait_until
+from tests.conformance.clock import OnAClock
 
 #: Tokens of two publishes.
 FIRST, SECOND = "t1", "t2"
 NAME = "shop.send_invoice:invoice_7:0123456789abcdef"
 
 
-class Store:
+class Store(OnAClock):
     """Claims in one of the servers, with short names for what the tests call often.
 
     Args:
@@ -32,14 +31,10 @@ class Store:
     def __init__(
         self, address: ServerAddress, traveller: time_machine.Traveller | None = None
     ) -> None:
+        super().__init__(traveller)
         self.address = address
         self.claims = Claims(address, "reliable:")
-        self._traveller = traveller
-
-    @property
-    def server(self) -> redis.Redis:
-        """A client of the server."""
-        return self.claims.client.redis
+        self.server = self.claims.client.redis
 
     @property
     def key(self) -> str:
@@ -54,21 +49,7 @@ class Store:
     @property
     def lapses_in(self) -> float:
         """Seconds until the server forgets the claim."""
-        left: Any = self.server.pttl(self.key)
-        return float(left) / 1000
-
-    def now(self) -> float:
-        """The server's clock."""
-        seconds, micros = self.server.time()  # type: ignore[misc]
-        return float(seconds) + float(micros) / 1e6
-
-    def let_pass(self, seconds: float) -> None:
-        """Return when the server's clock has moved on."""
-        if self._traveller is not None:
-            self._traveller.shift(seconds)
-            return
-        end = self.now() + seconds
-        wait_until(lambda: self.now() > end, seconds + 5)
+        return float(self.server.pttl(self.key)) / 1000
 
     def acquire(
         self, owner: str = "one", attempt: int = 0, token: str = FIRST, ttl: float = 60

@@ -22,7 +22,7 @@ from reliable_tasks._broker.held import Held, held_for
 from reliable_tasks._store.delivery import Layout
 from reliable_tasks._store.messages import Messages
 from reliable_tasks._store.publication import publication_of
-from reliable_tasks._store.scripts import execute
+from reliable_tasks._store.scripts import Replicas
 
 __all__ = ["OPTION", "Channel", "QoS", "ReliableChannel", "SentinelChannel"]
 
@@ -115,21 +115,15 @@ class ReliableChannel(FetchingChannel):
                 message=dumps({**message, "properties": sent}),
                 publication=publication,
                 expires=(int(expiry), self._lists([queue])) if expiry else None,
+                replicas=self._replicas(),
             )
-            self._wait_for_replicas(client)
         published.check()
 
-    def _wait_for_replicas(self: Any, client: redis.Redis) -> None:
-        wanted = int(self.reliable.get("wait_replicas") or 0)
-        if not wanted:
-            return
-        timeout = float(self.reliable.get("store_timeout") or 5.0)
-        reached = int(execute(client, "WAIT", wanted, round(timeout * 1000)))
-        if reached < wanted:
-            raise redis.exceptions.ConnectionError(
-                f"only {reached} of {wanted} replicas have the message after {timeout:g} s "
-                "(reliable_wait_replicas)"
-            )
+    def _replicas(self: Any) -> Replicas:
+        return Replicas(
+            int(self.reliable.get("wait_replicas") or 0),
+            float(self.reliable.get("store_timeout") or 5.0),
+        )
 
     # -- the end of a channel ----------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from kombu.exceptions import OperationalError
 from reliable_tasks._celery.settings import reliable_settings
 from reliable_tasks._store.claims import Claims
 from reliable_tasks._store.client import ServerAddress, as_text, is_redis_url, shown
+from reliable_tasks._store.scripts import Replicas
 from reliable_tasks.config import REDIS_OPTIONS, ReliableConfig
 from reliable_tasks.errors import ConfigError, StoreUnavailable
 
@@ -87,7 +88,10 @@ def _build(app: Celery, config: ReliableConfig) -> Locks:
             "set reliable_redis_url"
         )
     address = ServerAddress(url=url, timeout=config.store_timeout, options=options)
-    return Locks(Claims(address, config.key_prefix), config, are_at_broker=url == broker)
+    # A little less than a command may take, so that the error says what was waited for.
+    replicas = Replicas(config.wait_replicas, 0.8 * config.store_timeout)
+    claims = Claims(address, config.key_prefix, replicas)
+    return Locks(claims, config, are_at_broker=url == broker)
 
 
 def _options(transport_options: Any, use_ssl: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import redis
 
 from reliable_tasks._store.client import Client, ServerAddress, connect
 from reliable_tasks._store.keys import Keys
-from reliable_tasks._store.scripts import load
+from reliable_tasks._store.scripts import NO_REPLICAS, Replicas, load
 from reliable_tasks._store.values import ms
 from reliable_tasks.errors import StoreError, StoreUnavailable
 
@@ -70,10 +70,18 @@ class Claims:
 
     Every method but `names` is one round trip; each raises ``StoreUnavailable`` or another
     ``StoreError``, and can be repeated when its reply was lost.
+
+    Args:
+        address: The server.
+        key_prefix: ``reliable_key_prefix``.
+        replicas: Those that must have a claim before it counts as made.
     """
 
-    def __init__(self, address: ServerAddress, key_prefix: str) -> None:
+    def __init__(
+        self, address: ServerAddress, key_prefix: str, replicas: Replicas = NO_REPLICAS
+    ) -> None:
         self._address = address
+        self._replicas = replicas
         self._keys = Keys(address.key_prefix + key_prefix)
 
     @property
@@ -91,7 +99,7 @@ class Claims:
     ) -> Ticket[Publish]:
         """Take a free claim for a new call."""
         args: list[str | int] = [owner, attempt, token, ms(ttl), task]
-        answer = load("claim_acquire")(self.client, [self._keys.claim(name)], args)
+        answer = self._make("claim_acquire", [self._keys.claim(name)], args)
         return _ticket(Publish, answer)
 
     def continue_(
@@ -107,7 +115,7 @@ class Claims:
     ) -> Ticket[Publish]:
         """Keep the claim for the owner's own retry or replacement."""
         args: list[str | int] = [owner, attempt, token, ms(ttl), task, holder]
-        answer = load("claim_continue")(self.client, [self._keys.claim(name)], args)
+        answer = self._make("claim_continue", [self._keys.claim(name)], args)
         return _ticket(Publish, answer)
 
     def abandon(self, name: str, *, owner: str, token: str) -> bool:
@@ -132,7 +140,7 @@ class Claims:
         """
         args: list[str | int] = [owner, attempt, holder, ms(lease), ms(ttl), task, delivery]
         keys = [*self._both(name), self._keys.leases]
-        answer = load("claim_enter")(self.client, keys, args)
+        answer = self._make("claim_enter", keys, args)
         return _ticket(Entry, answer)
 
     def release(
@@ -161,6 +169,10 @@ class Claims:
         ]
         code, other = load("claim_release")(self.client, self._both(name), args)
         return Release(int(code)), str(other)
+
+    def _make(self, script: str, keys: list[str], args: list[str | int]) -> list[str]:
+        answer: list[str] = load(script)(self.client, keys, args, self._replicas)
+        return answer
 
     def _both(self, name: str) -> list[str]:
         return [self._keys.claim(name), self._keys.ended(name)]

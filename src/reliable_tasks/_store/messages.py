@@ -22,7 +22,7 @@ from reliable_tasks._store.delivery import (
 )
 from reliable_tasks._store.keys import Keys
 from reliable_tasks._store.publication import Publication, Published, Queued
-from reliable_tasks._store.scripts import Argument, execute, load
+from reliable_tasks._store.scripts import NO_REPLICAS, Argument, Replicas, execute, load
 from reliable_tasks._store.values import ms, text
 
 __all__ = ["Messages"]
@@ -99,6 +99,7 @@ class Messages:
         message: str,
         publication: Publication | None = None,
         expires: tuple[int, Sequence[str]] | None = None,
+        replicas: Replicas = NO_REPLICAS,
     ) -> Published:
         """Queue a message, unless one with this token was queued before.
 
@@ -110,6 +111,7 @@ class Messages:
             message: The whole message.
             publication: What else to do in the same step.
             expires: The queue's own expiry (ms), and the lists that it concerns.
+            replicas: Those that must have the message before this returns.
         """
         with_ = publication or Publication()
         key = self.layout.prefix + list_
@@ -137,7 +139,9 @@ class Messages:
             ms(_RUN_TTL),
             *(self.layout.prefix + one for one in lists),
         ]
-        code, owner, milliseconds, fence = load("message_publish").on(server, keys, args)
+        code, owner, milliseconds, fence = load("message_publish").on(
+            server, keys, args, replicas
+        )
         return Published(
             Queued(int(code)),
             text(owner),

@@ -6,6 +6,7 @@ import hashlib
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -15,7 +16,7 @@ import redis
 from reliable_tasks._store.client import Client
 from reliable_tasks.errors import ScriptError, StoreUnavailable
 
-__all__ = ["Argument", "Key", "Script", "execute", "load"]
+__all__ = ["NO_REPLICAS", "Argument", "Key", "Replicas", "Script", "execute", "load"]
 
 # A reply can be lost after the script ran. Every script is written to be repeated, so one that
 # failed on the way is sent again, where redis-py's own retries are off (they cannot know).
@@ -25,6 +26,22 @@ _USES = re.compile(r"^-- Uses: (.+)$", re.MULTILINE)
 
 Key = str | bytes
 Argument = str | bytes | int
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """Which copies of a write are waited for.
+
+    Attributes:
+        count: How many replicas must have it.
+        timeout: For how long to wait for them (s).
+    """
+
+    count: int
+    timeout: float
+
+
+NO_REPLICAS = Replicas(0, 0.0)
 
 
 def execute(server: redis.Redis, *command: Any) -> Any:
@@ -40,32 +57,48 @@ class Script:
         self.source = source
         self.sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
 
-    def __call__(self, client: Client, keys: list[str], args: list[str | int]) -> Any:
+    def __call__(
+        self,
+        client: Client,
+        keys: list[str],
+        args: list[str | int],
+        replicas: Replicas = NO_REPLICAS,
+    ) -> Any:
         """Run the script.
 
         Raises:
             StoreUnavailable: The server could not be reached or did not answer, twice, or for
-                as long as the client's timeout.
+                as long as the client's timeout; or too few replicas have the write.
             ScriptError: The server refused (no permission, out of memory, read only).
         """
         started = time.monotonic()
         try:
-            return self._evaluate(client, keys, args)
+            return self._evaluate(client, keys, args, replicas)
         except StoreUnavailable:
             if time.monotonic() - started > client.timeout / 2:
                 raise
             time.sleep(_PAUSE)
-            return self._evaluate(client, keys, args)
+            return self._evaluate(client, keys, args, replicas)
 
-    def on(self, server: redis.Redis, keys: Sequence[Key], args: Sequence[Argument]) -> Any:
+    def on(
+        self,
+        server: redis.Redis,
+        keys: Sequence[Key],
+        args: Sequence[Argument],
+        replicas: Replicas = NO_REPLICAS,
+    ) -> Any:
         """Run the script once on a client of somebody else's, whose errors are left as they are.
 
         The keys are complete: kombu's client would put its prefix before the first one alone.
+
+        Raises:
+            redis.ConnectionError: Too few ``replicas`` have what was written; it is written.
         """
+        run = _run_and_wait if replicas.count else _run
         try:
-            return execute(server, "EVALSHA", self.sha, len(keys), *keys, *args)
+            return run(server, replicas, "EVALSHA", self.sha, len(keys), *keys, *args)
         except redis.exceptions.NoScriptError:
-            return execute(server, "EVAL", self.source, len(keys), *keys, *args)
+            return run(server, replicas, "EVAL", self.source, len(keys), *keys, *args)
 
     def on_full(self, server: redis.Redis, keys: Sequence[Key], args: Sequence[Argument]) -> Any:
         """Run the script once, also where memory is full: it keeps what is there alive.
@@ -78,13 +111,36 @@ class Script:
             source = f"#!lua flags=allow-oom\n{self.source}"
             return execute(server, "EVAL", source, len(keys), *keys, *args)
 
-    def _evaluate(self, client: Client, keys: list[str], args: list[str | int]) -> Any:
+    def _evaluate(
+        self, client: Client, keys: list[str], args: list[str | int], replicas: Replicas
+    ) -> Any:
         try:
-            return self.on(client.redis, keys, args)
+            return self.on(client.redis, keys, args, replicas)
         except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
             raise StoreUnavailable(client.shown_url, str(error)) from error
         except redis.RedisError as error:
             raise ScriptError(self.name, str(error)) from error
+
+
+def _run(server: redis.Redis, _: Replicas, *command: Any) -> Any:
+    return execute(server, *command)
+
+
+def _run_and_wait(server: redis.Redis, replicas: Replicas, *command: Any) -> Any:
+    # In one go on one connection: WAIT is about what its own connection has written.
+    pipeline: Any = redis.Redis.pipeline(server, transaction=False)
+    pipeline.execute_command(*command)
+    pipeline.execute_command("WAIT", replicas.count, round(replicas.timeout * 1000))
+    answer, reached = pipeline.execute(raise_on_error=False)
+    for error in (answer, reached):
+        if isinstance(error, Exception):
+            raise error
+    if int(reached) < replicas.count:
+        raise redis.exceptions.ConnectionError(
+            f"only {reached} of {replicas.count} replicas have the write after "
+            f"{replicas.timeout:g} s (reliable_wait_replicas)"
+        )
+    return answer
 
 
 @cache
