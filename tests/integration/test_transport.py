@@ -187,15 +187,20 @@ class TestQueues:
         scene = shop()
         worker = scene.worker()
         control = scene.app.control
+        scene.call("show", f"{name} 1", queue="extra")
+        # The worker has found its queue empty, and waits for it alone.
+        wait_until(lambda: redis_client.info("clients")["blocked_clients"])
+        asked_at = time.time()
         control.add_consumer("extra", destination=[worker.hostname], reply=True, timeout=5)
-        assert scene.call("show", f"{name} 1", queue="extra").get(timeout=10)
+        assert scene.wait_starts(f"{name} 1") - asked_at < 2
         control.cancel_consumer("extra", destination=[worker.hostname], reply=True, timeout=5)
         scene.call("show", f"{name} 2", queue="extra")
         assert scene.call("show", f"{name} 3").get(timeout=10)
         wait_until(lambda: redis_client.llen("extra") == 1)
         assert f"{name} 2" not in _runs(scene)
+        asked_at = time.time()
         control.add_consumer("extra", destination=[worker.hostname], reply=True, timeout=5)
-        scene.wait_starts(f"{name} 2")
+        assert scene.wait_starts(f"{name} 2") - asked_at < 2
 
     def test_purge(self, shop: Shop, redis_client: redis.Redis, name: str) -> None:
         """Purge counts and removes what waits, of all priorities."""

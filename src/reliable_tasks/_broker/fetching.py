@@ -13,6 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from queue import Empty
 from time import monotonic
 from typing import Any
@@ -72,13 +73,16 @@ class FetchingChannel:
         return consumed
 
     def _stop_waiting(self: Any) -> None:
-        """Give up a wait for the bells of other queues than those that are active now."""
+        """End a wait for the bells of other queues than those that are active now."""
         self._is_empty = False
-        # An event loop reads that answer itself, and in at most _WAIT seconds.
-        has_event_loop = "_unregister_from_poll" in vars(self.connection.cycle)
-        if self._in_poll and not self._is_fetching and not has_event_loop:
-            connection, self._in_poll = self._in_poll, None
-            connection.disconnect()
+        if self._in_poll and not self._is_fetching:
+            # By a bell that nobody else waits for. Should it not be heard, so is _WAIT.
+            with suppress(*self.connection_errors, ResponseError):
+                self.held.messages.ring(self.held.server, self._own_bell)
+
+    @cached_property
+    def _own_bell(self: Any) -> str:
+        return str(self.held.messages.keys.bell(self.held.next_prefix()))
 
     def basic_get(self: Any, queue: str, no_ack: bool = False, **_: Any) -> Any:
         """Take one message now, or return ``None``."""
@@ -128,7 +132,7 @@ class FetchingChannel:
             bells = [self.held.messages.keys.bell(queue) for queue in queues]
             # Nobody rings for replies that stock workers send.
             wait = _WAIT_FOR_REPLIES if self._unleased.intersection(queues) else self.brpop_timeout
-            connection.send_command("BLPOP", *bells, timeout or wait)
+            connection.send_command("BLPOP", *bells, self._own_bell, timeout or wait)
             return
         if self._must_repeat and self._plan is not None:
             plan = self._plan.repeated()

@@ -33,6 +33,8 @@ _TOKEN_TTL = 300.0
 _RUN_TTL = 7 * 86400.0
 #: How long a task that had other copies is known to be over (s).
 _OVER_TTL = 3600.0
+#: How long a bell rings that nobody hears (s), as in ``ring_bell.lua``.
+_BELL_TTL = 60.0
 #: How many tags one renewal takes: each ZADD blocks the server for well under 1 ms.
 _RENEWED_AT_ONCE = 500
 
@@ -276,6 +278,11 @@ class Messages:
         """Keep a message that nobody can read where somebody can look at it."""
         keys = [*self._held, self.keys.leases, self.keys.undecodable]
         load("message_set_apart").on(server, keys, [tag, message])
+
+    def ring(self, server: redis.Redis, bell: str) -> None:
+        """Wake the one that waits for a bell of its own."""
+        execute(server, "RPUSH", bell, "1")
+        execute(server, "PEXPIRE", bell, ms(_BELL_TTL))
 
     def count_start(self, delivery: Delivery, by: int) -> tuple[Argument, ...]:
         """Return the command that counts a start as a crash, or takes that back."""
