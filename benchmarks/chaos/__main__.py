@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks.chaos import kills, outages, recovery, storm, zombie
+from benchmarks.chaos import failover, kills, outages, recovery, storm, zombie
 from benchmarks.chaos.account import Row
 from benchmarks.chaos.app import OURS, STOCK
 
@@ -21,6 +21,7 @@ SCENARIOS: dict[str, ModuleType] = {
     "storm": storm,
     "recovery": recovery,
     "outages": outages,
+    "failover": failover,
     "zombie": zombie,
 }
 _SYSTEMS = {"ours": OURS, "stock": STOCK}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from celery import Celery
 
 from reliable_tasks import ReliableTask, apply_reliable_config
 
-__all__ = ["JOURNAL", "LEASE", "OURS", "STEP", "STOCK", "SYSTEM", "make_app"]
+__all__ = ["JOURNAL", "OURS", "SETTINGS", "STEP", "STOCK", "STOCK_TIMEOUT", "SYSTEM", "make_app"]
 
 OURS = "reliable_tasks"
 STOCK = "stock Celery"
@@ -19,31 +20,32 @@ STEP = "chaos.step"
 #: The environment variables of a worker.
 SYSTEM = "RT_CHAOS_SYSTEM"
 JOURNAL = "RT_CHAOS_JOURNAL"
-LEASE = "RT_CHAOS_LEASE"
+SETTINGS = "RT_CHAOS_SETTINGS"
 
 #: How long stock's messages stay with a dead worker (s); its default is an hour.
 STOCK_TIMEOUT = 5
 
 
-def make_app(system: str, broker: str | None, lease: float | None = None) -> Celery:
+def make_app(system: str, broker: str | None, settings: Mapping[str, Any] | None = None) -> Celery:
     """Return the app of one system.
 
     Args:
         system: `OURS` or `STOCK`.
         broker: The broker's URL.
-        lease: `reliable_lease`, if not the default.
+        settings: What is not as by default; those of this library are nothing to stock Celery.
     """
     app = Celery("chaos", broker=broker, set_as_current=False)
-    app.conf.update(task_ignore_result=True, broker_connection_retry_on_startup=True)
+    app.conf.update(
+        settings or {}, task_ignore_result=True, broker_connection_retry_on_startup=True
+    )
     options: dict[str, Any] = {"acks_late": True, "reject_on_worker_lost": True}
     if system == OURS:
-        if lease:
-            app.conf.reliable_lease = lease
         apply_reliable_config(app, longest_task=120)
         options = {"base": ReliableTask}
     else:
         # The quickest that stock can be told to look for a dead worker's messages.
         app.conf.broker_transport_options = {
+            **(app.conf.broker_transport_options or {}),
             "visibility_timeout": STOCK_TIMEOUT,
             "unacked_restore_interval": 1,
             "unacked_restore_throttle": 1,

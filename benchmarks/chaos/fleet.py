@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from benchmarks.chaos.app import JOURNAL, LEASE, SYSTEM
+from benchmarks.chaos.app import JOURNAL, SETTINGS, SYSTEM
 from tests.support import WorkerProcess
 
 __all__ = ["Fleet"]
@@ -28,7 +29,7 @@ class Fleet:
         urls: The broker's URL for each of them.
         journal: Where their tasks write.
         concurrency: How many children each has.
-        lease: `reliable_lease`, if not the default.
+        settings: Theirs, as `make_app` takes them.
         loglevel: Theirs.
         args: More arguments of ``celery worker``.
         logs: A directory that keeps their logs.
@@ -45,7 +46,7 @@ class Fleet:
         journal: Path,
         *,
         concurrency: int = 2,
-        lease: float | None = None,
+        settings: Mapping[str, Any] | None = None,
         loglevel: str = "WARNING",
         args: Sequence[str] = (),
         logs: Path | None = None,
@@ -55,7 +56,7 @@ class Fleet:
         self._env: Mapping[str, str] = {
             SYSTEM: system,
             JOURNAL: str(journal),
-            **({LEASE: str(lease)} if lease else {}),
+            SETTINGS: json.dumps(settings or {}),
             # Killed workers do not tidy up after themselves.
             "TMPDIR": str(journal.parent),
         }

@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from celery import Celery
 
@@ -35,8 +36,11 @@ def run(given: argparse.Namespace, system: str) -> list[Row]:
     trials = given.trials or (3 if given.quick else 20)
     stops = given.stops or (1 if given.quick else 5)
     lease = _QUICK_LEASE if given.quick else _LEASE
-    rows = [_series(given, system, "SIGKILL", trials, None)]
-    rows += [_series(given, system, how, stops, lease) for how in ("SIGSTOP", "network cut")]
+    rows = [_series(given, system, "SIGKILL", trials, {})]
+    rows += [
+        _series(given, system, how, stops, {"reliable_lease": lease})
+        for how in ("SIGSTOP", "network cut")
+    ]
     if system != OURS:
         return rows
     for row, bound in zip(rows, (_MOST, lease + _BEYOND_LEASE, lease + _BEYOND_LEASE), strict=True):
@@ -48,12 +52,12 @@ def run(given: argparse.Namespace, system: str) -> list[Row]:
 
 
 def _series(
-    given: argparse.Namespace, system: str, how: str, trials: int, lease: float | None
+    given: argparse.Namespace, system: str, how: str, trials: int, settings: dict[str, Any]
 ) -> Row:
     draw = random.Random(f"recovery {how} {given.seed}")
     with tempfile.TemporaryDirectory() as directory, EmbeddedServer() as server:
         journal = Journal(Path(directory, "journal"))
-        app = make_app(system, server.url, lease)
+        app = make_app(system, server.url, settings)
         with Proxy(server.port) as proxy:
             # Only the first one's network is cut, so its task must be the first one's.
             is_cut = how == "network cut"
@@ -62,7 +66,7 @@ def _series(
                 system,
                 urls,
                 journal.path,
-                lease=lease,
+                settings=settings,
                 loglevel="INFO",
                 logs=given.logs,
                 concurrency=1,

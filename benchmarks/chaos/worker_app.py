@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
 
-from benchmarks.chaos.app import LEASE, SYSTEM, make_app
+from benchmarks.chaos.app import SETTINGS, SYSTEM, make_app
 
-app = make_app(
-    os.environ[SYSTEM], os.environ["RT_BROKER_URL"], float(os.environ.get(LEASE) or 0) or None
-)
+app = make_app(os.environ[SYSTEM], os.environ["RT_BROKER_URL"], json.loads(os.environ[SETTINGS]))

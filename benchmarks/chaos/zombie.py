@@ -19,6 +19,7 @@ from reliable_tasks.demo._server import EmbeddedServer
 from tests.support import wait_until
 
 _LEASE = 6.0
+_SETTINGS = {"reliable_lease": _LEASE}
 _LEASES = "reliable:leases"
 #: The stopped copy still has to run so long when it is woken (s).
 _LEFT = 4.0
@@ -46,12 +47,12 @@ def _trial(given: argparse.Namespace, system: str, pause: float) -> dict[str, An
     with tempfile.TemporaryDirectory() as directory, EmbeddedServer() as server:
         journal = Journal(Path(directory, "journal"))
         client = redis.Redis(port=server.port, decode_responses=True)
-        app = make_app(system, server.url, _LEASE)
+        app = make_app(system, server.url, _SETTINGS)
         fleet = Fleet(
             system,
             [server.url] * 2,
             journal.path,
-            lease=_LEASE,
+            settings=_SETTINGS,
             concurrency=1,
             loglevel="INFO",
             logs=given.logs,
