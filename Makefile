@@ -10,8 +10,8 @@ PYTHON ?= python3
 CELERY ?=
 ARGS   ?=
 # Real workers mostly wait: more test processes than two cores still help. Each process has
-# servers of its own, and the tests of a file share workers.
-WORKERS ?= -n 4 --dist loadfile
+# servers of its own, and tests that share workers run in one of them.
+WORKERS ?= -n 6 --dist loadgroup
 
 VENV := .venv$(if $(CELERY),-$(CELERY))
 BIN  := $(VENV)/bin

@@ -25,13 +25,25 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("reliable")
 
 
+# Before pytest-xdist reads its own mark.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by where they live and by what they ask for."""
+    """Mark tests by where they live, by what they ask for, and by what they share."""
     for item in items:
         if item.path.is_relative_to(_INTEGRATION):
             item.add_marker(pytest.mark.integration)
-        if _NEEDS_RABBITMQ.intersection(getattr(item, "fixturenames", ())):
+        needs_rabbitmq = _NEEDS_RABBITMQ.intersection(getattr(item, "fixturenames", ()))
+        if needs_rabbitmq:
             item.add_marker(pytest.mark.rabbitmq)
+        # A node takes long to start, and so do the workers that a module shares.
+        if needs_rabbitmq or _shares_with_its_module(item):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def _shares_with_its_module(item: pytest.Item) -> bool:
+    known: Any = getattr(item, "_fixtureinfo", None)
+    found = known.name2fixturedefs.values() if known else ()
+    return any(one.scope == "module" for definitions in found for one in definitions)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from celery.exceptions import Ignore, Reject, Retry
 
 from reliable_tasks._broker.fence import Fenced, exclusively
 from reliable_tasks._celery.exits import ends_more_than_the_task
+from reliable_tasks._celery.headers import IN_DOUBT
 from reliable_tasks._celery.registry import hard_limit
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._once.run import enter
@@ -20,6 +21,8 @@ from reliable_tasks.errors import TaskExited
 
 __all__ = ["guarded"]
 
+#: A copy that waited in a pool, and whose lease may have ended, is asked about after a pause (s).
+_IN_DOUBT = (0.05, 1.0)
 #: An exclusive task whose lease may have ended tries again after a pause (s).
 _AFTER_FENCE = (0.5, 5.0)
 
@@ -37,6 +40,8 @@ def guarded(function: Callable[..., Any], *, takes_self: bool) -> Callable[..., 
         # Called as a function, or by a subclass' run through super(): nothing of ours to do.
         if self.request.called_directly or self.request.get("reliable_body"):
             return body(*args, **kwargs)
+        if self.request.get(IN_DOUBT):
+            raise SetAside("its lease may have ended", *_IN_DOUBT)
         self.request.update(reliable_body=True)
         if not self.exclusive or self.request.is_eager:
             return _start(self, self._policy, body, args, kwargs)

@@ -11,7 +11,7 @@ from uuid import uuid4
 import redis
 import time_machine
 
-from reliable_tasks._store.delivery import Delivery, FetchPlan, Layout
+from reliable_tasks._store.delivery import Copy, Delivery, FetchPlan, Layout
 from reliable_tasks._store.fleet import Fleet
 from reliable_tasks._store.messages import Messages
 from reliable_tasks._store.publication import Publication, Published
@@ -140,6 +140,17 @@ class Broker(OnAClock):
     def end_lease(self, delivery: Delivery) -> None:
         """Have a lease end now, by the server's clock."""
         self.server.zadd(self.keys.leases, {delivery.tag: self.now() * 1000 - 1}, xx=True)
+
+    def hold(self, delivery: Delivery) -> Copy:
+        """Ask the guard again."""
+        return self.messages.hold(self.server, delivery, 30.0)
+
+    def bury(self, worker: str) -> int:
+        """End the leases of a worker of which nothing was heard for long."""
+        self.server.zadd(self.keys.beats, {worker: self.now() * 1000 - 10_000})
+        ended = self.fleet.end_leases_of(self.server, worker, silent=2.0)
+        assert ended is not None
+        return ended
 
     def settle(self, delivery: Delivery) -> bool:
         """Acknowledge."""

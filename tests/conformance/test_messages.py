@@ -147,7 +147,7 @@ def test_a_global_prefix_is_before_every_key_and_in_no_tag(redis_url: str) -> No
         delivery = broker.fetch_one(queues=("a",))
         assert delivery.tag == "w1:1:1:a"
         assert broker.messages.renew(client, [delivery.tag], 30) == []
-        broker.messages.hold(client, delivery)
+        broker.messages.hold(client, delivery, 30)
         broker.requeue(delivery)
         with redis.Redis.from_url(redis_url) as plain:
             names = {key.decode() for key in plain.scan_iter()}
@@ -487,10 +487,10 @@ def test_two_messages_with_one_id_do_not_run_at_once(broker: Broker) -> None:
     assert second.copy.guard is Guard.HELD_ELSEWHERE
     assert second.copy.seconds == pytest.approx(30, abs=2)
     before = everything(broker)
-    assert broker.messages.hold(broker.server, second).guard is Guard.HELD_ELSEWHERE
+    assert broker.hold(second).guard is Guard.HELD_ELSEWHERE
     assert everything(broker) == before, "what waits does not touch what runs"
     broker.settle(first)
-    assert broker.messages.hold(broker.server, second).may_run
+    assert broker.hold(second).may_run
     assert broker.run_of()["tag"] == second.tag
 
 
@@ -503,8 +503,8 @@ def test_two_messages_with_one_id_in_one_fetch(broker: Broker) -> None:
 def test_a_copy_may_ask_as_often_as_it_likes(broker: Broker) -> None:
     """Who holds the run holds it still."""
     delivery = taken(broker)
-    assert broker.messages.hold(broker.server, delivery).may_run
-    assert broker.messages.hold(broker.server, delivery).may_run
+    assert broker.hold(delivery).may_run
+    assert broker.hold(delivery).may_run
 
 
 def test_a_run_whose_holder_has_lapsed_is_free(broker: Broker) -> None:
@@ -512,7 +512,7 @@ def test_a_run_whose_holder_has_lapsed_is_free(broker: Broker) -> None:
     put(broker, "one", "one")
     first, second = broker.fetch()
     broker.end_lease(first)
-    assert broker.messages.hold(broker.server, second).may_run
+    assert broker.hold(second).may_run
     assert broker.requeue(first, if_lapsed_of=600.0)
     third = broker.fetch_one("w3")
     assert third.copy.guard is Guard.HELD_ELSEWHERE
@@ -524,7 +524,7 @@ def test_a_copy_that_went_back_lets_the_other_run(broker: Broker) -> None:
     put(broker, "one", "one")
     first, second = broker.fetch()
     broker.requeue(first)
-    assert broker.messages.hold(broker.server, second).may_run
+    assert broker.hold(second).may_run
 
 
 def test_a_copy_whose_message_was_put_back_is_over(broker: Broker) -> None:
@@ -532,7 +532,7 @@ def test_a_copy_whose_message_was_put_back_is_over(broker: Broker) -> None:
     put(broker, "one")
     (delivery,) = broker.fetch("w1")
     broker.requeue(delivery)
-    assert broker.messages.hold(broker.server, delivery).is_over
+    assert broker.hold(delivery).is_over
 
 
 def test_two_tasks_do_not_wait_for_each_other(broker: Broker) -> None:
@@ -586,14 +586,14 @@ def test_a_copy_that_was_started_and_waits_again_is_no_crash(broker: Broker) -> 
     delivery = taken(broker)
     broker.start(delivery)
     broker.server.execute_command(*broker.messages.count_start(delivery, -1))
-    assert broker.messages.hold(broker.server, delivery).crashes == 0
+    assert broker.hold(delivery).crashes == 0
 
 
 def test_a_zombies_start_is_not_counted(broker: Broker) -> None:
     """Only the copy that holds the run changes its count."""
     zombie, successor = taken_over(broker)
     broker.start(zombie)
-    assert broker.messages.hold(broker.server, successor).crashes == 0
+    assert broker.hold(successor).crashes == 0
 
 
 def test_the_end_of_a_task_ends_its_count(broker: Broker) -> None:
@@ -648,7 +648,7 @@ def test_a_continuation_waits_for_the_copy_that_published_it(broker: Broker) -> 
     retry = broker.fetch_one("w2")
     assert retry.copy.guard is Guard.HELD_ELSEWHERE
     assert broker.settle(first)
-    assert broker.messages.hold(broker.server, retry).may_run
+    assert broker.hold(retry).may_run
 
 
 def test_a_copy_that_was_continued_is_dropped_whoever_runs_now(broker: Broker) -> None:
@@ -1208,18 +1208,48 @@ def test_the_leases_of_a_dead_worker_end_at_once(broker: Broker) -> None:
     put(broker, *(f"t{n}" for n in range(1100)))
     dead = broker.fetch("w1", count=1050)
     alive = broker.fetch("w10", count=1000)
-    assert broker.fleet.end_leases_of(broker.server, "w1") == 1050
+    assert broker.bury("w1") == 1050
     leases = broker.leases
     assert {leases[delivery.tag] for delivery in dead} == {0.0}
     assert all(leases[delivery.tag] > 0 for delivery in alive)
-    assert broker.fleet.end_leases_of(broker.server, "w2") == 0
+    assert broker.bury("w2") == 0
     assert len(broker.leases) == 1100
+
+
+def test_a_worker_that_was_heard_of_meanwhile_keeps_its_leases(broker: Broker) -> None:
+    """Whoever finds it silent is a moment late."""
+    delivery = taken(broker)
+    beat(broker, "w1")
+    before = broker.leases
+    assert broker.fleet.end_leases_of(broker.server, "w1", silent=2.0) is None
+    assert broker.leases == before
+    broker.fleet.leave(broker.server, "w1")
+    assert broker.fleet.end_leases_of(broker.server, "w1", silent=2.0) is None
+    assert broker.settle(delivery)
+
+
+def test_asking_the_guard_renews_the_lease(broker: Broker) -> None:
+    """What may start must not be put back in that moment."""
+    delivery = taken(broker, lease=1.0)
+    broker.end_lease(delivery)
+    assert broker.hold(delivery).may_run
+    assert broker.leases[delivery.tag] == pytest.approx(broker.now() + 30, abs=5)
+    assert broker.index[delivery.tag] == pytest.approx(broker.now() + 30, abs=5)
+    assert broker.sweep() == 0
+
+
+def test_what_has_no_lease_any_more_is_over(broker: Broker) -> None:
+    """Somebody has dropped it, though its message is still there."""
+    delivery = taken(broker)
+    broker.server.zrem(broker.keys.leases, delivery.tag)
+    assert broker.hold(delivery).is_over
+    assert not broker.leases
 
 
 def test_a_worker_that_was_taken_for_dead_may_still_renew(broker: Broker) -> None:
     """Until its message was put back it is its own."""
     delivery = taken(broker)
-    broker.fleet.end_leases_of(broker.server, "w1")
+    broker.bury("w1")
     assert broker.messages.renew(broker.server, [delivery.tag], 30) == []
     assert broker.requeue(delivery, if_lapsed_of=600.0) is False
 

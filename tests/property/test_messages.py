@@ -215,7 +215,7 @@ class Machine(RuleBasedStateMachine):
         """A copy that waits asks again."""
         held = self.held(pick)
         if held.is_current and not held.may_run:
-            held.may_run = self.broker.messages.hold(self.broker.server, held.delivery).may_run
+            held.may_run = self.broker.hold(held.delivery).may_run
 
     @precondition(lambda self: self.known)
     @rule(pick=picks, queue=queues, priority=priorities, again=st.booleans())
@@ -257,7 +257,7 @@ class Machine(RuleBasedStateMachine):
             for held in self.known
             if held.is_current and held.delivery.tag.startswith(f"{worker}:")
         ]
-        count = self.broker.fleet.end_leases_of(self.broker.server, worker)
+        count = self.broker.bury(worker)
         assert count == len(theirs)
         for held in theirs:
             held.lease_end = 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -25,7 +26,10 @@ from reliable_tasks._store.delivery import Copy, Delivery, FetchPlan, Guard
 from reliable_tasks._store.fleet import Fleet
 from reliable_tasks._store.messages import Messages
 
-__all__ = ["Held", "all_held", "held_for"]
+__all__ = ["UNHEARD", "Held", "all_held", "held_for"]
+
+#: A worker that was not heard of for so long (s) may be taken for dead, a little later.
+UNHEARD = 2.0
 
 #: After a failure nothing is said for so long (s) but what the keeper says.
 _SILENCE = 1.0
@@ -43,6 +47,7 @@ class Held:
         keepers: The client of the thread that renews.
         detects_deaths: Whether a lost connection may count as a worker's death.
         renewed_at: When the last renewal that the server confirmed was sent (monotonic s).
+        heard_at: The same of the last beat, and nothing was taken back since the one before.
     """
 
     def __init__(
@@ -59,11 +64,12 @@ class Held:
         self.server = server
         self.keepers = keepers
         self.detects_deaths = True
-        self.renewed_at = time.monotonic()
+        self.renewed_at = self.heard_at = time.monotonic()
         self._deliveries: dict[str, Delivery] = {}
         self._unsaid: dict[str, Callable[[redis.Redis, bool], Any]] = {}
         self._over: set[str] = set()
         self._suspected: set[str] = set()
+        self._given_up: set[str] = set()
         self._lost_fetches: deque[FetchPlan] = deque()
         self._silent_until = 0.0
         self._fetches = count(1)
@@ -83,7 +89,19 @@ class Held:
 
     def to_renew(self, now: float) -> list[str]:
         """Return the tags of all that is held, but for runs that have hung."""
-        return [tag for tag, d in list(self._deliveries.items()) if now < d.renew_until]
+        tags = []
+        for tag, delivery in list(self._deliveries.items()):
+            if now < delivery.renew_until:
+                tags.append(tag)
+            elif tag not in self._given_up:
+                self._given_up.add(tag)
+                say(
+                    logging.ERROR,
+                    "Task %s has outlived its hard limit and has hung: its lease is not renewed "
+                    "any more, and another worker will run it",
+                    delivery.task_id or tag,
+                )
+        return tags
 
     def is_open(self, tag: str) -> bool:
         """Say whether a delivery is held and has not ended."""
@@ -117,22 +135,37 @@ class Held:
         except (*UNREACHABLE, redis.exceptions.ResponseError):
             self._lost_fetches.append(plan)
 
-    def may_be_over(self) -> bool:
-        """Say whether leases may have ended that were not renewed: this process was stopped."""
-        return time.monotonic() - self.renewed_at > self.lease
+    def may_be_over(self, delivery: Delivery) -> bool:
+        """Say whether the broker may have taken a delivery back: then ask before a start.
+
+        It was not renewed for a whole lease, or the worker was silent for so long that it may
+        count as dead.
+        """
+        now = time.monotonic()
+        return (
+            now - self.heard_at > UNHEARD
+            or now - self.renewed_at > self.lease
+            or delivery.tag in self._suspected
+        )
 
     def forget(self, tag: str) -> None:
         """Let go of a delivery that is over; nothing is said."""
         self._deliveries.pop(tag, None)
         self._over.discard(tag)
+        self._given_up.discard(tag)
 
     def hold(self, delivery: Delivery) -> Copy:
         """Ask the guard again; a broker that does not answer says that the copy must wait."""
+        unknown = Copy(Guard.HELD_ELSEWHERE, delivery.copy.crashes, _SILENCE)
+        if time.monotonic() < self._silent_until:
+            delivery.copy = unknown
+            return unknown
         try:
-            delivery.copy = self.messages.hold(self.server, delivery)
+            delivery.copy = self.messages.hold(self.server, delivery, self.lease)
         except (redis.exceptions.RedisError, OSError) as error:
+            self._silent_until = time.monotonic() + _SILENCE
             say(logging.WARNING, "The broker does not answer: %s", error)
-            delivery.copy = Copy(Guard.HELD_ELSEWHERE, delivery.copy.crashes, 1.0)
+            delivery.copy = unknown
         return delivery.copy
 
     def count_start(self, delivery: Delivery) -> None:
@@ -143,6 +176,9 @@ class Held:
         """Take that back: the copy was started, and waits again."""
         if delivery.is_started:
             self._count(delivery, -1)
+        # Of the start that is over; while it waits, it has not hung.
+        delivery.renew_until = math.inf
+        self._given_up.discard(delivery.tag)
 
     def say_what_is_unsaid(self, server: redis.Redis) -> None:
         """Settle and put back what could not be while the broker was away.
@@ -161,7 +197,7 @@ class Held:
                 say(logging.ERROR, "The broker does not take the end of %s: %s", tag, error)
                 continue
             self._unsaid.pop(tag, None)
-            self._deliveries.pop(tag, None)
+            self.forget(tag)
 
     @property
     def unsaid(self) -> int:
@@ -225,8 +261,7 @@ class Held:
                 delivery.task_id or delivery.tag,
             )
         else:
-            self._deliveries.pop(delivery.tag, None)
-            self._over.discard(delivery.tag)
+            self.forget(delivery.tag)
 
     def _put_back(self, server: redis.Redis, plan: FetchPlan) -> None:
         for tag, list_, queue, raw, copy in plan.read(plan.repeated().run(server)):

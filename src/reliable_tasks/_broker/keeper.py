@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import redis
 
 from reliable_tasks._broker.fence import note_renewal
-from reliable_tasks._broker.held import Held
+from reliable_tasks._broker.held import UNHEARD, Held
 from reliable_tasks._broker.mute import UNREACHABLE
 from reliable_tasks._broker.saying import say, say_what_waits, speak_later
 from reliable_tasks._broker.sweep import BEAT, ring, sweep
@@ -135,6 +135,10 @@ class Keeper:
             term=_TERM,
             gap=max(held.lease / 3, 2 * _TERM),
         )
+        if time.monotonic() - held.heard_at > UNHEARD:
+            # Silent for so long, it may have been taken for dead before that beat; not after it.
+            self._renew(server)
+        held.heard_at = self._beat_at
         if held.unsaid:
             held.say_what_is_unsaid(server)
         if self._is_unreachable and self._beat_at - self._reached_at > 2 * BEAT:

@@ -90,7 +90,9 @@ def _end_leases_of_the_dead(held: Held, server: redis.Redis, now: float, server_
         return
     for worker, connection in connections.items():
         if connection not in alive:
-            count = fleet.end_leases_of(server, worker)
+            count = fleet.end_leases_of(server, worker, _SILENT)
+            if count is None:
+                continue
             fleet.leave(server, worker)
             say(logging.WARNING, "Worker %s is dead; it held %d messages", worker, count)
 

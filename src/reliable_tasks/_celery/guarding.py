@@ -70,7 +70,7 @@ class GuardedRequest(PatientRequest):
         if self._is_left_to_broker():
             task_ready(self)
             return False
-        if not delivery.copy.may_run or self._held.may_be_over():
+        if not delivery.copy.may_run or self._held.may_be_over(delivery):
             self._held.hold(delivery)
             self.request_dict["crashes"] = delivery.copy.crashes
         if self._beside is not None and not delivery.copy.may_run:

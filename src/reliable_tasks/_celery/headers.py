@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["DELIVERY", "IS_COPY", "OF_ONE_COPY", "TIMES_SET_ASIDE"]
+__all__ = ["DELIVERY", "IN_DOUBT", "IS_COPY", "OF_ONE_COPY", "TIMES_SET_ASIDE"]
 
 #: Header, of one delivery: its tag.
 DELIVERY = "reliable_delivery"
+#: Header, of one start: the broker may have taken its message back.
+IN_DOUBT = "reliable_in_doubt"
 #: Headers of a copy that waits in the broker: its message was delivered before, ...
 IS_COPY = "reliable_copy"
 #: ... and so many times it was set aside.

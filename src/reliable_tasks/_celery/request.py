@@ -23,6 +23,7 @@ from celery.worker.state import reserved_requests, successful_requests
 from reliable_tasks._celery.exits import quiet_exit
 from reliable_tasks._celery.failures import has_exited, lost_worker, without_memory_error
 from reliable_tasks._celery.guarding import GuardedRequest
+from reliable_tasks._celery.headers import IN_DOUBT
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._celery.versions import ENDS_EXITS_AND_REJECTS
 
@@ -97,6 +98,9 @@ class ReliableRequest(GuardedRequest):
             # in its thread. Nobody would kill it; its message goes back with the prefetched.
             raise quiet_exit()
         if delivery is not None and self.task.acks_late and not delivery.is_started:
+            if self._held.may_be_over(delivery):
+                # It waited in the pool, where nobody asked; the task's body says no.
+                self.request_dict[IN_DOUBT] = True
             self._note_start()
         super().on_accepted(pid, time_accepted)
 

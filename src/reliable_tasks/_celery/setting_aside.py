@@ -15,7 +15,7 @@ from celery.worker.state import task_ready, task_reserved
 
 from reliable_tasks._celery import stock
 from reliable_tasks._celery.delivery import DeliveredRequest
-from reliable_tasks._celery.headers import DELIVERY, IS_COPY, TIMES_SET_ASIDE
+from reliable_tasks._celery.headers import DELIVERY, IN_DOUBT, IS_COPY, TIMES_SET_ASIDE
 
 __all__ = ["PatientRequest", "SetAside"]
 
@@ -64,6 +64,7 @@ class PatientRequest(DeliveredRequest):
         task_ready(self)
         # Of the run that is over: a revoke with terminate must not kill that child again.
         self.time_start = self.worker_pid = self._apply_result = None
+        self.request_dict.pop(IN_DOUBT, None)
         doublings = min(self._times_set_aside, _MOST_DOUBLINGS)
         pause = min(answer.first * 2**doublings, answer.longest)
         if self._delivery is not None:

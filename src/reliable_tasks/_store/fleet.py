@@ -97,20 +97,27 @@ class Fleet:
             if value is not None
         }
 
-    def end_leases_of(self, server: redis.Redis, worker: str) -> int:
-        """End all leases of a dead worker; return how many there were."""
+    def end_leases_of(self, server: redis.Redis, worker: str, silent: float) -> int | None:
+        """End all leases of a dead worker; return how many there were.
+
+        Args:
+            server: The client.
+            worker: Its name.
+            silent: For how long it must not have been heard of (s).
+
+        Returns:
+            ``None`` if it was heard of meanwhile, or has left.
+        """
+        keys = [self._keys.leases, self._keys.beats]
         ended = 0
-        cursor: Any = "0"
+        cursor = "0"
         while True:
-            cursor, found = execute(
-                server, "ZSCAN", self._keys.leases, cursor, "MATCH", f"{worker}:*", "COUNT", 500
-            )
-            tags = [text(tag) for tag, _ in _pairs(found)]
-            if tags:
-                scores = [x for tag in tags for x in (0, tag)]
-                execute(server, "ZADD", self._keys.leases, "XX", *scores)
-                ended += len(tags)
-            if text(cursor) == "0":
+            answer = load("worker_end").on(server, keys, [worker, ms(silent), cursor])
+            cursor = text(answer[0])
+            ended += int(answer[1])
+            if not cursor:
+                return None
+            if cursor == "0":
                 return ended
 
     def lapsed(self, server: redis.Redis, now: float, *, limit: int) -> list[str]:

@@ -141,9 +141,7 @@ class Messages:
             ms(_RUN_TTL),
             *(self.layout.prefix + one for one in lists),
         ]
-        code, owner, milliseconds, fence = load("message_publish").on(
-            server, keys, args, replicas
-        )
+        code, owner, milliseconds, fence = load("message_publish").on(server, keys, args, replicas)
         return Published(
             Queued(int(code)),
             text(owner),
@@ -151,10 +149,10 @@ class Messages:
             int(text(fence) or 0),
         )
 
-    def hold(self, server: redis.Redis, delivery: Delivery) -> Copy:
-        """Ask again whether a copy may run."""
-        keys = [self.keys.leases, self.keys.run(delivery.task_id), self._held[0]]
-        args: list[Argument] = [delivery.tag, ms(_RUN_TTL)]
+    def hold(self, server: redis.Redis, delivery: Delivery, lease: float) -> Copy:
+        """Ask again whether a copy may run, and renew its lease (s)."""
+        keys = [self.keys.leases, self.keys.run(delivery.task_id), *self._held]
+        args: list[Argument] = [delivery.tag, ms(_RUN_TTL), ms(lease)]
         return Copy.of(load("message_hold").on(server, keys, args))
 
     def enter(
