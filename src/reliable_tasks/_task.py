@@ -188,6 +188,7 @@ class ReliableTask(_Task):
             args=args,
             kwargs=kwargs,
             task_id=task_id,
+            producer=producer,
             options=options,
             waited_for=bool(waited_for),
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -136,21 +134,6 @@ def test_no_replica_is_an_error(
         wait_until(lambda: client.info("replication")["connected_slaves"] == 0, 30)
     with pytest.raises(OperationalError, match="reliable_wait_replicas"):
         scene.call("show", name)
-
-
-def test_a_replica_that_hangs_is_an_error(
-    shop: Callable[..., Scene], group: SentinelGroup, name: str
-) -> None:
-    """A replica that is connected and does not take the message does not count, ever so often."""
-    scene = shop(reliable_wait_replicas=1, reliable_store_timeout=1)
-    replica = group.replica
-    scene.call("show", "warm-up")
-    os.kill(replica.pid, signal.SIGSTOP)
-    try:
-        with pytest.raises(OperationalError, match="reliable_wait_replicas"):
-            scene.call("show", name)
-    finally:
-        os.kill(replica.pid, signal.SIGCONT)
 
 
 def test_several_sentinels(

@@ -87,6 +87,35 @@ def _queues(names: str) -> list[str]:
     return ["--without-mingle", "--without-gossip", "-Q", names]
 
 
+class TestProducers:
+    """A producer of the caller's own leads where it leads, and its claim goes with it."""
+
+    def test_of_another_broker(
+        self, shop: Shop, redis_server: EmbeddedServer, redis_client: redis.Redis, name: str
+    ) -> None:
+        """The message of a once-task is queued there, not in the app's own broker."""
+        scene = shop()
+        elsewhere = other_database(redis_server, 5)
+        with scene.app.connection_for_write(url=elsewhere) as connection:
+            scene.call("act", name, producer=connection.Producer())
+        with redis.Redis.from_url(elsewhere) as client:
+            assert client.llen("celery") == 1
+        assert redis_client.llen("celery") == 0
+        assert scene.claim(name)
+        assert scene.call("act", name).duplicate
+
+    def test_of_the_app(self, shop: Shop, redis_client: redis.Redis, name: str) -> None:
+        """A group publishes all its parts by one, without a second connection for the claims."""
+        scene = shop()
+        with scene.app.producer_or_acquire() as producer:
+            for number in range(3):
+                scene.call("act", f"{name} {number}", producer=producer)
+            pool = scene.app.amqp.producer_pool
+            assert len(pool._dirty) == 1
+        assert redis_client.llen("celery") == 3
+        assert scene.claim(f"{name} 2")
+
+
 class TestOrder:
     """Which message comes next is what stock kombu says."""
 

@@ -47,6 +47,7 @@ def publish(
     args: Any,
     kwargs: Any,
     task_id: str | None,
+    producer: Any,
     options: Mapping[str, Any],
     waited_for: bool,
 ) -> ReliableResult:
@@ -75,13 +76,13 @@ def publish(
     token = uuid4().hex
     ttl = once.ttl(locks.config) + delay_of(task.app, options)
     is_own = continued is not None or retries > 0
-    if _is_one_script(task, locks, options):
+    if _is_one_script(task, locks, options, producer):
         try:
             # Ours to give back: kombu closes the connection of one that an exception leaves.
-            with task.app.producer_or_acquire() as producer:
+            with task.app.producer_or_acquire(producer) as acquired:
                 try:
                     with publishing(_wish(task, claim, ttl, continued), owner):
-                        return queue(owner, headers, producer)
+                        return queue(owner, headers, acquired)
                 except ClaimTaken as taken:
                     _forget_result(task, owner)
                     answer = taken.published
@@ -139,12 +140,21 @@ def _forget_result(task: Task[..., Any], task_id: str) -> None:
         logger.debug("The subscription to %s stays", task_id, exc_info=True)
 
 
-def _is_one_script(task: Task[..., Any], locks: Locks, options: Mapping[str, Any]) -> bool:
+def _is_one_script(
+    task: Task[..., Any], locks: Locks, options: Mapping[str, Any], producer: Any
+) -> bool:
     """Say whether the broker makes the claim in the script that queues the message."""
-    # A connection of the caller's own may lead anywhere.
-    if options.get("producer") or options.get("connection") or not locks.are_at_broker:
+    app = task.app
+    if not locks.are_at_broker or not (app.conf.broker_transport_options or {}).get("reliable"):
         return False
-    return bool((task.app.conf.broker_transport_options or {}).get("reliable"))
+    # A connection of the caller's own may lead anywhere; a group hands on the app's.
+    if options.get("connection"):
+        return False
+    return producer is None or _uri(producer.connection) == _uri(app.connection_for_write())
+
+
+def _uri(connection: Any) -> str:
+    return str(connection.as_uri(include_password=True))
 
 
 def _wish(task: Task[..., Any], claim: Claim, ttl: float, continued: Claim | None) -> Publication:

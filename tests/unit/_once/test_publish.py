@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
 from celery import Celery
+from kombu import Connection
 from kombu.exceptions import OperationalError
 
 from reliable_tasks import (
@@ -477,6 +479,7 @@ def call(task: Any, queue: Any, *args: Any, waited_for: bool = False, **options:
         args=args,
         kwargs={},
         task_id=options.pop("task_id", None),
+        producer=options.pop("producer", None),
         options=options,
         waited_for=waited_for,
     )
@@ -549,7 +552,21 @@ def test_a_connection_of_the_callers_own_makes_no_claims(at_broker: Any, option:
         assert claim["owner"] == owner
         return ReliableResult(owner)
 
-    call(at_broker, queue, 7, **{option: object()})
+    with Connection("redis://elsewhere:6379/0") as connection:
+        given = {"connection": connection, "producer": SimpleNamespace(connection=connection)}
+        call(at_broker, queue, 7, **{option: given[option]})
+
+
+def test_a_producer_of_the_apps_own_makes_claims(at_broker: Any) -> None:
+    """As a group hands it on to its parts: the claim comes with the message."""
+    given = SimpleNamespace(connection=at_broker.app.connection_for_write())
+
+    def queue(owner: str, headers: Any, producer: Any = None) -> ReliableResult:
+        assert producer is given
+        assert publication_of({"id": owner}) is not None
+        return ReliableResult(owner)
+
+    call(at_broker, queue, 7, producer=given)
 
 
 def test_stock_kombu_makes_no_claims(at_broker: Any) -> None:

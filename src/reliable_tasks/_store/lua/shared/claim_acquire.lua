@@ -5,7 +5,9 @@ local function claim_acquire(key, mine, my_attempt, my_token, ttl, task)
     local owner, token, fence = unpack(redis.call('HMGET', key, 'owner', 'token', 'fence'))
     if owner then
         if owner == mine and token == my_token then
-            return {1, owner, redis.call('PTTL', key), fence}
+            -- A write, though a small one: WAIT waits for the last write of its own connection.
+            redis.call('PEXPIRE', key, ttl)
+            return {1, owner, tonumber(ttl), fence}
         end
         return {0, owner, redis.call('PTTL', key), fence}
     end
