@@ -156,9 +156,13 @@ class Broker(OnAClock):
         """Acknowledge."""
         return self.messages.settle(self.server, delivery)
 
-    def requeue(self, delivery: Delivery, **options: Any) -> bool:
-        """Put back."""
-        return self.messages.requeue(self.server, delivery, **options)
+    def requeue(
+        self, delivery: Delivery, *, to_back: bool = False, if_lapsed: bool = False
+    ) -> bool:
+        """Put back, as its worker does or as the sweeper does."""
+        if if_lapsed:
+            return bool(self.messages.requeue_lapsed(self.server, [delivery], 600.0))
+        return self.messages.requeue(self.server, delivery, to_back=to_back)
 
     def sweep(self) -> int:
         """Put back what has lapsed, as the sweeper does."""
@@ -168,7 +172,7 @@ class Broker(OnAClock):
             if isinstance(found, str):
                 self.messages.drop(self.server, found)
             else:
-                count += self.requeue(found, if_lapsed_of=600.0)
+                count += self.requeue(found, if_lapsed=True)
         return count
 
     # -- what is there -------------------------------------------------------------------------

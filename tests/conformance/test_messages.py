@@ -409,7 +409,7 @@ def test_a_sweep_leaves_a_lease_that_lasts(broker: Broker) -> None:
     """Renewed between look and grip: the message stays with its worker."""
     delivery = taken(broker)
     before = everything(broker)
-    assert broker.requeue(delivery, if_lapsed_of=600.0) is False
+    assert broker.requeue(delivery, if_lapsed=True) is False
     assert everything(broker) == before
 
 
@@ -417,7 +417,7 @@ def test_a_sweep_puts_back_what_has_lapsed(broker: Broker) -> None:
     """By the server's clock alone."""
     delivery = taken(broker, lease=0.1)
     broker.let_pass(0.15)
-    assert broker.requeue(delivery, if_lapsed_of=600.0) is True
+    assert broker.requeue(delivery, if_lapsed=True) is True
     assert broker.waiting_ids() == ["one"]
 
 
@@ -425,7 +425,7 @@ def test_a_message_whose_lease_is_gone_counts_as_lapsed(broker: Broker) -> None:
     """A message without a lease would stay with nobody for ever."""
     delivery = taken(broker)
     broker.server.zrem(broker.keys.leases, delivery.tag)
-    assert broker.requeue(delivery, if_lapsed_of=600.0) is True
+    assert broker.requeue(delivery, if_lapsed=True) is True
 
 
 def test_a_message_that_goes_back_wakes_a_worker(broker: Broker) -> None:
@@ -513,7 +513,7 @@ def test_a_run_whose_holder_has_lapsed_is_free(broker: Broker) -> None:
     first, second = broker.fetch()
     broker.end_lease(first)
     assert broker.hold(second).may_run
-    assert broker.requeue(first, if_lapsed_of=600.0)
+    assert broker.requeue(first, if_lapsed=True)
     third = broker.fetch_one("w3")
     assert third.copy.guard is Guard.HELD_ELSEWHERE
     assert broker.run_of()["tag"] == second.tag
@@ -658,7 +658,7 @@ def test_a_copy_that_was_continued_is_dropped_whoever_runs_now(broker: Broker) -
     broker.end_lease(killed)
     retry = broker.fetch_one("w2")
     assert retry.copy.may_run
-    assert broker.requeue(killed, if_lapsed_of=600.0) is False
+    assert broker.requeue(killed, if_lapsed=True) is False
     assert broker.waiting_ids() == []
     assert broker.run_of()["tag"] == retry.tag
 
@@ -1251,7 +1251,7 @@ def test_a_worker_that_was_taken_for_dead_may_still_renew(broker: Broker) -> Non
     delivery = taken(broker)
     broker.bury("w1")
     assert broker.messages.renew(broker.server, [delivery.tag], 30) == []
-    assert broker.requeue(delivery, if_lapsed_of=600.0) is False
+    assert broker.requeue(delivery, if_lapsed=True) is False
 
 
 def test_leases_that_have_ended_are_found(broker: Broker) -> None:
@@ -1275,7 +1275,7 @@ def test_leases_that_no_worker_can_have_given_are_found(broker: Broker) -> None:
     broker.server.zadd(broker.keys.leases, {one.tag: (now + 3600) * 1000})
     assert two.tag not in broker.fleet.leased_beyond(broker.server, now + 600, limit=9)
     assert broker.fleet.leased_beyond(broker.server, now + 600, limit=9) == [one.tag]
-    assert broker.requeue(one, if_lapsed_of=600.0) is True
+    assert broker.requeue(one, if_lapsed=True) is True
 
 
 def test_a_delivery_is_found_by_its_tag(broker: Broker) -> None:
@@ -1325,3 +1325,30 @@ def test_one_message_that_nobody_can_read_does_not_stop_the_sweep(broker: Broker
     assert raw.encode() in kept
     assert broker.server.hlen("unacked") == 0
     assert broker.leases == {}
+
+
+def test_what_has_lapsed_is_put_back_in_one_go(broker: Broker) -> None:
+    """Those that were renewed meanwhile stay, and a flushed script is loaded again."""
+    put(broker, *(f"t{n}" for n in range(30)))
+    taken = broker.fetch(count=30)
+    for delivery in taken[:20]:
+        broker.end_lease(delivery)
+    broker.server.script_flush()
+    put_back = broker.messages.requeue_lapsed(broker.server, taken, 600.0)
+    assert put_back == taken[:20]
+    assert set(broker.waiting_ids()) == {f"t{n}" for n in range(20)}
+    assert set(broker.unacked) == {delivery.tag for delivery in taken[20:]}
+    assert broker.messages.requeue_lapsed(broker.server, [], 600.0) == []
+
+
+def test_one_that_cannot_be_put_back_does_not_keep_the_others(broker: Broker) -> None:
+    """Its error is raised when the rest has gone back."""
+    put(broker, "one", "three")
+    put(broker, "two", queue="odd")
+    deliveries = [broker.fetch_one(count=1), broker.fetch_one(queues=["odd"]), broker.fetch_one()]
+    for delivery in deliveries:
+        broker.end_lease(delivery)
+    broker.server.set("odd", "is no list any more")
+    with pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"):
+        broker.messages.requeue_lapsed(broker.server, deliveries, 600.0)
+    assert set(broker.waiting_ids()) == {"one", "three"}

@@ -188,15 +188,13 @@ class Machine(RuleBasedStateMachine):
             held.message.tag, held.message.is_over = None, True
 
     @precondition(lambda self: self.known)
-    @rule(pick=picks, to_back=st.booleans(), if_lapsed=st.booleans())
-    def requeue(self, pick: int, to_back: bool, if_lapsed: bool) -> None:
+    @rule(pick=picks, how=st.sampled_from(["front", "back", "sweep"]))
+    def requeue(self, pick: int, how: str) -> None:
         """A worker gives back, or a sweeper puts back."""
         held = self.held(pick)
         lapsed = held.lease_end <= self.now
-        answer = self.broker.requeue(
-            held.delivery, to_back=to_back, if_lapsed_of=600.0 if if_lapsed else 0.0
-        )
-        if held.is_current and (lapsed or not if_lapsed):
+        answer = self.broker.requeue(held.delivery, to_back=how == "back", if_lapsed=how == "sweep")
+        if held.is_current and (lapsed or how != "sweep"):
             assert answer is self.gone_back(held)
         else:
             assert answer is False

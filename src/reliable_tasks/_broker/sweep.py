@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable
 
 import redis
 
 from reliable_tasks._broker.held import Held
 from reliable_tasks._broker.saying import say
+from reliable_tasks._store.delivery import Delivery
 from reliable_tasks._store.scripts import execute
 
 __all__ = ["BEAT", "ring", "sweep"]
@@ -19,8 +21,10 @@ BEAT = 1.0
 _SILENT = 2 * BEAT + 0.3
 #: What is seldom the case is looked for each so many seconds.
 _SELDOM = 10
-#: So many messages are put back in one go.
+#: So many messages are put back in one go, ...
 _AT_ONCE = 100
+#: ... and for so long at each beat (s).
+_LONGEST = 0.5
 #: No lease lasts longer (s). One that seems to was given before the server's clock went back.
 _LONGEST_LEASE = 600.0
 
@@ -38,13 +42,14 @@ def sweep(held: Held, server: redis.Redis, now: float, server_id: str) -> int:
         _end_leases_of_the_dead(held, server, now, server_id)
     is_seldom = int(now) % _SELDOM == 0
     count = 0
-    while True:
+    # The rest comes with the next beat: the keeper has leases to renew.
+    ends_at = time.monotonic() + _LONGEST
+    while time.monotonic() < ends_at:
         tags = held.fleet.lapsed(server, now, limit=_AT_ONCE)
         if not tags and is_seldom:
             tags = held.fleet.leased_beyond(server, now + _LONGEST_LEASE, limit=_AT_ONCE)
         put_back = _put_back(held, server, tags)
         count += put_back
-        # The keeper must come to beat again, whatever stays.
         if len(tags) < _AT_ONCE or not put_back:
             break
     if is_seldom:
@@ -58,19 +63,21 @@ def ring(held: Held, server: redis.Redis) -> None:
 
 
 def _put_back(held: Held, server: redis.Redis, tags: list[str]) -> int:
-    count = 0
+    lapsed: list[Delivery] = []
     for found in held.messages.find(server, tags):
         if isinstance(found, str):
             held.messages.drop(server, found)
-        elif held.messages.requeue(server, found, if_lapsed_of=_LONGEST_LEASE):
-            count += 1
-            say(
-                logging.WARNING,
-                "Task %s is put back into %s: the worker that had it no longer renews its lease",
-                found.task_id or found.tag,
-                found.queue,
-            )
-    return count
+        else:
+            lapsed.append(found)
+    put_back = held.messages.requeue_lapsed(server, lapsed, _LONGEST_LEASE)
+    for delivery in put_back:
+        say(
+            logging.WARNING,
+            "Task %s is put back into %s: the worker that had it no longer renews its lease",
+            delivery.task_id or delivery.tag,
+            delivery.queue,
+        )
+    return len(put_back)
 
 
 def _end_leases_of_the_dead(held: Held, server: redis.Redis, now: float, server_id: str) -> None:

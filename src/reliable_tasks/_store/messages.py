@@ -22,7 +22,7 @@ from reliable_tasks._store.delivery import (
 )
 from reliable_tasks._store.keys import Keys
 from reliable_tasks._store.publication import Publication, Published, Queued
-from reliable_tasks._store.scripts import NO_REPLICAS, Argument, Replicas, execute, load
+from reliable_tasks._store.scripts import NO_REPLICAS, Argument, Call, Replicas, execute, load
 from reliable_tasks._store.values import ms, text
 
 __all__ = ["Messages"]
@@ -203,12 +203,7 @@ class Messages:
         return bool(load("message_settle").on(server, keys, args))
 
     def requeue(
-        self,
-        server: redis.Redis,
-        delivery: Delivery,
-        *,
-        to_back: bool = False,
-        if_lapsed_of: float = 0.0,
+        self, server: redis.Redis, delivery: Delivery, *, to_back: bool = False
     ) -> bool:
         """Put a message back; return False if it was over, or has continued itself.
 
@@ -216,8 +211,25 @@ class Messages:
             server: The client.
             delivery: Its message is marked as redelivered and its deliveries are counted.
             to_back: Behind all that wait, not in front of them.
-            if_lapsed_of: Only if the lease has ended, of which none is longer (s).
         """
+        keys, args = self._requeue(delivery, to_back=to_back)
+        return int(load("message_requeue").on(server, keys, args)) == 1
+
+    def requeue_lapsed(
+        self, server: redis.Redis, deliveries: Sequence[Delivery], longest: float
+    ) -> list[Delivery]:
+        """Put back the messages whose lease has ended, of which none is longer (s).
+
+        Returns:
+            Those that were put back.
+        """
+        calls = [self._requeue(delivery, if_lapsed_of=longest) for delivery in deliveries]
+        answers = load("message_requeue").on_each(server, calls)
+        return [one for one, code in zip(deliveries, answers, strict=True) if int(code) == 1]
+
+    def _requeue(
+        self, delivery: Delivery, *, to_back: bool = False, if_lapsed_of: float = 0.0
+    ) -> Call:
         keys = [
             *self._held,
             self.keys.leases,
@@ -232,7 +244,7 @@ class Messages:
             int(delivery.is_started and not delivery.has_crashed),
             ms(if_lapsed_of),
         ]
-        return int(load("message_requeue").on(server, keys, args)) == 1
+        return keys, args
 
     def note_continued(self, server: redis.Redis, task_id: str, tag: str) -> bool:
         """Note that a delivery has published its task's whole continuation."""
@@ -240,13 +252,17 @@ class Messages:
 
     def renew(self, server: redis.Redis, tags: Iterable[str], lease: float) -> list[str]:
         """Renew leases; return the tags whose delivery is over."""
-        over: list[str] = []
         keys = [self.keys.leases, self._held[1]]
         rest = iter(tags)
+        calls: list[Call] = []
         while batch := list(islice(rest, _RENEWED_AT_ONCE)):
-            answer = load("message_renew").on_full(server, keys, [ms(lease), *batch])
-            over += [text(tag) for tag in answer]
-        return over
+            calls.append((keys, [ms(lease), *batch]))
+        script = load("message_renew")
+        try:
+            answers = script.on_each(server, calls)
+        except redis.exceptions.OutOfMemoryError:
+            answers = [script.on_full(server, *call) for call in calls]
+        return [text(tag) for answer in answers for tag in answer]
 
     def find(self, server: redis.Redis, tags: Sequence[str]) -> list[Delivery | str]:
         """Return the deliveries of tags; of one whose message is gone only the tag.

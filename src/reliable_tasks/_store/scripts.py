@@ -16,7 +16,7 @@ import redis
 from reliable_tasks._store.client import Client
 from reliable_tasks.errors import ScriptError, StoreUnavailable
 
-__all__ = ["NO_REPLICAS", "Argument", "Key", "Replicas", "Script", "execute", "load"]
+__all__ = ["NO_REPLICAS", "Argument", "Call", "Key", "Replicas", "Script", "execute", "load"]
 
 # A reply can be lost after the script ran. Every script is written to be repeated, so one that
 # failed on the way is sent again, where redis-py's own retries are off (they cannot know).
@@ -26,6 +26,7 @@ _USES = re.compile(r"^-- Uses: (.+)$", re.MULTILINE)
 
 Key = str | bytes
 Argument = str | bytes | int
+Call = tuple[Sequence[Key], Sequence[Argument]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,29 @@ class Script:
             return run(server, replicas, "EVALSHA", self.sha, len(keys), *keys, *args)
         except redis.exceptions.NoScriptError:
             return run(server, replicas, "EVAL", self.source, len(keys), *keys, *args)
+
+    def on_each(self, server: redis.Redis, calls: Sequence[Call]) -> list[Any]:
+        """Run the script once for each of some keys and arguments, all under way at once.
+
+        An error of one is raised when all have run.
+        """
+        answers = self._pipelined(server, calls, "EVALSHA", self.sha)
+        if any(isinstance(answer, redis.exceptions.NoScriptError) for answer in answers):
+            # None of them has run.
+            answers = self._pipelined(server, calls, "EVAL", self.source)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
+
+    def _pipelined(
+        self, server: redis.Redis, calls: Sequence[Call], command: str, script: str
+    ) -> list[Any]:
+        pipeline: Any = redis.Redis.pipeline(server, transaction=False)
+        for keys, args in calls:
+            pipeline.execute_command(command, script, len(keys), *keys, *args)
+        found: list[Any] = pipeline.execute(raise_on_error=False)
+        return found
 
     def on_full(self, server: redis.Redis, keys: Sequence[Key], args: Sequence[Argument]) -> Any:
         """Run the script once, also where memory is full: it keeps what is there alive.

@@ -25,8 +25,9 @@
 --          {0, owner, ms until it lapses, fence}  refused: another task has the claim
 -- Uses: ring_bell claim_acquire claim_continue
 -- Commands: EXISTS HGET HDEL HSET LPUSH SET PEXPIRE
--- A write, though a small one: WAIT waits for the last write of its own connection.
-if redis.call('PEXPIRE', KEYS[1], ARGV[2]) == 1 then
+if redis.call('EXISTS', KEYS[1]) == 1 then
+    -- A write, though a small one: WAIT waits for the last write of its own connection.
+    redis.call('PEXPIRE', KEYS[1], ARGV[2])
     return {2, '', 0, ''}
 end
 -- A run that is unknown was forgotten by the server, not taken over.
