@@ -13,7 +13,7 @@ from kombu.exceptions import OperationalError
 
 from reliable_tasks._body import guarded
 from reliable_tasks._broker.beside import note_done
-from reliable_tasks._broker.continuing import continuing, note_continued
+from reliable_tasks._broker.continuing import check_held, continuing, note_continued
 from reliable_tasks._celery.delays import with_short_delay
 from reliable_tasks._celery.delivery import remember_consumer
 from reliable_tasks._celery.headers import OF_ONE_COPY
@@ -250,13 +250,14 @@ class ReliableTask(_Task):
         if run is not None:
             headers = {**(sig.options.get("headers") or {}), CLAIM: run.claim.as_header()}
             sig.set(headers=headers)
-        if isinstance(sig, (group, chord)):
-            try:
-                return super().on_replace(sig)
-            except Ignore:
-                note_continued(self.app, self, self._note_done)
-                raise
         try:
+            if isinstance(sig, (group, chord)):
+                check_held(self.app, self)
+                try:
+                    return super().on_replace(sig)
+                except Ignore:
+                    note_continued(self.app, self, self._note_done)
+                    raise
             with continuing(self, None, self._note_done):
                 return super().on_replace(sig)
         except Superseded:

@@ -681,6 +681,9 @@ def test_a_continuation_of_several_messages_is_noted_when_it_is_whole(broker: Br
     """Only the copy that holds the run can say so."""
     zombie, successor = taken_over(broker)
     messages = broker.messages
+    assert messages.is_held(broker.server, "one", zombie.tag) is False
+    assert messages.is_held(broker.server, "one", successor.tag) is True
+    assert messages.is_held(broker.server, "forgotten", successor.tag) is True
     assert messages.note_continued(broker.server, "one", zombie.tag) is False
     assert messages.note_continued(broker.server, "one", successor.tag) is True
     assert messages.note_continued(broker.server, "one", successor.tag) is True

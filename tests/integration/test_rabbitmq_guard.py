@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from reliable_tasks.demo._server import EmbeddedServer
-from tests.integration.apps import bare
+from tests.integration.apps import bare, goes_on
 from tests.integration.conftest import StartScene
 from tests.integration.scene import Scene
+from tests.integration.test_continuations import TIMES
 from tests.support import Proxy, RabbitMQServer, wait_until
 
 Record = Callable[[str, object], None]
@@ -153,6 +154,24 @@ def test_what_was_continued_is_not_run_again(scene: Scene, broker: Broker, what:
     broker.wait_empty()
     scene.stop_workers()
     assert scene.starts("order") == 2, scene.logs
+
+
+def test_what_was_rescheduled_is_not_run_again(
+    scenes: StartScene, broker: Broker, rabbitmq_url: str, redis_url: str
+) -> None:
+    """A worker that dies between sending a copy again and its ack leaves two; one runs."""
+    scene = scenes(rabbitmq_url, redis_url, limit=60, module=goes_on)
+    for number in range(TIMES):
+        name = f"order {number}"
+        first = scene.worker(concurrency=1)
+        result = scene.call("act", name, countdown=1)
+        scene.run_elsewhere(name, result.id, lease=4.0)
+        wait_until(lambda first=first: not first.running, 20, lambda: scene.logs)
+        second = scene.worker(concurrency=1)
+        assert result.get(timeout=30) == name
+        broker.wait_empty()
+        assert scene.starts(name) == 1, scene.logs
+        second.stop()
 
 
 def test_two_calls_with_one_id_never_run_at_once(scene: Scene, broker: Broker) -> None:

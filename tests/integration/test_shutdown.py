@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -114,6 +115,17 @@ def test_a_cold_shutdown_hands_back_what_it_kills(
     assert _left(broker) == _nothing_held(4), scene.logs
     assert _ended(busy) == set()
     assert "Traceback" not in worker.log, scene.logs
+    assert _run_the_rest(busy) == {"first": 2, "second": 1, "third": 1}
+
+
+def test_a_warm_shutdown_of_the_whole_group_is_no_crash(
+    start_busy: StartBusy, broker: redis.Redis
+) -> None:
+    """A process manager sends SIGTERM to the children, too: what they ran goes back, uncounted."""
+    busy = start_busy("prefork")
+    os.killpg(busy.worker.pid, signal.SIGTERM)
+    busy.worker.wait(SOON)
+    assert _left(broker) == _nothing_held(4), busy.scene.logs
     assert _run_the_rest(busy) == {"first": 2, "second": 1, "third": 1}
 
 

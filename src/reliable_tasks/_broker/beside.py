@@ -26,7 +26,7 @@ from reliable_tasks._store.delivery import Copy, Delivery, Guard, Layout
 from reliable_tasks._store.messages import Messages
 from reliable_tasks.config import ReliableConfig
 
-__all__ = ["Beside", "Run", "beside", "is_beside", "note_done"]
+__all__ = ["Beside", "Run", "beside", "is_beside", "note_done", "say_unnoted"]
 
 logger = logging.getLogger("reliable_tasks")
 
@@ -199,12 +199,17 @@ def note_done(task: Task[..., Any], claims: Claims, config: ReliableConfig) -> N
     try:
         messages.note_done(claims.client.redis, str(request.id), order)
     except (redis.exceptions.RedisError, OSError) as error:
-        logger.warning(
-            "Task %s[%s] has continued, and may run again should its worker die now: %s",
-            task.name,
-            request.id,
-            error,
-        )
+        say_unnoted(task, error)
+
+
+def say_unnoted(task: Task[..., Any], error: Exception) -> None:
+    """Say that a task's continuation is published, and nobody could be told."""
+    logger.warning(
+        "Task %s[%s] has continued, and may run again should its worker die now: %s",
+        task.name,
+        task.request.id,
+        error,
+    )
 
 
 def _messages(prefix: str, config: ReliableConfig) -> Messages:

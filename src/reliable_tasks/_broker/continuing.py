@@ -6,14 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import redis
 from celery import Celery, Task
 from celery.exceptions import Ignore, Retry
+from kombu.exceptions import OperationalError
 
-from reliable_tasks._broker.beside import is_beside
+from reliable_tasks._broker.beside import is_beside, say_unnoted
 from reliable_tasks._celery.headers import DELIVERY
-from reliable_tasks._store.publication import Publication, publishing
+from reliable_tasks._store.messages import Messages
+from reliable_tasks._store.publication import Publication, Superseded, publishing
 
-__all__ = ["continuing", "note_continued"]
+__all__ = ["check_held", "continuing", "note_continued"]
 
 
 @contextmanager
@@ -45,17 +48,44 @@ def continuing(
         yield
 
 
+def check_held(app: Celery, task: Task[..., Any]) -> None:
+    """Let a task begin to publish a continuation of more than one message.
+
+    Raises:
+        Superseded: Its delivery is over, and somebody else has the task.
+    """
+    tag = _tag_at_broker(task)
+    if tag is None:
+        return
+    with _messages(app) as (messages, client):
+        if not messages.is_held(client, str(task.request.id), tag):
+            raise Superseded
+
+
 def note_continued(app: Celery, task: Task[..., Any], note_done: Callable[[], None]) -> None:
     """Note that a task has published all of a continuation of more than one message."""
-    tag = task.request.get(DELIVERY)
-    if not tag or task.request.is_eager:
+    tag = _tag_at_broker(task)
+    if tag is None:
+        if task.request.get(DELIVERY) and not task.request.is_eager:
+            note_done()
         return
-    if is_beside(str(tag)):
-        note_done()
-        return
+    try:
+        with _messages(app) as (messages, client):
+            messages.note_continued(client, str(task.request.id), tag)
+    except (OperationalError, redis.exceptions.RedisError, OSError) as error:
+        # All is published: that nobody could be told is no failure of the task.
+        say_unnoted(task, error)
+
+
+def _tag_at_broker(task: Task[..., Any]) -> str | None:
+    """Return the tag of the delivery that a task runs, where the broker's scripts know it."""
+    tag = str(task.request.get(DELIVERY) or "")
+    return tag if tag and not task.request.is_eager and not is_beside(tag) else None
+
+
+@contextmanager
+def _messages(app: Celery) -> Iterator[tuple[Messages, redis.Redis]]:
     with app.producer_or_acquire() as producer:
         channel: Any = producer.channel
-        held = getattr(channel, "held", None)
-        if held is not None:
-            with channel.conn_or_acquire() as client:
-                held.messages.note_continued(client, str(task.request.id), str(tag))
+        with channel.conn_or_acquire() as client:
+            yield channel.held.messages, client

@@ -61,6 +61,7 @@ class DeliveredRequest(Request):
         self._ends_here = False
         self._is_cancelled = False
         self._is_requeued = False
+        self._is_told_to_end = False
         self._times_set_aside = 0
         self._held = held_by(message.channel)
         self._delivery: Any = None if self._held is None else self._held.get(message.delivery_tag)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+from signal import SIGTERM
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
 from billiard.exceptions import WorkerLostError
 
-__all__ = ["TaskOutOfMemory", "has_exited", "lost_worker", "without_memory_error"]
+__all__ = [
+    "TaskOutOfMemory",
+    "has_exited",
+    "lost_worker",
+    "was_told_to_end",
+    "without_memory_error",
+]
 
 
 def has_exited(pid: Any) -> bool:
@@ -19,6 +26,11 @@ def has_exited(pid: Any) -> bool:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:
         return True
+
+
+def was_told_to_end(error: Any) -> bool:
+    """Say whether a pool child ended by SIGTERM: a process manager sends it to all of a group."""
+    return isinstance(error, WorkerLostError) and f"signal {int(SIGTERM)} " in str(error)
 
 
 def without_memory_error(exc_info: Any) -> Any:

@@ -21,7 +21,12 @@ from celery.worker import state
 from celery.worker.state import reserved_requests, successful_requests
 
 from reliable_tasks._celery.exits import quiet_exit
-from reliable_tasks._celery.failures import has_exited, lost_worker, without_memory_error
+from reliable_tasks._celery.failures import (
+    has_exited,
+    lost_worker,
+    was_told_to_end,
+    without_memory_error,
+)
 from reliable_tasks._celery.guarding import GuardedRequest
 from reliable_tasks._celery.headers import IN_DOUBT
 from reliable_tasks._celery.setting_aside import SetAside
@@ -68,6 +73,8 @@ class ReliableRequest(GuardedRequest):
         if isinstance(error, TimeLimitExceeded) and has_exited(self.worker_pid):
             # billiard looks for dead children every 5 s; the limit's timer can be quicker.
             exc_info = lost_worker(f"died before its hard time limit of {error}")
+        # In a warm shutdown the child was asked to stop, and has not crashed.
+        self._is_told_to_end = _is_asked(state.should_stop) and was_told_to_end(error)
         if isinstance(error, MemoryError):
             # Celery would end the worker for it.
             exc_info = without_memory_error(exc_info)
@@ -148,7 +155,7 @@ class ReliableRequest(GuardedRequest):
             self._is_requeued = True
             if self._delivery is not None:
                 # The child is dead, not asked to stop: the crash stands.
-                self._delivery.has_crashed = not should_terminate()
+                self._delivery.has_crashed = not (should_terminate() or self._is_told_to_end)
             self._settle(requeued=True)
         self._leave(goes_back=requeue)
         if not self._is_left_to_broker():
@@ -179,4 +186,9 @@ class ReliableRequest(GuardedRequest):
 
 def should_terminate() -> bool:
     """Say whether a cold shutdown goes on."""
-    return state.should_terminate not in (None, False)
+    return _is_asked(state.should_terminate)
+
+
+def _is_asked(flag: Any) -> bool:
+    # Celery keeps the exit code there, and 0 is one.
+    return flag is not None and flag is not False

@@ -73,6 +73,9 @@ class PatientRequest(DeliveredRequest):
             # It may come back by another worker, which could not wait for this one's lease.
             self._leave(goes_back=True)
             self._delivery = self._expect()
+            # It was let in, so no call of the same id was under way: should its message come
+            # back beside the copy that is sent again, one of them has run.
+            self._delivery.is_copy = True
             self.request_dict[DELIVERY] = self._delivery.tag
         if self._is_left_to_broker():
             return

@@ -202,9 +202,7 @@ class Messages:
         args: list[Argument] = [delivery.tag, int(delivery.is_started), remembers]
         return bool(load("message_settle").on(server, keys, args))
 
-    def requeue(
-        self, server: redis.Redis, delivery: Delivery, *, to_back: bool = False
-    ) -> bool:
+    def requeue(self, server: redis.Redis, delivery: Delivery, *, to_back: bool = False) -> bool:
         """Put a message back; return False if it was over, or has continued itself.
 
         Args:
@@ -245,6 +243,14 @@ class Messages:
             ms(if_lapsed_of),
         ]
         return keys, args
+
+    def is_held(self, server: redis.Redis, task_id: str, tag: str) -> bool:
+        """Say whether a delivery may publish the continuation of its task.
+
+        A run that is unknown was forgotten by the server, not taken over.
+        """
+        holder = execute(server, "HGET", self.keys.run(task_id), "tag")
+        return holder is None or text(holder) == tag
 
     def note_continued(self, server: redis.Redis, task_id: str, tag: str) -> bool:
         """Note that a delivery has published its task's whole continuation."""

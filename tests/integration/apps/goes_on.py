@@ -1,4 +1,4 @@
-"""The shop with a task that publishes its continuation and takes its worker down before the ack."""
+"""The shop with workers that die when they have published a continuation, and not acknowledged."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 
 from celery import Celery, Task, chain, group
 from celery.exceptions import Ignore, Retry
+from celery.signals import after_task_publish
 
 from reliable_tasks import ReliableTask
+from reliable_tasks._celery.headers import TIMES_SET_ASIDE
 from tests.integration.apps import shop
 
 
@@ -39,6 +41,15 @@ def build(broker: str, backend: str | None = None, **options: Any) -> Celery:
         raise AssertionError(how)
 
     return app
+
+
+@after_task_publish.connect(weak=False)
+def _die_rescheduling(headers: Any = None, **_: Any) -> None:
+    """Die when a copy that was set aside is in its queue again, at the first time."""
+    found = headers or {}
+    if found.get(TIMES_SET_ASIDE) and not shop.journal.events("rescheduled", id=found["id"]):
+        shop.journal.write("rescheduled", id=found["id"])
+        os.killpg(0, signal.SIGKILL)
 
 
 def _replacement(app: Celery, name: str, how: str) -> Any:
