@@ -26,7 +26,9 @@ REDIS_OPTIONS = (
 #: How long a task may run that nothing limits: Celery's own default visibility timeout (s).
 UNLIMITED = 3600.0
 
-#: The longest `reliable_lease` (s).
+#: The shortest `reliable_lease` (s): a worker that lives says so each second.
+SHORTEST_LEASE = 3.0
+#: The longest (s).
 LONGEST_LEASE = 300.0
 
 
@@ -115,7 +117,7 @@ class ReliableConfig:
     )
     lease: float = _setting(
         15.0,
-        "For how long a message is a worker's own without a renewal, at most 300 s; a worker "
+        "For how long a message is a worker's own without a renewal, 3 to 300 s; a worker "
         "renews each third of it. After a death that no lost connection gives away, its tasks "
         "run again when it has ended. The same for all workers of a Redis database.",
         unit="s",
@@ -160,6 +162,11 @@ class ReliableConfig:
             raise ConfigError(
                 f"reliable_lease = {self.lease!r}: give at most {LONGEST_LEASE:g} seconds, or a "
                 "dead worker's tasks would wait that long; it is renewed while the worker lives"
+            )
+        if self.lease < SHORTEST_LEASE:
+            raise ConfigError(
+                f"reliable_lease = {self.lease!r}: give at least {SHORTEST_LEASE:g} seconds, or "
+                "a worker that is busy for a moment would lose what it runs"
             )
         replicas: Any = self.wait_replicas
         if not isinstance(replicas, int) or isinstance(replicas, bool) or replicas < 0:

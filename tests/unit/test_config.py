@@ -108,8 +108,11 @@ def test_each_choice_has_its_names(name: str, value: str, meant: str) -> None:
     assert getattr(ReliableConfig.from_mapping({f"reliable_{name}": meant}), name) == meant
 
 
-def test_a_lease_has_a_longest() -> None:
-    """A dead worker's tasks wait for it where nothing else gives the death away."""
+def test_a_lease_has_a_longest_and_a_shortest() -> None:
+    """A dead worker's tasks wait for it, and a living worker must come to renew it."""
+    assert ReliableConfig(lease=3).lease == 3
+    with pytest.raises(ConfigError, match=r"reliable_lease = 2\.9: give at least 3 seconds"):
+        ReliableConfig(lease=2.9)
     assert ReliableConfig(lease=300).lease == 300
     with pytest.raises(ConfigError, match=r"reliable_lease = 300\.5: give at most 300 seconds"):
         ReliableConfig(lease=300.5)

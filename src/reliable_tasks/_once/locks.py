@@ -11,7 +11,13 @@ from kombu.exceptions import OperationalError
 
 from reliable_tasks._celery.settings import reliable_settings
 from reliable_tasks._store.claims import Claims
-from reliable_tasks._store.client import ServerAddress, as_text, is_redis_url, shown
+from reliable_tasks._store.client import (
+    ServerAddress,
+    as_text,
+    is_redis_url,
+    is_same_server,
+    shown,
+)
 from reliable_tasks._store.scripts import Replicas
 from reliable_tasks.config import REDIS_OPTIONS, ReliableConfig
 from reliable_tasks.errors import ConfigError, StoreUnavailable
@@ -75,8 +81,10 @@ def _build(app: Celery, config: ReliableConfig) -> Locks:
     url = config.redis_url
     if url:
         options = dict(config.redis_options or {})
-        if not options and url in (broker, backend):
-            options = at_broker if url == broker else at_backend
+        if not options and is_same_server(url, broker):
+            options = at_broker
+        elif not options and is_same_server(url, backend):
+            options = at_backend
     elif is_redis_url(broker):
         url, options = broker, at_broker
     elif is_redis_url(backend):
@@ -91,7 +99,7 @@ def _build(app: Celery, config: ReliableConfig) -> Locks:
     # A little less than a command may take, so that the error says what was waited for.
     replicas = Replicas(config.wait_replicas, 0.8 * config.store_timeout)
     claims = Claims(address, config.key_prefix, replicas)
-    return Locks(claims, config, are_at_broker=url == broker)
+    return Locks(claims, config, are_at_broker=is_same_server(url, broker))
 
 
 def _options(transport_options: Any, use_ssl: Any) -> dict[str, Any]:

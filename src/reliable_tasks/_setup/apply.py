@@ -182,6 +182,16 @@ def _tasks_made_too_early(app: Celery) -> list[Concern]:
     return [Concern("acks_late", False, reason)]
 
 
+_STOCK = (
+    "Stock kombu talks to the broker (reliable_broker), and this is not promised: a message is "
+    "lost when its worker dies while it fetches, or when Redis is full; a task that runs for "
+    "longer than visibility_timeout, or waits so long for its ETA, is started again while it "
+    "runs; a dead worker's tasks wait for visibility_timeout; a lost connection starts running "
+    "tasks again; a publish whose reply is lost can queue a message twice; there is no guard but "
+    "that of @once, no crash count, and no exclusive task"
+)
+
+
 class StartCheck(bootsteps.Step):
     """Checks a worker before it connects, when all tasks are imported."""
 
@@ -204,11 +214,7 @@ class StartCheck(bootsteps.Step):
         facts = Facts.of(app)
         is_stock = facts.broker == "redis" and not facts.has_own_transport
         if is_stock:
-            logger.warning(
-                "Stock kombu talks to the broker: a message can be lost when a worker dies, a "
-                "task that runs for longer than visibility_timeout is started again while it "
-                "runs, and a lost connection starts running tasks again (reliable_broker)"
-            )
+            logger.warning(_STOCK)
         if is_stock and pool in ("gevent", "eventlet"):
             logger.warning(
                 "Stock kombu never looks for a dead worker's messages in an idle %s worker: run "

@@ -33,6 +33,7 @@ __all__ = [
     "connect",
     "forget_clients",
     "is_redis_url",
+    "is_same_server",
     "shown",
 ]
 
@@ -139,6 +140,22 @@ def is_redis_url(url: str) -> bool:
     """Say whether Celery would talk to a Redis at ``url``."""
     scheme, separator, _ = url.partition("://")
     return bool(separator) and scheme in _SCHEMES
+
+
+def is_same_server(one: str, other: str) -> bool:
+    """Say whether two URLs lead to one database, however they are written."""
+    return one == other or _place(one) == _place(other)
+
+
+def _place(url: str) -> Any:
+    if ";" in url or not url.startswith(("redis://", "rediss://")):
+        return url
+    parsed = urlsplit(url)
+    return (
+        *(parsed.scheme, parsed.username or None, parsed.password),
+        *(parsed.hostname, parsed.port or 6379, parsed.path.strip("/") or "0"),
+        sorted(parse_qs(parsed.query).items()),
+    )
 
 
 def shown(url: str) -> str:

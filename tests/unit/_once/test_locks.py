@@ -162,3 +162,26 @@ def test_settings_are_read_from_the_app() -> None:
     app = app_with(broker_url="redis://h", reliable_once_tll=7)
     with pytest.raises(ConfigError, match="did you mean 'reliable_once_ttl'"):
         locks_of(app)
+
+
+@pytest.mark.parametrize(
+    ("url", "same"),
+    [
+        ("redis://u:p@h", True),
+        ("redis://u:p@h:6379/0", True),
+        ("redis://u:p@h:6379/", True),
+        ("redis://u:p@H/0", True),
+        ("redis://u:p@h/1", False),
+        ("redis://u:p@h:6380/0", False),
+        ("redis://u:other@h/0", False),
+        ("rediss://u:p@h/0", False),
+    ],
+)
+def test_the_broker_is_known_however_its_url_is_written(url: str, same: bool) -> None:
+    """Then the claim is made in the script that queues the message, with the broker's options."""
+    options = {"global_keyprefix": "b:"}
+    app = app_with(
+        broker_url="redis://u:p@h/0", reliable_redis_url=url, broker_transport_options=options
+    )
+    assert locks_of(app).are_at_broker is same
+    assert address(app).options == (options if same else {})
