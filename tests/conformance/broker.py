@@ -11,7 +11,7 @@ from uuid import uuid4
 import redis
 import time_machine
 
-from reliable_tasks._store.delivery import Copy, Delivery, FetchPlan, Layout
+from reliable_tasks._store.delivery import UNREADABLE, Copy, Delivery, FetchPlan, Layout
 from reliable_tasks._store.fleet import Fleet
 from reliable_tasks._store.messages import Messages
 from reliable_tasks._store.publication import Publication, Published
@@ -118,7 +118,7 @@ class Broker(OnAClock):
         deliveries = []
         for tag, list_, queue, raw, copy in plan.read(plan.run(self.server)):
             delivery = Delivery(tag, list_, queue, raw, copy)
-            with suppress(ValueError, AttributeError):
+            with suppress(*UNREADABLE):
                 delivery.describe(json.loads(raw))
             deliveries.append(delivery)
         return deliveries

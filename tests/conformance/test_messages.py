@@ -223,17 +223,28 @@ def test_a_repeated_fetch_passes_over_what_a_stock_worker_put_back(broker: Broke
     assert broker.run(plan.repeated()) == [two]
 
 
-def test_a_server_without_memory_hands_out_nothing(full_broker: FullBroker) -> None:
-    """A fetch that cannot record what it takes takes nothing."""
+def test_a_server_without_memory_hands_out_what_it_has(full_broker: FullBroker) -> None:
+    """What is taken is moved, and what is worked off frees its memory: nothing else would."""
     broker, fill = full_broker
-    put(broker, "one", "two")
+    put(broker, "one", "two", "three")
     fill()
-    with OOM:
-        broker.fetch()
-    assert broker.waiting_ids() == ["one", "two"]
-    assert broker.unacked == broker.leases == {}
-    broker.server.config_set("maxmemory", 0)
-    assert task_ids(broker.fetch()) == ["one", "two"]
+    assert task_ids(broker.fetch(count=2)) == ["one", "two"]
+    assert len(broker.unacked) == len(broker.leases) == len(broker.index) == 2
+    assert broker.run_of("one")["tag"] in broker.unacked
+    assert broker.waiting_ids() == ["three"]
+
+
+def test_all_that_keeps_a_message_alive_works_without_memory(full_broker: FullBroker) -> None:
+    """A worker that lives says so, renews, and may start what it has."""
+    broker, fill = full_broker
+    delivery = taken(broker)
+    broker.end_lease(delivery)
+    fill()
+    assert broker.messages.renew(broker.server, [delivery.tag], 30) == []
+    assert broker.leases[delivery.tag] > broker.now()
+    assert broker.hold(delivery).may_run
+    beat(broker, "w1")
+    assert broker.server.zscore(broker.keys.beats, "w1")
 
 
 def test_what_was_taken_can_be_ended_without_memory(full_broker: FullBroker) -> None:
@@ -887,7 +898,7 @@ def test_a_repeated_publish_queues_nothing(broker: Broker) -> None:
 def test_a_publish_is_recognised_for_minutes(broker: Broker) -> None:
     """Longer than any client goes on trying, and not for ever."""
     broker.publish(token="t1")
-    left = broker.server.pttl(broker.keys.sent("t1")) / 1000
+    left = broker.server.pttl(broker.keys.sent("t1:celery")) / 1000
     assert left == pytest.approx(300, abs=5)
 
 
@@ -1082,6 +1093,7 @@ def beat(
         lease=15.0,
         elapsed=elapsed,
         term=2.5,
+        jump=5.0,
         gap=5.0,
     )
 
@@ -1328,6 +1340,114 @@ def test_one_message_that_nobody_can_read_does_not_stop_the_sweep(broker: Broker
     assert raw.encode() in kept
     assert broker.server.hlen("unacked") == 0
     assert broker.leases == {}
+
+
+@pytest.mark.parametrize("how", ["no list", "no right"])
+def test_what_cannot_be_put_back_is_not_lost(redis_client: redis.Redis, how: str) -> None:
+    """A push that is refused half-way leaves the message where it was, on lease."""
+    with redis.Redis(port=redis_client.connection_pool.connection_kwargs["port"]) as client:
+        broker = Broker(client)
+        delivery = taken(broker)
+        if how == "no list":
+            client.set("celery", "is no list any more")
+        else:
+            client.execute_command("ACL", "SETUSER", "default", "-rpush", "-lpush")
+        try:
+            with pytest.raises(redis.exceptions.ResponseError, match=r"WRONGTYPE|permission"):
+                broker.requeue(delivery)
+        finally:
+            client.execute_command("ACL", "SETUSER", "default", "+rpush", "+lpush")
+        assert list(broker.unacked) == list(broker.leases) == [delivery.tag]
+        client.delete("celery") if how == "no list" else None
+        broker.end_lease(delivery)
+        assert broker.sweep() == 1
+        assert broker.waiting_ids() == ["one"]
+
+
+def test_a_large_message_is_taken_alone(broker: Broker) -> None:
+    """The server reads each one, and does nothing else meanwhile."""
+    large = json.loads(message("large"))
+    large["body"] = "x" * 1_000_001
+    broker.publish("small")
+    broker.publish(raw=json.dumps(large))
+    broker.publish(raw=json.dumps(large))
+    assert task_ids(broker.fetch(count=10)) == ["small", "large"]
+    assert broker.tokens() == 1, "another worker is woken for the rest"
+
+
+def test_few_large_messages_are_put_back_at_once(broker: Broker) -> None:
+    """The others come with the next beat."""
+    large = json.loads(message("large"))
+    large["body"] = "x" * 3_000_000
+    for _ in range(4):
+        broker.publish(raw=json.dumps(large))
+    tags = [broker.fetch_one(count=1).tag for _ in range(4)]
+    assert len(broker.messages.find(broker.server, tags)) == 3
+    assert broker.messages.find(broker.server, []) == []
+
+
+@pytest.mark.parametrize("header", ["id", "deep"])
+def test_a_message_that_no_key_can_be_made_of_keeps_nobody_waiting(
+    broker: Broker, header: str
+) -> None:
+    """An id that UTF-8 cannot say is guarded by nobody; what is nested without end is set apart."""
+    raw = message("odd").replace('"odd"', r'"odd \udc80"')
+    if header == "deep":
+        raw = raw.replace('"headers": {', '"headers": {"deep": ' + "[" * 9000 + "]" * 9000 + ", ")
+    broker.publish(raw=raw)
+    put(broker, "one")
+    for delivery in broker.fetch():
+        broker.end_lease(delivery)
+    assert broker.sweep() == (2 if header == "id" else 1)
+    assert "one" in str(broker.server.lrange("celery", 0, -1))
+    assert broker.unacked == broker.leases == {}
+
+
+def test_a_run_that_goes_on_has_its_message_again(broker: Broker) -> None:
+    """Its worker was taken for dead, and is handed the copy: the run's own tag counts again."""
+    run, copy = taken_over(broker)
+    assert broker.messages.resume(broker.server, copy, run, 30) is True
+    assert broker.messages.resume(broker.server, copy, run, 30) is True
+    assert list(broker.unacked) == list(broker.leases) == list(broker.index) == [run.tag]
+    assert broker.run_of()["tag"] == run.tag
+    assert broker.publish(publication=continuing(run)).code is Queued.QUEUED
+    assert broker.settle(copy) is False
+    assert broker.settle(run) is True
+    assert broker.unacked == broker.leases == broker.index == {}
+
+
+def test_a_run_whose_copy_is_elsewhere_has_nothing(broker: Broker) -> None:
+    """Who does not hold the run cannot give it."""
+    run, copy = taken_over(broker)
+    broker.requeue(copy)
+    assert broker.messages.resume(broker.server, copy, run, 30) is False
+    third = broker.fetch_one("w3")
+    assert broker.messages.resume(broker.server, copy, run, 30) is False
+    assert list(broker.unacked) == [third.tag]
+
+
+def test_a_run_that_begins_again_continues_its_task_once(broker: Broker) -> None:
+    """Its first retry was queued, and nobody heard of it; the guard knows before it starts."""
+    delivery = taken(broker)
+    wish = Publication(continues=delivery.tag, task_id="one", is_only=True)
+    assert broker.publish(token="t1", publication=wish).code is Queued.QUEUED
+    assert broker.publish(token="t2", publication=wish).code is Queued.REPEATED
+    assert broker.waiting_ids() == ["one"]
+    copy = broker.hold(delivery)
+    assert copy.has_continued
+    assert not copy.may_run
+
+
+def test_a_message_for_two_queues_makes_one_claim(broker: Broker) -> None:
+    """The second does not meet the first as a duplicate; nor does a retry."""
+    new = Publication(claim="key", owner="one", ttl=60, task="t")
+    for queue in ("a", "b"):
+        assert broker.publish(queue=queue, token="t1", publication=new).code is Queued.QUEUED
+    retry = Publication(claim="key", keeps=True, owner="one", claim_attempt=1, ttl=60, task="t")
+    for queue in ("a", "b"):
+        assert broker.publish(queue=queue, token="t2", publication=retry).code is Queued.QUEUED
+    other = Publication(claim="key", owner="two", ttl=60, task="t")
+    assert broker.publish("two", token="t4", publication=other).code is Queued.CLAIM_TAKEN
 
 
 def test_what_has_lapsed_is_put_back_in_one_go(broker: Broker) -> None:

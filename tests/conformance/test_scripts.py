@@ -58,17 +58,20 @@ def test_a_script_is_read_once() -> None:
     assert len(load("claim_enter").sha) == 40
 
 
-def test_a_server_that_is_read_only_refuses(redis_server: EmbeddedServer) -> None:
-    """A replica that was taken for its primary is named in the error."""
+def test_a_server_that_became_a_replica_is_left(redis_server: EmbeddedServer) -> None:
+    """Its connections stay open: only a new one leads to what is the master now."""
     store = Store(ServerAddress(redis_server.url, timeout=5.0))
-    # A replica of nothing: it refuses writes and needs no second server.
-    store.server.execute_command("REPLICAOF", "127.0.0.1", "1")
-    try:
-        with pytest.raises(ScriptError, match=r"refused claim_acquire.*read ?only") as caught:
-            store.acquire()
-    finally:
-        store.server.execute_command("REPLICAOF", "NO", "ONE")
-    assert caught.value.script == "claim_acquire"
+    before = store.server.client_id()
+    with redis.Redis(port=redis_server.port) as other:
+        # A replica of nothing: it refuses writes and needs no second server.
+        other.execute_command("REPLICAOF", "127.0.0.1", "1")
+        try:
+            with pytest.raises(StoreUnavailable, match=r"read ?only"):
+                store.acquire()
+        finally:
+            other.execute_command("REPLICAOF", "NO", "ONE")
+    assert store.acquire().code is Publish.CLAIMED
+    assert store.server.client_id() != before
 
 
 def test_a_server_without_memory_refuses(redis_server: EmbeddedServer) -> None:

@@ -118,6 +118,11 @@ class Machine(RuleBasedStateMachine):
             self.saw(answer.fence, new=True)
             return
         self.saw(answer.fence, new=False)
+        published = claim.attempt if claim.next_attempt is None else claim.next_attempt
+        if (claim.owner, claim.token, published) == (owner, token, attempt):
+            assert answer.code is Publish.CLAIMED
+            claim.expires = self.now + TTL
+            return
         if (
             claim.owner != owner
             or claim.attempt >= attempt

@@ -111,6 +111,8 @@ class Machine(RuleBasedStateMachine):
         priority: int,
         token: str,
         publication: Publication | None = None,
+        *,
+        is_other: bool = False,
     ) -> Queued:
         """Publish; the model learns of the message if it was queued."""
         new = Message(len(self.messages), task_id)
@@ -123,14 +125,16 @@ class Machine(RuleBasedStateMachine):
             publication=publication,
             raw=json.dumps(raw),
         ).code
+        seen = f"{token} {queue}"
         if code is Queued.QUEUED:
             self.messages.append(new)
-            self.tokens[token] = self.now + TOKEN_TTL
+        if code in (Queued.QUEUED, Queued.REPEATED) and not is_other:
+            self.tokens[seen] = self.now + TOKEN_TTL
         return code
 
-    def was_seen(self, token: str) -> bool:
-        """Say whether a publish is remembered."""
-        return self.tokens.get(token, 0.0) > self.now
+    def was_seen(self, token: str, queue: str) -> bool:
+        """Say whether a publish into a queue is remembered."""
+        return self.tokens.get(f"{token} {queue}", 0.0) > self.now
 
     def gone_back(self, held: Held) -> bool:
         """Note that a delivery ended without a settle; return whether its message waits."""
@@ -146,7 +150,7 @@ class Machine(RuleBasedStateMachine):
     @rule(task_id=ids, queue=queues, priority=priorities, token=st.integers(0, 9))
     def publish(self, task_id: str, queue: str, priority: int, token: int) -> None:
         """A call is published, some for the second time."""
-        expected = Queued.REPEATED if self.was_seen(f"t{token}") else Queued.QUEUED
+        expected = Queued.REPEATED if self.was_seen(f"t{token}", queue) else Queued.QUEUED
         assert self.send(task_id, queue, priority, f"t{token}") is expected
 
     @rule(
@@ -216,22 +220,32 @@ class Machine(RuleBasedStateMachine):
             held.may_run = self.broker.hold(held.delivery).may_run
 
     @precondition(lambda self: self.known)
-    @rule(pick=picks, queue=queues, priority=priorities, again=st.booleans())
-    def retry(self, pick: int, queue: str, priority: int, again: bool) -> None:
-        """A run publishes its task's continuation; a zombie tries to."""
+    @rule(
+        pick=picks,
+        queue=queues,
+        priority=priorities,
+        again=st.booleans(),
+        token=st.sampled_from(["retries", "begins again"]),
+    )
+    def retry(self, pick: int, queue: str, priority: int, again: bool, token: str) -> None:
+        """A run publishes its task's continuation, perhaps for the second time; a zombie tries."""
         held = self.held(pick)
         if not held.may_run:
             return
-        token = f"{held.delivery.tag} retries"
+        token = f"{held.delivery.tag} {token}"
         run = self.broker.run_of(held.delivery.task_id)
-        wish = Publication(continues=held.delivery.tag, task_id=held.delivery.task_id)
+        wish = Publication(continues=held.delivery.tag, task_id=held.delivery.task_id, is_only=True)
         expected = Queued.QUEUED
-        if self.was_seen(token):
+        is_other = run.get(f"continued:{held.delivery.tag}", token) != token
+        if self.was_seen(token, queue) or is_other:
             expected = Queued.REPEATED
         elif run and run["tag"] != held.delivery.tag:
             expected = Queued.SUPERSEDED
         for _ in range(1 + again):
-            assert self.send(held.delivery.task_id, queue, priority, token, wish) is expected
+            answer = self.send(
+                held.delivery.task_id, queue, priority, token, wish, is_other=is_other
+            )
+            assert answer is expected
             if expected is Queued.QUEUED:
                 held.is_continued = True
                 expected = Queued.REPEATED

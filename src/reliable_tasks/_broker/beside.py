@@ -8,7 +8,6 @@ let in; and what is over is known there, for the message of a lost connection co
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from celery import Task
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from reliable_tasks._broker.held import Held, held_for
+from reliable_tasks._broker.held import SILENCE, Held, held_for
 from reliable_tasks._celery.headers import IS_COPY
 from reliable_tasks._store.claims import Claims
 from reliable_tasks._store.client import ServerAddress, connect
@@ -37,9 +36,6 @@ _LIST = "amqp"
 _OVER_TTL = 300.0
 #: The same where the acknowledgement cannot be said, or there were other copies (s).
 _COPIES_OVER_TTL = 3600.0
-#: A server that does not answer is left alone for so long (s): the main loop has heartbeats to
-#: send.
-_PAUSE = 1.0
 #: Greater than any number of retries.
 _NESTING = 1_000_000
 
@@ -89,9 +85,9 @@ class Beside(Held):
     def hold(self, delivery: Delivery) -> Copy:
         """Ask the guard; without an answer the copy waits, or runs if the app says so."""
         assert isinstance(delivery, Run)
+        if self.is_silent:
+            return self._go_without(delivery, "it did not answer a moment ago")
         try:
-            if time.monotonic() < self._silent_until:
-                raise redis.exceptions.ConnectionError("it did not answer a moment ago")
             delivery.copy = self.messages.enter(
                 self.server,
                 delivery,
@@ -100,16 +96,20 @@ class Beside(Held):
                 lease=self.lease,
             )
         except (redis.exceptions.RedisError, OSError) as error:
-            self._note_silence(error)
-            if self._runs_on:
-                logger.error("Task %s runs unguarded: %s", delivery.task_id, error)
-                delivery.copy = Copy(Guard.MAY_RUN, 0, 0.0)
-            else:
-                delivery.copy = Copy(Guard.UNKNOWN, 0, _PAUSE)
-        else:
-            if delivery.copy.may_run:
-                delivery.is_started = True
-                self.take(delivery)
+            self.be_silent(error)
+            logger.warning("The lock Redis does not say which copy of a task may run: %s", error)
+            return self._go_without(delivery, error)
+        if delivery.copy.may_run:
+            delivery.is_started = True
+            self.take(delivery)
+        return delivery.copy
+
+    def _go_without(self, delivery: Delivery, why: object) -> Copy:
+        guard = Guard.UNKNOWN
+        if self._runs_on:
+            logger.error("Task %s runs unguarded: %s", delivery.task_id, why)
+            guard = Guard.MAY_RUN
+        delivery.copy = Copy(guard, 0, SILENCE)
         return delivery.copy
 
     def count_start(self, delivery: Delivery) -> None:
@@ -145,12 +145,6 @@ class Beside(Held):
 
         self._say(run, say)
 
-    def _note_silence(self, error: Exception) -> None:
-        now = time.monotonic()
-        if now >= self._silent_until:
-            logger.warning("The lock Redis does not say which copy of a task may run: %s", error)
-            self._silent_until = now + _PAUSE
-
 
 def beside(claims: Claims, config: ReliableConfig) -> Beside:
     """Return what this process holds of a broker.
@@ -167,7 +161,8 @@ def beside(claims: Claims, config: ReliableConfig) -> Beside:
             # The keeper keeps one connection for itself: nobody else may have its client.
             options = {**address.options, "used_by": name}
             found = connect(ServerAddress(address.url, timeout, options)).redis
-            found.connection_pool.connection_kwargs["retry"] = Retry(NoBackoff(), 1)
+            # Held itself tries again where a connection was cut, and not where it timed out.
+            found.connection_pool.connection_kwargs["retry"] = Retry(NoBackoff(), 0)
             return found
 
         held = Beside(

@@ -108,8 +108,7 @@ class ReliableChannel(FetchingChannel):
         with self.conn_or_acquire() as client:
             published = self.held.messages.publish(
                 client,
-                # A message can be routed to several queues.
-                token=f"{token}:{queue}",
+                token=token,
                 list_=list_,
                 queue=queue,
                 message=dumps({**message, "properties": sent}),

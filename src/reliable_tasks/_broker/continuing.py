@@ -43,7 +43,12 @@ def continuing(
             raise
         note_done()
         return
-    publication = Publication(continues=str(tag), task_id=str(task.request.id))
+    publication = Publication(
+        continues=str(tag),
+        task_id=str(task.request.id),
+        # Where any message may be meant, what a handler of Celery's signals sends is one, too.
+        is_only=published_id is not None,
+    )
     with publishing(publication, published_id):
         yield
 

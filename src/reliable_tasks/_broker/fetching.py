@@ -25,7 +25,7 @@ from kombu.utils.scheduling import priority_cycle, round_robin_cycle, sorted_cyc
 from redis.exceptions import NoScriptError, ResponseError
 
 from reliable_tasks._broker.keeper import Keeper
-from reliable_tasks._store.delivery import Delivery, FetchPlan
+from reliable_tasks._store.delivery import UNREADABLE, Delivery, FetchPlan
 
 __all__ = ["FetchingChannel"]
 
@@ -89,10 +89,10 @@ class FetchingChannel:
         unleased = {queue} if no_ack or not self.ack_emulation else ()
         plan = self._plan_for([queue], 1, unleased=unleased)
         answer = self._take_now(plan)
-        with self.conn_or_acquire() as client:
-            self._maybe_update_queues_expire(client, queue)
         waiting = len(self._undelivered)
         self._accept(plan, answer, unleased=unleased)
+        with self.conn_or_acquire() as client:
+            self._maybe_update_queues_expire(client, queue)
         if len(self._undelivered) == waiting:
             return None
         # What is before it was left by a consumer that raised an error.
@@ -158,7 +158,8 @@ class FetchingChannel:
             self.client.connection.disconnect()
             raise
         except ResponseError as error:
-            self._must_repeat = was_repeat
+            # A fetch that failed half-way has taken something; after a wait, one may well succeed.
+            self._is_empty = False
             self._on_refusal(error)
             raise Empty from None
         finally:
@@ -212,14 +213,16 @@ class FetchingChannel:
                 delivery = Delivery(tag, list_, queue, message, copy)
                 delivery.describe(decoded)
                 self.Message(decoded, channel=self)
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except UNREADABLE:
                 logger.error(
                     "A message in %s cannot be read and is kept in %s: %r",
                     list_,
                     self.held.messages.keys.undecodable,
                     message[:200],
                 )
-                self.held.messages.set_apart(self.held.server, tag, message)
+                # Should that fail, it stays on lease, and the sweeper does it.
+                with suppress(*self.connection_errors, ResponseError):
+                    self.held.messages.set_apart(self.held.server, tag, message)
                 continue
             if queue not in unleased:
                 self.held.take(delivery)

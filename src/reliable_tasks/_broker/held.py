@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import count
 from typing import Any
 from uuid import uuid4
@@ -22,17 +23,19 @@ import redis
 
 from reliable_tasks._broker.mute import UNREACHABLE, MuteConnection
 from reliable_tasks._broker.saying import say
-from reliable_tasks._store.delivery import Copy, Delivery, FetchPlan, Guard
+from reliable_tasks._store.delivery import UNREADABLE, Copy, Delivery, FetchPlan, Guard
 from reliable_tasks._store.fleet import Fleet
 from reliable_tasks._store.messages import Messages
+from reliable_tasks._store.scripts import leave_replica
 
-__all__ = ["UNHEARD", "Held", "all_held", "held_for"]
+__all__ = ["SILENCE", "UNHEARD", "Held", "all_held", "held_for"]
 
 #: A worker that was not heard of for so long (s) may be taken for dead, a little later.
 UNHEARD = 2.0
 
-#: After a failure nothing is said for so long (s) but what the keeper says.
-_SILENCE = 1.0
+#: After a failure nothing is said for so long (s) but what the keeper says: the main loop has more
+#: to do than to wait for each of many.
+SILENCE = 1.0
 
 
 class Held:
@@ -74,6 +77,8 @@ class Held:
         self._silent_until = 0.0
         self._fetches = count(1)
         self._mute = MuteConnection(server)
+        # The keeper's thread says it, and at the end whoever stops the worker.
+        self._saying = threading.Lock()
 
     def next_prefix(self) -> str:
         """Return what the tags of the next fetch begin with."""
@@ -148,6 +153,27 @@ class Held:
             or delivery.tag in self._suspected
         )
 
+    def resume(self, copy: Delivery, run: Delivery) -> bool:
+        """Let a run that goes on have its message again, which came back as a copy.
+
+        Returns:
+            Whether it has it; the copy is over then.
+        """
+        try:
+            if not self.messages.resume(self.server, copy, run, self.lease):
+                return False
+        except (redis.exceptions.RedisError, OSError) as error:
+            self.be_silent(error)
+            return False
+        self.forget(copy.tag)
+        self._over.discard(run.tag)
+        self._suspected.discard(run.tag)
+        if not self.is_open(run.tag):
+            # It has ended in its thread meanwhile, in vain.
+            self.take(run)
+            self.settle(run.tag)
+        return True
+
     def forget(self, tag: str) -> None:
         """Let go of a delivery that is over; nothing is said."""
         self._deliveries.pop(tag, None)
@@ -156,14 +182,14 @@ class Held:
 
     def hold(self, delivery: Delivery) -> Copy:
         """Ask the guard again; a broker that does not answer says that the copy must wait."""
-        unknown = Copy(Guard.HELD_ELSEWHERE, delivery.copy.crashes, _SILENCE)
-        if time.monotonic() < self._silent_until:
+        unknown = Copy(Guard.HELD_ELSEWHERE, delivery.copy.crashes, SILENCE)
+        if self.is_silent:
             delivery.copy = unknown
             return unknown
         try:
             delivery.copy = self.messages.hold(self.server, delivery, self.lease)
         except (redis.exceptions.RedisError, OSError) as error:
-            self._silent_until = time.monotonic() + _SILENCE
+            self.be_silent(error)
             say(logging.WARNING, "The broker does not answer: %s", error)
             delivery.copy = unknown
         return delivery.copy
@@ -176,9 +202,22 @@ class Held:
         """Take that back: the copy was started, and waits again."""
         if delivery.is_started:
             self._count(delivery, -1)
+        # Asked again before the next start, for it may have published its continuation.
+        delivery.copy = replace(delivery.copy, guard=Guard.UNKNOWN)
         # Of the start that is over; while it waits, it has not hung.
         delivery.renew_until = math.inf
         self._given_up.discard(delivery.tag)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the broker did not answer a moment ago."""
+        return time.monotonic() < self._silent_until
+
+    def be_silent(self, error: Exception) -> None:
+        """Ask nothing for a moment."""
+        if isinstance(error, redis.exceptions.ReadOnlyError):
+            leave_replica(self.server)
+        self._silent_until = time.monotonic() + SILENCE
 
     def say_what_is_unsaid(self, server: redis.Redis) -> None:
         """Settle and put back what could not be while the broker was away.
@@ -186,6 +225,10 @@ class Held:
         Raises:
             redis.RedisError: It is away again, or refuses; what is left is kept.
         """
+        with self._saying:
+            self._say_all(server)
+
+    def _say_all(self, server: redis.Redis) -> None:
         while self._lost_fetches:
             self._put_back(server, self._lost_fetches[0])
             self._lost_fetches.popleft()
@@ -223,12 +266,14 @@ class Held:
     def _count(self, delivery: Delivery, by: int) -> None:
         if not delivery.task_id:
             return
-        delivery.is_started = by > 0
+        delivery.is_started = False
         command = self.messages.count_start(delivery, by)
         try:
             self._mute.send(command)
         except UNREACHABLE as error:
             say(logging.INFO, "A start of task %s is not counted: %s", delivery.task_id, error)
+        else:
+            delivery.is_started = by > 0
 
     def _say(self, delivery: Delivery, tell: Callable[[redis.Redis, bool], Any]) -> None:
         """Tell the broker how a delivery ended.
@@ -237,23 +282,22 @@ class Held:
             delivery: It is held until the broker has heard of it: nobody else may run it.
             tell: Takes the client, and whether the broker may have heard it before.
         """
-        now = time.monotonic()
-        if now < self._silent_until:
+        if self.is_silent:
             self._unsaid[delivery.tag] = tell
             return
         try:
             try:
                 tell(self.server, False)
+            except redis.exceptions.TimeoutError:
+                raise
             except UNREACHABLE as error:
                 if isinstance(error, redis.exceptions.ReadOnlyError):
-                    # The master became a replica: connect again, to the one that is master now.
-                    self.server.connection_pool.disconnect(inuse_connections=False)
+                    leave_replica(self.server)
                 # An idle connection that was cut; or the answer alone was lost.
                 tell(self.server, True)
         except (redis.exceptions.RedisError, OSError) as error:
             self._unsaid[delivery.tag] = tell
-            # Not asked again for each of many: the main loop has more to do than to wait.
-            self._silent_until = now + _SILENCE
+            self.be_silent(error)
             say(
                 logging.WARNING,
                 "The broker cannot be told now (%s) that task %s has ended; it is tried again",
@@ -268,7 +312,7 @@ class Held:
             delivery = Delivery(tag, list_, queue, raw, copy)
             try:
                 delivery.describe(json.loads(raw))
-            except ValueError:
+            except UNREADABLE:
                 continue  # whose lease ends; a fetch sets it apart
             self.messages.requeue(server, delivery)
 

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -133,6 +134,7 @@ class Keeper:
             lease=held.lease,
             elapsed=self._beat_at - before if before else 0.0,
             term=_TERM,
+            jump=held.lease / 3,
             gap=max(held.lease / 3, 2 * _TERM),
         )
         if time.monotonic() - held.heard_at > UNHEARD:
@@ -168,7 +170,8 @@ class Keeper:
                 self._say_unreachable(error)
                 if isinstance(error, redis.exceptions.ReadOnlyError):
                     # The master became a replica: connect again, to the one that is master now.
-                    self._own_connection(self._held.keepers).disconnect()
+                    with suppress(*UNREACHABLE):
+                        self._own_connection(self._held.keepers).disconnect()
                 wait = _AGAIN
             except redis.exceptions.RedisError as error:
                 say(logging.ERROR, "The broker refuses the keeper: %s", error)

@@ -54,12 +54,15 @@ class MuteConnection:
         if self._is_refused:
             execute(self._server, *command)
             return
+        if self._is_cut():
+            self._disconnect()
+            self._connect()
         packed = self._connection.pack_command(*command)
         # A health check would wait for an answer.
         self._connection.send_packed_command(packed, check_health=False)
 
     def _connect(self) -> None:
-        connection = self._server.connection_pool.get_connection()
+        connection: Any = self._server.connection_pool.get_connection()
         try:
             # Asked for first, for what follows is not answered, not even by a refusal.
             self._ask(connection, "ON")
@@ -68,11 +71,23 @@ class MuteConnection:
         except redis.exceptions.ResponseError:
             self._is_refused = True
             self._server.connection_pool.release(connection)
+        except BaseException:
+            connection.disconnect()
+            self._server.connection_pool.release(connection)
+            raise
         else:
             self._connection = connection
 
     def _ask(self, connection: Any, replies: str) -> None:
         connection.send_command("CLIENT", "REPLY", replies, check_health=False)
+
+    def _is_cut(self) -> bool:
+        """Say whether the server has closed the connection, which a write alone would not see."""
+        try:
+            # Nothing is ever answered: what can be read is the end.
+            return bool(self._connection.can_read(0))
+        except UNREACHABLE:
+            return True
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None

@@ -76,6 +76,11 @@ class GuardedRequest(PatientRequest):
         if self._beside is not None and not delivery.copy.may_run:
             self._refuse(delivery.copy)
             return False
+        if delivery.copy.has_continued:
+            task_ready(self)
+            logger.info("Task %s[%s] goes on: its continuation is queued", self.name, self.id)
+            self.acknowledge()
+            return False
         if delivery.copy.is_over:
             task_ready(self)
             logger.warning(
@@ -91,8 +96,24 @@ class GuardedRequest(PatientRequest):
             seconds = min(delivery.copy.seconds, _WHILE_HELD_ELSEWHERE)
             self._set_aside(SetAside("another copy of it is alive", 0.05, max(seconds, 0.05)))
             return False
+        if delivery.is_redelivered and self._resumes():
+            return False
         if self._has_free_slot:
             self._note_start()
+        return True
+
+    def _resumes(self) -> bool:
+        """Give the message to a run of it that goes on here: this worker was taken for dead."""
+        runner = self._other_here()
+        if runner is None or runner not in active_requests or runner._delivery is None:
+            return False
+        if not self._held.resume(self._delivery, runner._delivery):
+            return False
+        task_ready(self)
+        logger.info("Task %s[%s] runs here: its message is its own again", self.name, self.id)
+        stock.forget(self.message)
+        self.acknowledged = True
+        requests[self.id] = runner
         return True
 
     def _refuse(self, copy: Any) -> None:

@@ -144,13 +144,13 @@ def _is_one_script(
     task: Task[..., Any], locks: Locks, options: Mapping[str, Any], producer: Any
 ) -> bool:
     """Say whether the broker makes the claim in the script that queues the message."""
-    app = task.app
+    app: Any = task.app
     if not locks.are_at_broker or not (app.conf.broker_transport_options or {}).get("reliable"):
         return False
     # A connection of the caller's own may lead anywhere; a group hands on the app's.
     if options.get("connection"):
         return False
-    return producer is None or _uri(producer.connection) == _uri(app.connection_for_write())
+    return producer is None or _uri(producer.connection) == _uri(app.pool.connection)
 
 
 def _uri(connection: Any) -> str:

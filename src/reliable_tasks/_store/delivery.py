@@ -14,7 +14,10 @@ import redis
 
 from reliable_tasks._store.scripts import Argument, load
 
-__all__ = ["Copy", "Delivery", "FetchPlan", "Guard", "Layout", "redelivered"]
+__all__ = ["UNREADABLE", "Copy", "Delivery", "FetchPlan", "Guard", "Layout", "redelivered"]
+
+#: What a message raises that is none.
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 class Guard(IntEnum):
@@ -24,6 +27,7 @@ class Guard(IntEnum):
     MAY_RUN = 1
     OVER = 2
     HELD_ELSEWHERE = 3
+    CONTINUED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,11 @@ class Copy:
     def may_run(self) -> bool:
         """Whether no other copy is alive."""
         return self.guard is Guard.MAY_RUN
+
+    @property
+    def has_continued(self) -> bool:
+        """Whether this copy has published its task's continuation already."""
+        return self.guard is Guard.CONTINUED
 
     @property
     def is_over(self) -> bool:
@@ -93,7 +102,9 @@ class Delivery:
     def describe(self, message: Mapping[str, Any]) -> None:
         """Take over what the decoded message says of its task."""
         headers = _mapping(message.get("headers"))
-        self.task_id = str(headers.get("id") or "")
+        task_id = str(headers.get("id") or "")
+        # What UTF-8 cannot say is no key: the scripts do not guard it, either.
+        self.task_id = task_id if _is_utf8(task_id) else ""
         self.is_redelivered = bool(headers.get("redelivered"))
 
 
@@ -168,6 +179,14 @@ def redelivered(raw: bytes) -> str:
         "redelivered": True,
     }
     return json.dumps({**message, "headers": headers, "properties": properties})
+
+
+def _is_utf8(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

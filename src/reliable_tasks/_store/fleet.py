@@ -42,6 +42,7 @@ class Fleet:
         lease: float,
         elapsed: float,
         term: float,
+        jump: float,
         gap: float,
     ) -> tuple[float, bool, float]:
         """Say that a worker lives; return the server's time, whether it sweeps, and the hold."""
@@ -53,10 +54,11 @@ class Fleet:
             ms(lease),
             ms(elapsed),
             ms(term),
+            ms(jump),
             ms(gap),
             ms(min(lease, lease / 3 + _RENEWAL_SLACK)),
         ]
-        now, sweeps, held = load("worker_beat").on_full(server, keys, args)
+        now, sweeps, held = load("worker_beat").on(server, keys, args)
         return int(now) / 1000, bool(sweeps), int(held) / 1000
 
     def leave(self, server: redis.Redis, worker: str) -> None:

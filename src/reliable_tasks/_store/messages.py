@@ -7,12 +7,14 @@ workers share queues. What is ours stands beside them: see ``keys.py``.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import redis
 
 from reliable_tasks._store.delivery import (
+    UNREADABLE,
     Copy,
     Delivery,
     FetchPlan,
@@ -35,6 +37,10 @@ _RUN_TTL = 7 * 86400.0
 _OVER_TTL = 3600.0
 #: How long a bell rings that nobody hears (s), as in ``ring_bell.lua``.
 _BELL_TTL = 60.0
+#: After so many bytes a fetch takes no more: reading a message blocks the server.
+_FETCHED_BYTES = 1_000_000
+#: So many bytes of messages, at most, are put back in one go, but at least one message.
+_FOUND_BYTES = 8_000_000
 #: How many tags one renewal takes: each ZADD blocks the server for well under 1 ms.
 _RENEWED_AT_ONCE = 500
 
@@ -87,6 +93,7 @@ class Messages:
             self.keys.runs,
             ms(_RUN_TTL),
             self.layout.prefix,
+            _FETCHED_BYTES,
             *endings,
         ]
         return FetchPlan(prefix, lists, queues, keys, args, count)
@@ -107,7 +114,7 @@ class Messages:
 
         Args:
             server: The client.
-            token: Of this publish.
+            token: Of this publish, the same for each queue that the message is routed to.
             list_: The list of its priority, without kombu's prefix.
             queue: The queue.
             message: The whole message.
@@ -119,7 +126,7 @@ class Messages:
         key = self.layout.prefix + list_
         expiry, lists = expires or (0, ())
         keys = [
-            self.keys.sent(token),
+            self.keys.sent(f"{token}:{queue}"),
             key,
             self.keys.bell(queue),
             self.keys.run(with_.task_id) if with_.continues else key,
@@ -139,6 +146,7 @@ class Messages:
             expiry,
             token,
             ms(_RUN_TTL),
+            int(with_.is_only),
             *(self.layout.prefix + one for one in lists),
         ]
         code, owner, milliseconds, fence = load("message_publish").on(server, keys, args, replicas)
@@ -244,6 +252,11 @@ class Messages:
         ]
         return keys, args
 
+    def resume(self, server: redis.Redis, copy: Delivery, run: Delivery, lease: float) -> bool:
+        """Let a run that lost its message have it again, from a copy; return whether it has."""
+        keys = [*self._held, self.keys.leases, self.keys.run(run.task_id)]
+        return bool(load("message_resume").on(server, keys, [copy.tag, run.tag, ms(lease)]))
+
     def is_held(self, server: redis.Redis, task_id: str, tag: str) -> bool:
         """Say whether a delivery may publish the continuation of its task.
 
@@ -263,31 +276,40 @@ class Messages:
         calls: list[Call] = []
         while batch := list(islice(rest, _RENEWED_AT_ONCE)):
             calls.append((keys, [ms(lease), *batch]))
-        script = load("message_renew")
-        try:
-            answers = script.on_each(server, calls)
-        except redis.exceptions.OutOfMemoryError:
-            answers = [script.on_full(server, *call) for call in calls]
+        answers = load("message_renew").on_each(server, calls)
         return [text(tag) for answer in answers for tag in answer]
 
     def find(self, server: redis.Redis, tags: Sequence[str]) -> list[Delivery | str]:
         """Return the deliveries of tags; of one whose message is gone only the tag.
 
-        A message that cannot be read is set apart: it must not keep the others from being found.
+        Those of the last tags are left out where messages are large. One that cannot be read is
+        set apart: it must not keep the others from being found.
         """
-        if not tags:
+        few = list(self._not_too_large(server, tags))
+        if not few:
             return []
-        entries = execute(server, "HMGET", self._held[0], *tags)
+        entries = execute(server, "HMGET", self._held[0], *few)
         found: list[Delivery | str] = []
-        for tag, entry in zip(tags, entries, strict=True):
+        for tag, entry in zip(few, entries, strict=True):
             if entry is None:
                 found.append(tag)
                 continue
             try:
                 found.append(self._delivery(tag, entry))
-            except (ValueError, TypeError, AttributeError, IndexError):
+            except UNREADABLE:
                 self.set_apart(server, tag, entry)
         return found
+
+    def _not_too_large(self, server: redis.Redis, tags: Sequence[str]) -> Iterator[str]:
+        pipeline: Any = redis.Redis.pipeline(server, transaction=False)
+        for tag in tags:
+            pipeline.execute_command("HSTRLEN", self._held[0], tag)
+        left = _FOUND_BYTES
+        for tag, size in zip(tags, pipeline.execute(), strict=True):
+            if left <= 0:
+                return
+            yield tag
+            left -= int(size)
 
     def drop(self, server: redis.Redis, tag: str) -> None:
         """Forget a lease without a message: that of another broker, or of a lost write."""
@@ -301,8 +323,10 @@ class Messages:
 
     def ring(self, server: redis.Redis, bell: str) -> None:
         """Wake the one that waits for a bell of its own."""
-        execute(server, "RPUSH", bell, "1")
-        execute(server, "PEXPIRE", bell, ms(_BELL_TTL))
+        pipeline: Any = redis.Redis.pipeline(server, transaction=True)
+        pipeline.execute_command("RPUSH", bell, "1")
+        pipeline.execute_command("PEXPIRE", bell, ms(_BELL_TTL))
+        pipeline.execute()
 
     def count_start(self, delivery: Delivery, by: int) -> tuple[Argument, ...]:
         """Return the command that counts a start as a crash, or takes that back."""

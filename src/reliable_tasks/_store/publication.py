@@ -40,6 +40,7 @@ class Publication:
     Attributes:
         continues: Tag of the delivery whose continuation this is, or ``""``.
         task_id: Id of the task that is continued.
+        is_only: Whether nothing is queued where that delivery has another continuation.
         claim: Name of the claim to take or to keep, or ``""``.
         keeps: Whether the claim is kept for a continuation, rather than taken.
         owner: The task's id.
@@ -51,6 +52,7 @@ class Publication:
 
     continues: str = ""
     task_id: str = ""
+    is_only: bool = False
     claim: str = ""
     keeps: bool = False
     owner: str = ""

@@ -16,7 +16,17 @@ import redis
 from reliable_tasks._store.client import Client
 from reliable_tasks.errors import ScriptError, StoreUnavailable
 
-__all__ = ["NO_REPLICAS", "Argument", "Call", "Key", "Replicas", "Script", "execute", "load"]
+__all__ = [
+    "NO_REPLICAS",
+    "Argument",
+    "Call",
+    "Key",
+    "Replicas",
+    "Script",
+    "execute",
+    "leave_replica",
+    "load",
+]
 
 # A reply can be lost after the script ran. Every script is written to be repeated, so one that
 # failed on the way is sent again, where redis-py's own retries are off (they cannot know).
@@ -48,6 +58,11 @@ NO_REPLICAS = Replicas(0, 0.0)
 def execute(server: redis.Redis, *command: Any) -> Any:
     """Run a command whose keys are complete, also by a client of kombu's that adds a prefix."""
     return redis.Redis.execute_command(server, *command)  # type: ignore[no-untyped-call]
+
+
+def leave_replica(server: redis.Redis) -> None:
+    """Let the next command connect anew, to what is the master now: this one was."""
+    server.connection_pool.disconnect(inuse_connections=False)
 
 
 class Script:
@@ -124,22 +139,14 @@ class Script:
         found: list[Any] = pipeline.execute(raise_on_error=False)
         return found
 
-    def on_full(self, server: redis.Redis, keys: Sequence[Key], args: Sequence[Argument]) -> Any:
-        """Run the script once, also where memory is full: it keeps what is there alive.
-
-        Redis 7 or newer allows it; before, it is refused until there is memory.
-        """
-        try:
-            return self.on(server, keys, args)
-        except redis.exceptions.OutOfMemoryError:
-            source = f"#!lua flags=allow-oom\n{self.source}"
-            return execute(server, "EVAL", source, len(keys), *keys, *args)
-
     def _evaluate(
         self, client: Client, keys: list[str], args: list[str | int], replicas: Replicas
     ) -> Any:
         try:
             return self.on(client.redis, keys, args, replicas)
+        except redis.exceptions.ReadOnlyError as error:
+            leave_replica(client.redis)
+            raise StoreUnavailable(client.shown_url, str(error)) from error
         except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
             raise StoreUnavailable(client.shown_url, str(error)) from error
         except redis.RedisError as error:

@@ -17,12 +17,13 @@
 -- ARGV[7]  run prefix: what the key of a task's run begins with
 -- ARGV[8]  run ttl, ms
 -- ARGV[9]  key prefix, which tags leave out
--- ARGV[10..]  for each queue: the end of its messages' entry in unacked, or '' where no
+-- ARGV[10]  size: after so many bytes no more is taken
+-- ARGV[11..]  for each queue: the end of its messages' entry in unacked, or '' where no
 --          acknowledgement is wanted and none is recorded
 -- Returns: {index of the list, message, code, crashes, ms of lease, number} for each message;
 --          what code, crashes and lease mean stands in hold_run, and the number is the tag's
 -- Uses: hold_run ring_bell
--- Commands: TIME LINDEX HSET ZADD RPOP HGET ZSCORE LLEN
+-- Commands: TIME LINDEX HSET ZADD LTRIM HGET ZSCORE LLEN ZREM
 local unacked, index, leases = KEYS[1], KEYS[2], KEYS[3]
 local lease, prefix, count, queues = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local rotates, run_prefix, run_ttl, skip = ARGV[5] == '1', ARGV[7], ARGV[8], #ARGV[9]
@@ -50,7 +51,7 @@ if ARGV[6] == '1' then
             local entry = redis.call('ZSCORE', leases, tag) and redis.call('HGET', unacked, tag)
             -- A stock worker that put the message back knows nothing of the lease.
             if entry then
-                local ending = ARGV[10 + (list - 1) % queues]
+                local ending = ARGV[11 + (list - 1) % queues]
                 local message = string.sub(entry, 2, -1 - #ending)
                 local held = guard(tag, message)
                 taken[#taken + 1] = {list, message, held[1], held[2], held[3], i}
@@ -60,7 +61,10 @@ if ARGV[6] == '1' then
     return taken
 end
 
-local order = {}
+-- It changes nothing, but after a first write full memory refuses none: what is taken is moved,
+-- and frees its memory when it has been worked off.
+redis.call('ZREM', leases, '')
+local order, is_empty, size = {}, {}, 0
 for queue = 1, queues do
     order[queue] = queue
 end
@@ -69,11 +73,12 @@ for i = 1, count do
     for priority = 0, lists / queues - 1 do
         for place = 1, queues do
             local list = priority * queues + order[place]
-            local message = redis.call('LINDEX', KEYS[3 + queues + list], -1)
+            local message = not is_empty[list] and redis.call('LINDEX', KEYS[3 + queues + list], -1)
             if message then
                 found = {list, message, place}
                 break
             end
+            is_empty[list] = true
         end
         if found then
             break
@@ -84,23 +89,28 @@ for i = 1, count do
     end
     local list, message, place = unpack(found)
     local key = KEYS[3 + queues + list]
-    local ending = ARGV[10 + (list - 1) % queues]
+    local ending = ARGV[11 + (list - 1) % queues]
     local held = {1, 0, 0}
     if ending ~= '' then
-        -- Recorded before it is taken: where memory is short, the script ends here.
+        -- Recorded before it is taken: what is refused here, for want of a right, must not be lost.
         local tag = prefix .. i .. ':' .. string.sub(key, skip + 1)
         redis.call('HSET', unacked, tag, '[' .. message .. ending)
         redis.call('ZADD', index, index_score, tag)
         redis.call('ZADD', leases, lease_end, tag)
         held = guard(tag, message)
     end
-    redis.call('RPOP', key)
+    -- RPOP would hand the message over once more.
+    redis.call('LTRIM', key, 0, -2)
     taken[i] = {list, message, held[1], held[2], held[3], i}
     if rotates then
         table.insert(order, table.remove(order, place))
     end
+    size = size + #message
+    if size >= tonumber(ARGV[10]) then
+        break
+    end
 end
-if #taken == count then
+if #taken == count or size >= tonumber(ARGV[10]) then
     for queue = 1, queues do
         for list = queue, lists, queues do
             if redis.call('LLEN', KEYS[3 + queues + list]) > 0 then

@@ -16,11 +16,12 @@
 -- ARGV[8]  task: the task's name, for people who look
 -- ARGV[9]  holder: the token of the run that continues its claim, or ''
 -- ARGV[10]  expiry ttl of the queue's lists, ms, or '0'
--- ARGV[11]  token
+-- ARGV[11]  token, one for all queues that the message is routed to
 -- ARGV[12]  run ttl, ms, for a run that was unknown
--- ARGV[13..]  the lists that the expiry concerns
+-- ARGV[13]  only: '1' if a delivery has one continuation, whoever asks for another
+-- ARGV[14..]  the lists that the expiry concerns
 -- Returns: {1, '', 0, ''}     queued
---          {2, '', 0, ''}     it was queued before
+--          {2, '', 0, ''}     it was queued before, or another continuation was
 --          {3, '', 0, ''}     refused: the delivery that would continue itself is over
 --          {0, owner, ms until it lapses, fence}  refused: another task has the claim
 -- Uses: ring_bell claim_acquire claim_continue
@@ -29,6 +30,14 @@ if redis.call('EXISTS', KEYS[1]) == 1 then
     -- A write, though a small one: WAIT waits for the last write of its own connection.
     redis.call('PEXPIRE', KEYS[1], ARGV[2])
     return {2, '', 0, ''}
+end
+local mark = 'continued:' .. ARGV[3]
+if ARGV[13] == '1' then
+    -- A publish can be repeated by a run that did not hear of it and began again.
+    local published = redis.call('HGET', KEYS[4], mark)
+    if published and published ~= ARGV[11] then
+        return {2, '', 0, ''}
+    end
 end
 -- A run that is unknown was forgotten by the server, not taken over.
 if ARGV[3] ~= '' and redis.call('EXISTS', KEYS[4]) == 1
@@ -53,13 +62,13 @@ redis.call('LPUSH', KEYS[2], ARGV[1])
 redis.call('SET', KEYS[1], '1', 'PX', ARGV[2])
 if ARGV[3] ~= '' then
     local is_unknown = redis.call('EXISTS', KEYS[4]) == 0
-    redis.call('HSET', KEYS[4], 'continued:' .. ARGV[3], '1')
+    redis.call('HSET', KEYS[4], mark, ARGV[11])
     if is_unknown then
         redis.call('PEXPIRE', KEYS[4], ARGV[12])
     end
 end
 if ARGV[10] ~= '0' then
-    for i = 13, #ARGV do
+    for i = 14, #ARGV do
         redis.call('PEXPIRE', ARGV[i], ARGV[10])
     end
 end

@@ -15,7 +15,7 @@
 --          2  not put back: the copy had published a continuation of its task
 --          0  the delivery is over already, or its lease has not ended
 -- Uses: release_run ring_bell
--- Commands: TIME ZSCORE HDEL ZREM RPUSH LPUSH
+-- Commands: TIME ZSCORE HEXISTS HDEL ZREM RPUSH LPUSH
 if ARGV[5] ~= '0' then
     local time = redis.call('TIME')
     local lease_end = redis.call('ZSCORE', KEYS[3], ARGV[1])
@@ -25,18 +25,27 @@ if ARGV[5] ~= '0' then
         return 0
     end
 end
-redis.call('ZREM', KEYS[3], ARGV[1])
-redis.call('ZREM', KEYS[2], ARGV[1])
-if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then
+    redis.call('ZREM', KEYS[3], ARGV[1])
+    redis.call('ZREM', KEYS[2], ARGV[1])
     return 0
 end
-if release_run(KEYS[4], ARGV[1], ARGV[4], false, 0) then
-    return 2
+-- It changes nothing, but after a first write full memory refuses none.
+redis.call('ZREM', KEYS[3], '')
+local has_continued = release_run(KEYS[4], ARGV[1], ARGV[4], false, 0)
+if not has_continued then
+    -- Before it is taken away: what is refused here, for want of a right, must not be lost.
+    if ARGV[3] == 'front' then
+        redis.call('RPUSH', KEYS[5], ARGV[2])
+    else
+        redis.call('LPUSH', KEYS[5], ARGV[2])
+    end
 end
-if ARGV[3] == 'front' then
-    redis.call('RPUSH', KEYS[5], ARGV[2])
-else
-    redis.call('LPUSH', KEYS[5], ARGV[2])
+redis.call('ZREM', KEYS[3], ARGV[1])
+redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('HDEL', KEYS[1], ARGV[1])
+if has_continued then
+    return 2
 end
 ring_bell(KEYS[6])
 return 1

@@ -1,6 +1,5 @@
 -- Purpose: end the delivery of a message that nobody can read, and keep the message where
---          somebody can look at it. Where memory is short it works too, for what it frees comes
---          first. A repetition keeps the message twice.
+--          somebody can look at it, also where memory is short. A repetition keeps it twice.
 -- KEYS[1]  unacked: hash, tag -> [message, exchange, routing key]
 -- KEYS[2]  unacked_index: sorted set, tag -> seconds
 -- KEYS[3]  leases: sorted set, tag -> end of the lease, ms
@@ -9,7 +8,11 @@
 -- ARGV[2]  message, as far as it is known
 -- Returns: how many are kept by now
 -- Commands: ZREM HDEL RPUSH
-redis.call('ZREM', KEYS[3], ARGV[1])
-redis.call('ZREM', KEYS[2], ARGV[1])
-redis.call('HDEL', KEYS[1], ARGV[1])
-return redis.call('RPUSH', KEYS[4], ARGV[2])
+local unacked, index, leases = KEYS[1], KEYS[2], KEYS[3]
+-- It changes nothing, but after a first write full memory refuses none.
+redis.call('ZREM', leases, '')
+local kept = redis.call('RPUSH', KEYS[4], ARGV[2])
+redis.call('ZREM', leases, ARGV[1])
+redis.call('ZREM', index, ARGV[1])
+redis.call('HDEL', unacked, ARGV[1])
+return kept

@@ -10,13 +10,16 @@
 -- ARGV[4]  lease: the longest that a sweep may have to wait, ms
 -- ARGV[5]  elapsed since this worker's beat before, by its own clock, ms, or '0'
 -- ARGV[6]  interval of the election, ms
--- ARGV[7]  gap in ms beyond which the clock jumped, or nobody has swept
--- ARGV[8]  renewal: within which time each keeper that lives has renewed its leases, ms
+-- ARGV[7]  jump: how much the clock may differ from what has elapsed, ms, without having jumped
+-- ARGV[8]  gap in ms after which nobody has swept for a while
+-- ARGV[9]  renewal: within which time each keeper that lives has renewed its leases, ms
 -- Returns: {now in ms, 1 if this worker sweeps or else 0, ms for which nobody may sweep}
--- Commands: TIME ZADD HSET HMGET
+-- Commands: TIME ZREM ZADD HSET HMGET
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local elapsed, gap = tonumber(ARGV[5]), tonumber(ARGV[7])
+local elapsed, jump = tonumber(ARGV[5]), tonumber(ARGV[7])
+-- It changes nothing, but after a first write full memory refuses none.
+redis.call('ZREM', KEYS[1], '')
 redis.call('ZADD', KEYS[1], string.format('%.0f', now), ARGV[1])
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
 local sweeper, ends, beat, server, held_until =
@@ -31,12 +34,12 @@ local since = now - beat
 if server then
     local goes_on = sweeper == ARGV[1] and elapsed > 0
     local expected = goes_on and elapsed or 0
-    if server ~= ARGV[3] or since < expected - gap or (goes_on and since > expected + gap) then
+    if server ~= ARGV[3] or since < expected - jump or (goes_on and since > expected + jump) then
         held_until = now + ARGV[4]
-    elseif not goes_on and since > gap then
+    elseif not goes_on and since > tonumber(ARGV[8]) then
         -- Nobody swept for a while: no worker was up, or the clock jumped. Who lives renews
         -- within this time.
-        held_until = math.max(held_until, now + ARGV[8])
+        held_until = math.max(held_until, now + ARGV[9])
     end
 end
 held_until = math.min(held_until, now + ARGV[4])

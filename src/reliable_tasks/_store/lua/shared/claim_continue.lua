@@ -2,13 +2,18 @@
 -- Defines: claim_continue(key, mine, my_attempt, my_token, ttl, task, my_holder)
 -- Commands: TIME HMGET HSET PEXPIRE PTTL
 local function claim_continue(key, mine, my_attempt, my_token, ttl, task, my_holder)
-    local owner, fence, holder, attempt =
-        unpack(redis.call('HMGET', key, 'owner', 'fence', 'holder', 'attempt'))
+    local owner, fence, holder, attempt, token, next_attempt = unpack(redis.call('HMGET', key,
+        'owner', 'fence', 'holder', 'attempt', 'token', 'next_attempt'))
     local now = redis.call('TIME')
     if not owner then
         fence = string.format('%.0f', now[1] * 1000000 + now[2])
         redis.call('HSET', key, 'owner', mine, 'attempt', my_attempt - 1, 'fence', fence,
             'task', task, 'since', string.format('%.0f', now[1] * 1000))
+    elseif owner == mine and token == my_token
+        and tonumber(next_attempt or attempt) == tonumber(my_attempt) then
+        -- This publish has continued it: its reply was lost, or it goes to several queues.
+        redis.call('PEXPIRE', key, ttl)
+        return {1, mine, tonumber(ttl), fence}
     elseif owner ~= mine
         or tonumber(attempt) >= tonumber(my_attempt)
         or (holder and my_holder ~= '' and holder ~= my_holder) then
