@@ -11,7 +11,7 @@ from typing import Any
 from celery.exceptions import Ignore, Reject, Retry
 
 from reliable_tasks._broker.fence import Fenced, exclusively
-from reliable_tasks._celery.exits import ends_more_than_the_task
+from reliable_tasks._celery.exits import ends_more_than_the_task, is_told_to_end
 from reliable_tasks._celery.headers import IN_DOUBT
 from reliable_tasks._celery.registry import hard_limit
 from reliable_tasks._celery.setting_aside import SetAside
@@ -97,7 +97,8 @@ def _ending_alone(task: Any, body: Callable[..., Any]) -> Callable[..., Any]:
             raise
         except BaseException as error:
             is_limited = bool(hard_limit(task, task.request.timelimit))
-            if ends_more_than_the_task(error, is_limited=is_limited):
+            is_told = is_told_to_end(str(task.request.id))
+            if ends_more_than_the_task(error, is_limited=is_limited, is_told_to_end=is_told):
                 raise
             raise TaskExited(repr(error)) from error
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import atexit
 import logging
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from celery import bootsteps
-from celery.signals import worker_shutdown
+from celery.signals import worker_shutdown, worker_shutting_down
 from celery.worker.consumer.tasks import Tasks
 
 from reliable_tasks._broker.beside import beside
@@ -23,6 +24,9 @@ __all__ = ["KeeperStep"]
 logger = logging.getLogger("reliable_tasks")
 
 _TICK = 1.0
+
+#: The keeper of each worker of this process.
+_keepers: WeakKeyDictionary[Any, Keeper] = WeakKeyDictionary()
 
 
 class KeeperStep(bootsteps.StartStopStep):
@@ -50,10 +54,12 @@ class KeeperStep(bootsteps.StartStopStep):
         keeper.goes_by_lease = any(getattr(task, "exclusive", False) for task in tasks)
         keeper.start()
         # A cold shutdown does not send Celery's signal; and a connection can be a later one.
-        atexit.unregister(_leave)
-        atexit.register(_leave)
+        atexit.unregister(_leave_all)
+        atexit.register(_leave_all)
+        _keepers[parent.controller] = keeper
         if self._ticks is not None:
-            self._ticks.cancel()
+            # A green pool's timer returns the first of the greenlets that follow each other.
+            getattr(self._ticks, "entry", self._ticks).cancel()
         is_loop_of_its_own = not getattr(parent.pool, "is_green", False) and (
             type(parent.pool).__module__ != "celery.concurrency.solo"
         )
@@ -80,8 +86,23 @@ def _beside(consumer: Any) -> Any:
     return consumer.beside
 
 
+@worker_shutting_down.connect(weak=False)
+def _expect_no_turns(**_: Any) -> None:
+    """Take no main loop for hung that waits for the last tasks: Celery does so in the handler."""
+    for held in all_held():
+        held.loop_seen_at = None
+
+
 @worker_shutdown.connect(weak=False)
-def _leave(**_: Any) -> None:
-    """Let the others know that this worker has ended in good order."""
+def _leave(sender: Any = None, **_: Any) -> None:
+    """Let the others know that a worker has ended in good order."""
+    keeper = _keepers.pop(sender, None)
+    # Other workers of this process may hold messages of the same broker.
+    if keeper is not None and keeper not in _keepers.values():
+        keeper.stop()
+
+
+def _leave_all() -> None:
+    _keepers.clear()
     for held in all_held():
         Keeper.of(held).stop()

@@ -13,7 +13,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -50,6 +51,8 @@ class Held:
         keepers: The client of the thread that renews.
         detects_deaths: Whether a lost connection may count as a worker's death.
         renewed_at: When the last renewal that the server confirmed was sent (monotonic s).
+        loop_seen_at: When the worker's main loop turned last (monotonic s), or ``None`` where it
+            is not expected to.
         heard_at: The same of the last beat, and nothing was taken back since the one before.
     """
 
@@ -68,6 +71,7 @@ class Held:
         self.keepers = keepers
         self.detects_deaths = True
         self.renewed_at = self.heard_at = time.monotonic()
+        self.loop_seen_at: float | None = None
         self._deliveries: dict[str, Delivery] = {}
         self._unsaid: dict[str, Callable[[redis.Redis, bool], Any]] = {}
         self._over: set[str] = set()
@@ -108,6 +112,17 @@ class Held:
                 )
         return tags
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Expect no turn of the main loop while it waits for others, in bounded time."""
+        is_expected = self.loop_seen_at is not None
+        self.loop_seen_at = None
+        try:
+            yield
+        finally:
+            if is_expected:
+                self.loop_seen_at = time.monotonic()
+
     def is_open(self, tag: str) -> bool:
         """Say whether a delivery is held and has not ended."""
         return tag in self._deliveries and tag not in self._unsaid
@@ -132,6 +147,13 @@ class Held:
                 delivery,
                 lambda server, _: self.messages.requeue(server, delivery, to_back=to_back),
             )
+
+    def set_apart(self, delivery: Delivery) -> None:
+        """End a delivery whose message is no task's, and keep the message."""
+        self._say(
+            delivery,
+            lambda server, _: self.messages.set_apart(server, delivery.tag, delivery.raw),
+        )
 
     def put_back_fetched(self, plan: FetchPlan) -> None:
         """Put back what a fetch took whose answer is lost, now or when the broker answers."""

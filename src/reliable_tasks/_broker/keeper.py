@@ -58,7 +58,6 @@ class Keeper:
         self._is_unreachable = False
         self._reached_at = self._sweeps_from = 0.0
         self._is_fenced = False
-        self._loop_seen_at: float | None = None
         self._has_hung = False
 
     @classmethod
@@ -103,12 +102,12 @@ class Keeper:
 
     def main_loop_turns(self) -> None:
         """Note that the worker's main loop is alive; from the first call on it is expected."""
-        self._loop_seen_at = time.monotonic()
+        self._held.loop_seen_at = time.monotonic()
         self.say_what_is_unsaid()
 
     def main_loop_rests(self) -> None:
         """Note that the main loop does not turn while it connects again."""
-        self._loop_seen_at = None
+        self._held.loop_seen_at = None
 
     def say_what_is_unsaid(self) -> None:
         """Write the log lines that the thread itself must not write."""
@@ -197,9 +196,10 @@ class Keeper:
         note_renewal(sent_at, held.lease)
 
     def _main_loop_has_hung(self) -> bool:
-        if self._loop_seen_at is None:
+        seen_at = self._held.loop_seen_at
+        if seen_at is None:
             return False
-        silent = time.monotonic() - self._loop_seen_at
+        silent = time.monotonic() - seen_at
         has_hung = silent > max(_HUNG, 4 * self._held.lease)
         if has_hung and not self._has_hung:
             say(

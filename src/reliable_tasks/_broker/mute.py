@@ -33,7 +33,8 @@ class MuteConnection:
         self._connection: Any = None
         self._is_refused = False
         # In the threads pool tasks start and are set aside in threads of their own.
-        self._sending = threading.Lock()
+        # A signal handler that sets one aside may interrupt a start.
+        self._sending = threading.RLock()
 
     def send(self, command: Sequence[Any]) -> None:
         """Send a command.

@@ -22,9 +22,12 @@ from celery.worker.consumer.tasks import Tasks
 from celery.worker.loops import asynloop
 from celery.worker.state import active_requests, requests, reserved_requests
 
+from reliable_tasks._celery.escaping import contain_escapes
+from reliable_tasks._celery.receiving import carefully, set_apart
+from reliable_tasks._celery.transfers import Transfers
 from reliable_tasks._celery.versions import CLEARS_TIMERS
 
-__all__ = ["CarryingConsumer", "held_by", "is_amqp", "is_lost"]
+__all__ = ["CarryingConsumer", "copy_of", "held_by", "is_amqp", "is_lost"]
 
 
 logger = logging.getLogger("reliable_tasks")
@@ -47,6 +50,15 @@ def is_lost(channel: Any) -> bool:
 
 def _is_guarded(request: Any) -> bool:
     return bool(getattr(request, "is_guarded", False))
+
+
+def copy_of(requests_: Any) -> list[Any]:
+    """Copy one of Celery's sets of requests, which pool threads may be changing."""
+    while True:
+        try:
+            return list(requests_)
+        except RuntimeError:
+            continue
 
 
 class Adopt(bootsteps.StartStopStep):
@@ -79,6 +91,37 @@ class CarryingConsumer(Consumer):
         super().__init__(*args, **options)
         if CLEARS_TIMERS and self.hub is not None:
             self.loop = self._loop_that_keeps_timers
+        self._transfers = Transfers(self.hub, self.pool) if self.hub is not None else None
+        if self.pool is not None and not self.pool.uses_semaphore:
+            contain_escapes(self.pool)
+
+    def create_task_handler(self, *args: Any, **options: Any) -> Any:
+        """Make the handler of messages, which outlives whatever is wrong with one of them."""
+        return carefully(self, super().create_task_handler(*args, **options))
+
+    def on_decode_error(self, message: Any, exc: Exception) -> None:
+        """Keep a message whose body cannot be decoded; Celery would acknowledge it."""
+        logger.critical("The body of a message cannot be decoded: %r", exc)
+        set_apart(self, message, exc)
+
+    def on_invalid_task(self, body: Any, message: Any, exc: Exception) -> None:
+        """Keep a message that is not a valid task's; Celery would discard it."""
+        logger.critical("A message is not a valid task's: %r", exc)
+        set_apart(self, message, exc)
+
+    def on_unknown_message(self, body: Any, message: Any) -> None:
+        """Keep a message that is no task's; Celery would discard it."""
+        logger.critical("A message is no task's: its headers are %r", message.headers)
+        set_apart(self, message, None)
+
+    def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
+        """Discard a message that names an unknown task; without a result backend, too."""
+        try:
+            super().on_unknown_task(body, message, exc)
+        except Exception as error:
+            if not message.acknowledged:
+                raise
+            logger.error("An unknown task has no final state: %s", error)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Take what is held out of the dead connection, before Celery closes it."""
@@ -101,9 +144,31 @@ class CarryingConsumer(Consumer):
         return super().connect()
 
     def on_ready(self) -> None:
-        """Note which timers the connection has brought."""
+        """Note which timers the connection has brought, and go on talking to the children."""
+        if self._transfers is not None:
+            self._transfers.go_on()
         self._timers_of_connection = self._timers() - self._timers_before
         super().on_ready()
+
+    def stop(self) -> None:
+        """Give back at once what has not been started: the tasks that run may take their time."""
+        self._give_back_what_waits()
+        super().stop()
+
+    def _give_back_what_waits(self) -> None:
+        channel: Any = getattr(self.task_consumer, "channel", None)
+        held = held_by(channel)
+        if held is None:
+            return
+        in_pool = {
+            request.message.delivery_tag
+            for request in (*copy_of(reserved_requests), *copy_of(active_requests))
+            if request._apply_result is not None or request in active_requests
+        }
+        channel.qos._flush()
+        for tag in reversed([tag for tag in channel.qos._delivered if tag not in in_pool]):
+            held.requeue(tag)
+            channel.qos._quick_ack(tag)
 
     def on_close(self) -> None:
         """Forget what was received, unless it is still held."""
@@ -126,6 +191,9 @@ class CarryingConsumer(Consumer):
             if held.is_open(tag):
                 message.channel = channel
                 channel.qos.append(message, tag)
+        # Celery does so for those alone that wait for nothing.
+        for request in copy_of(getattr(state, "scheduled_requests", ())):
+            request.eventer = self.event_dispatcher
         lost, self._lost_qos = self._lost_qos, None
         # What waits for its ETA raised the prefetch count, and lowers it when it is due.
         waiting = lost.value - self.initial_prefetch_count if lost and lost.value else 0

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
@@ -16,6 +18,7 @@ from celery.worker.request import Request
 
 from reliable_tasks._celery.consumer import held_by, is_lost
 from reliable_tasks._celery.headers import DELIVERY, TIMES_SET_ASIDE
+from reliable_tasks._celery.receiving import check_request
 from reliable_tasks._celery.registry import hard_limit
 
 __all__ = ["DeliveredRequest", "GuardedTask", "remember_consumer"]
@@ -57,11 +60,13 @@ class DeliveredRequest(Request):
 
     def __init__(self, message: Any, **options: Any) -> None:
         super().__init__(message, **options)
+        check_request(self)
         self._received_at = time.monotonic()
         self._ends_here = False
         self._is_cancelled = False
         self._is_requeued = False
-        self._is_told_to_end = False
+        self._was_told_to_end = False
+        self._keeps_ack = self._owes_ack = False
         self._times_set_aside = 0
         self._held = held_by(message.channel)
         self._delivery: Any = None if self._held is None else self._held.get(message.delivery_tag)
@@ -108,6 +113,17 @@ class DeliveredRequest(Request):
         """Whether no copy of the task is let in elsewhere until this one has ended."""
         return self._beside is not None and bool(self._beside.is_open(self._delivery.tag))
 
+    @property
+    def is_told_to_end(self) -> bool:
+        """Whether the task was cancelled, or is killed for it was revoked."""
+        return self._is_cancelled or self._ends_here
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Wait for the result backend: it is not the main loop that hangs meanwhile."""
+        with self._held.waiting() if self._held is not None else nullcontext():
+            yield
+
     def _expect(self) -> Any:
         """Return the run that begins when this copy is let in."""
         is_redelivered = bool(self.delivery_info["redelivered"])
@@ -135,6 +151,9 @@ class DeliveredRequest(Request):
 
     def _note_start(self) -> None:
         self._held.count_start(self._delivery)
+
+    def _expect_end(self) -> None:
+        """Have the lease end with a run that hangs, counted from when its child accepted it."""
         limit = hard_limit(self.task, self.time_limits)
         # Other pools do not end what outlives its limit, and it must not be run beside itself.
         if limit and self._has_free_slot:

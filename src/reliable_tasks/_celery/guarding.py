@@ -9,7 +9,7 @@ from typing import Any, cast
 from celery.worker.state import active_requests, requests, reserved_requests, task_ready
 
 from reliable_tasks._celery import stock
-from reliable_tasks._celery.consumer import is_lost
+from reliable_tasks._celery.consumer import copy_of, is_lost
 from reliable_tasks._celery.registry import hard_limit
 from reliable_tasks._celery.setting_aside import PatientRequest, SetAside
 
@@ -69,6 +69,11 @@ class GuardedRequest(PatientRequest):
             return True
         if self._is_left_to_broker():
             task_ready(self)
+            return False
+        if self._beside is None and not self._held.is_open(delivery.tag):
+            # Given back by a worker that shuts down.
+            task_ready(self)
+            self.acknowledged = True
             return False
         if not delivery.copy.may_run or self._held.may_be_over(delivery):
             self._held.hold(delivery)
@@ -140,7 +145,7 @@ class GuardedRequest(PatientRequest):
 
     def _other_here(self) -> GuardedRequest | None:
         """Return the request of the copy that runs, if it runs in this worker."""
-        for other in (*active_requests, *reserved_requests):
+        for other in (*copy_of(active_requests), *copy_of(reserved_requests)):
             if other.id == self.id and other is not self and getattr(other, "is_guarded", False):
                 return cast(GuardedRequest, other)
         return None

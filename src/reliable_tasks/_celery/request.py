@@ -10,6 +10,7 @@ Here are Celery's callbacks. `ReliableRequest` stands on `GuardedRequest` (may i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from celery.signals import task_failure
 from celery.worker import state
 from celery.worker.state import reserved_requests, successful_requests
 
+from reliable_tasks._celery.escaping import has_escaped
 from reliable_tasks._celery.exits import quiet_exit
 from reliable_tasks._celery.failures import (
     has_exited,
@@ -34,6 +36,10 @@ from reliable_tasks._celery.versions import ENDS_EXITS_AND_REJECTS
 
 __all__ = ["ReliableRequest"]
 
+logger = logging.getLogger("reliable_tasks")
+
+#: When it is tried again to store the end of a task, the first time and at most (s).
+_UNTIL_STORED = (1.0, 30.0)
 #: billiard reports a hard time limit first and kills the child afterwards, within 0.2 s.
 _KILL_GRACE = 1.0
 
@@ -42,13 +48,23 @@ class ReliableRequest(GuardedRequest):
     """Celery's request, with nothing lost between a child's death and its message's end."""
 
     _already_revoked: bool
+    _times_unstored = 0
+    _is_end_stored = False
 
     def revoked(self) -> bool:
         """Say whether the task must not be started: revoked, expired, or held for too long."""
         if self._already_revoked:
             return True
         self._ends_here = True
-        if super().revoked():
+        try:
+            with self._waiting():
+                is_revoked = super().revoked()
+        except Exception as error:  # noqa: BLE001 - a backend raises what its client raises
+            # In Celery that is the worker's end; and the slot would stay taken.
+            self._ends_here = False
+            self._set_aside(SetAside(f"its end cannot be stored: {error}", *_UNTIL_STORED))
+            return True
+        if is_revoked:
             self._settle(requeued=False)
             return True
         self._ends_here = False
@@ -74,7 +90,7 @@ class ReliableRequest(GuardedRequest):
             # billiard looks for dead children every 5 s; the limit's timer can be quicker.
             exc_info = lost_worker(f"died before its hard time limit of {error}")
         # In a warm shutdown the child was asked to stop, and has not crashed.
-        self._is_told_to_end = _is_asked(state.should_stop) and was_told_to_end(error)
+        self._was_told_to_end = _is_asked(state.should_stop) and was_told_to_end(error)
         if isinstance(error, MemoryError):
             # Celery would end the worker for it.
             exc_info = without_memory_error(exc_info)
@@ -83,9 +99,15 @@ class ReliableRequest(GuardedRequest):
                 exc_info = lost_worker(repr(error))
             elif isinstance(error, Reject) and not error.requeue:  # type: ignore[attr-defined]
                 self._fail(error, exc_info)
+        if has_escaped(exc_info):
+            return_ok = False
         # With return_ok the child itself reported, and released its claim.
         self._ends_here = not return_ok
-        super().on_failure(exc_info, send_failed_event, return_ok)
+        if not self._ends_in_order(
+            lambda: super(ReliableRequest, self).on_failure(exc_info, send_failed_event, return_ok),
+            lambda: self.on_failure(exc_info, send_failed_event, return_ok),
+        ):
+            return
         if self._is_cancelled and self._held is not None and self._beside is None:
             # Nobody else gives it back: it was not the connection's.
             super().reject(requeue=True)
@@ -96,6 +118,37 @@ class ReliableRequest(GuardedRequest):
         else:
             # A cancelled request's message went back with the connection that was lost.
             self._settle(requeued=self._is_cancelled)
+
+    def _ends_in_order(self, end: Callable[[], None], again: Callable[[], None]) -> bool:
+        """End a task whose end the main process stores, and acknowledge when that is done.
+
+        Returns:
+            Whether it is stored; if not, it is tried again.
+        """
+        self._keeps_ack = True
+        try:
+            with self._waiting():
+                end()
+        except Exception as error:  # noqa: BLE001 - a backend raises what its client raises
+            first, longest = _UNTIL_STORED
+            self._times_unstored += 1
+            pause = min(first * 2 ** min(self._times_unstored, 10), longest)
+            logger.error(
+                "The end of task %s[%s] cannot be stored, trying again in %g s: %s",
+                self.name,
+                self.id,
+                pause,
+                error,
+            )
+            self._call_in(pause, lambda: None if self._is_end_stored else again())
+            return False
+        finally:
+            self._keeps_ack = False
+        self._is_end_stored = True
+        if self._owes_ack:
+            self._owes_ack = False
+            self.acknowledge()
+        return True
 
     def on_accepted(self, pid: Any, time_accepted: float) -> None:
         """Note that a child, a thread or a greenlet is about to run the task."""
@@ -109,6 +162,8 @@ class ReliableRequest(GuardedRequest):
                 # It waited in the pool, where nobody asked; the task's body says no.
                 self.request_dict[IN_DOUBT] = True
             self._note_start()
+        if delivery is not None and self.task.acks_late:
+            self._expect_end()
         super().on_accepted(pid, time_accepted)
 
     def cancel(self, *args: Any, **options: Any) -> None:
@@ -123,6 +178,9 @@ class ReliableRequest(GuardedRequest):
 
     def acknowledge(self) -> None:
         """Acknowledge the message, unless it went back already."""
+        if self._keeps_ack:
+            self._owes_ack = True
+            return
         if should_terminate() and not self._is_green:
             # A child that is killed acknowledges nothing: this one ended in the time that a soft
             # shutdown gave it, and was cancelled before the main process came to know.
@@ -139,12 +197,21 @@ class ReliableRequest(GuardedRequest):
         # A killed greenlet counts as a success; its copy must not be taken for a repetition.
         successful_requests.discard(self.id)
         self._settle(requeued=True)
+        if self._held is not None and self._beside is None and not self.acknowledged:
+            # Nobody else gives it back: it was not the connection's.
+            super().reject(requeue=True)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """Handle a time limit; a task that went back to the queue before it has not failed."""
         if self._is_requeued and not soft:
             return
-        super().on_timeout(soft, timeout)
+        if soft:
+            super().on_timeout(soft, timeout)
+        elif not self._ends_in_order(
+            lambda: super(ReliableRequest, self).on_timeout(soft, timeout),
+            lambda: self.on_timeout(soft, timeout),
+        ):
+            return
         if not soft and not self._ends_here:
             # gevent says no more than this; in prefork on_failure came before.
             self._settle(requeued=False)
@@ -155,7 +222,7 @@ class ReliableRequest(GuardedRequest):
             self._is_requeued = True
             if self._delivery is not None:
                 # The child is dead, not asked to stop: the crash stands.
-                self._delivery.has_crashed = not (should_terminate() or self._is_told_to_end)
+                self._delivery.has_crashed = not (should_terminate() or self._was_told_to_end)
             self._settle(requeued=True)
         self._leave(goes_back=requeue)
         if not self._is_left_to_broker():

@@ -6,7 +6,9 @@ It waits in the worker where the prefetch can be raised for it, and else in the 
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from celery import Task
@@ -54,6 +56,14 @@ class SetAside(Reject, Ignore):
         return f"set aside: {self.args[0]}"
 
     __str__ = __repr__
+
+
+def _call_after(consumer: Any, pause: float, function: Callable[[], None]) -> None:
+    if consumer.hub is None or threading.current_thread() is threading.main_thread():
+        consumer.timer.call_after(pause, function)
+    else:
+        # A timer that a pool's thread adds while the loop connects would end with the connection.
+        consumer.hub.call_soon(lambda: consumer.timer.call_after(pause, function))
 
 
 class PatientRequest(DeliveredRequest):
@@ -119,7 +129,7 @@ class PatientRequest(DeliveredRequest):
             if raises_prefetch:
                 consumer.qos.decrement_eventually()
 
-        consumer.timer.call_after(pause, run_again)
+        _call_after(consumer, pause, run_again)
 
     def _send_again(self, pause: float) -> bool:
         """Publish the same copy with a delay and acknowledge this one.

@@ -40,6 +40,7 @@ class Consumer:
         self.app = bench.app
         self.timer = bench.timer
         self.task_consumer: Any = None
+        self.hub = None
         self.again: list[ReliableRequest] = []
         self.qos = SimpleNamespace(
             increment_eventually=lambda: bench.raise_prefetch(1),
