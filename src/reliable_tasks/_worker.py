@@ -9,12 +9,15 @@ from weakref import WeakKeyDictionary
 
 from celery import bootsteps
 from celery.signals import worker_shutdown, worker_shutting_down
+from celery.worker import state
 from celery.worker.consumer.tasks import Tasks
 
 from reliable_tasks._broker.beside import beside
 from reliable_tasks._broker.held import all_held
 from reliable_tasks._broker.keeper import Keeper
 from reliable_tasks._celery.consumer import CarryingConsumer, held_by, is_amqp
+from reliable_tasks._celery.delivery import give_back_what_waits
+from reliable_tasks._celery.exits import is_stopping
 from reliable_tasks._celery.signals import handle_signals_in_green_threads
 from reliable_tasks._once.locks import locks_of
 from reliable_tasks.errors import ConfigError
@@ -65,13 +68,21 @@ class KeeperStep(bootsteps.StartStopStep):
         )
         # In the other pools the loop is the tasks', and may be busy for as long as they are.
         tick = keeper.main_loop_turns if is_loop_of_its_own else keeper.say_what_is_unsaid
+        # A loop that never begins to turn has hung, too.
+        tick()
         self._ticks = parent.timer.call_repeatedly(_TICK, tick)
         self._keeper = keeper
 
     def stop(self, parent: Any) -> None:
-        """Expect no turn of the main loop until the consumer has connected again."""
+        """Expect no turn of the main loop until the consumer has connected again, if it does.
+
+        A worker that shuts down gives back what has not been started: the tasks that run may
+        take their time.
+        """
         if self._keeper is not None:
             self._keeper.main_loop_rests()
+        if parent.task_consumer is not None and is_stopping(state.should_stop):
+            give_back_what_waits(parent.task_consumer.channel)
 
 
 def _beside(consumer: Any) -> Any:

@@ -35,10 +35,12 @@ def shop(scenes: StartScene, redis_server: EmbeddedServer) -> Scene:
 
 
 def _restarted(scene: Scene, name: str, killed: float, within: float, record: Record) -> None:
-    """Check that a task is started exactly once more in time, and ends."""
+    """Check that a task is started exactly once more in time, and knows of the crash."""
     seconds = scene.wait_starts(name, 2, timeout=within + 10) - killed
     record(f"seconds to restart of {name}", round(seconds, 2))
     assert seconds < within, scene.logs
+    crashes = [event.data["crashes"] for event in scene.journal.events("start", name=name)]
+    assert crashes == [0, 1]
 
 
 def _nothing_left(scene: Scene, starts: dict[str, int]) -> None:

@@ -17,7 +17,7 @@ from reliable_tasks.demo._server import EmbeddedServer
 from reliable_tasks.errors import StoreError
 from tests.integration.conftest import StartScene, other_database
 from tests.integration.scene import Scene
-from tests.support import Proxy
+from tests.support import Proxy, wait_until
 
 #: A publish gives up after three short retries.
 BOUND = 15.0
@@ -148,16 +148,24 @@ class TestPublish:
             assert not scene.call("act", name).duplicate
 
     def test_lost_reply_to_a_claim(
-        self, scenes: StartScene, redis_proxy: Proxy, redis_client: redis.Redis, name: str
+        self,
+        scenes: StartScene,
+        redis_server: EmbeddedServer,
+        redis_client: redis.Redis,
+        locks: EmbeddedServer,
+        name: str,
     ) -> None:
         """A claim whose reply was lost is recognised when it is asked for again."""
-        scene = scenes(redis_proxy.url(), None)
-        scene.call("act", "warm-up")
-        redis_proxy.lose_replies(b"EVALSHA")
-        result = scene.call("act", name)
-        assert not result.duplicate
-        assert scene.claim(name)["owner"] == result.id
-        assert redis_client.llen("celery") == 2
+        with Proxy(locks.port) as proxy:
+            scene = scenes(redis_server.url, None, settings={"reliable_redis_url": proxy.url()})
+            scene.call("act", "warm-up")
+            # Of the claim's script, which names the claim.
+            proxy.lose_replies(name.encode())
+            result = scene.call("act", name)
+            assert not proxy.replies_to_lose
+            assert not result.duplicate
+            assert scene.claim(name)["owner"] == result.id
+            assert redis_client.llen("celery") == 2
 
     def test_broker_whose_network_is_gone(
         self, scenes: StartScene, redis_proxy: Proxy, name: str
@@ -172,21 +180,39 @@ class TestPublish:
         redis_proxy.heal()
         assert not scene.call("act", name).duplicate
 
-    def test_lost_reply_to_a_push(
-        self, scenes: StartScene, redis_proxy: Proxy, redis_server: EmbeddedServer, name: str
+    @pytest.mark.parametrize("task", ["bare", "act"])
+    @pytest.mark.parametrize("claims", ["at the broker", "elsewhere"])
+    def test_lost_reply_to_a_publish(
+        self,
+        scenes: StartScene,
+        redis_server: EmbeddedServer,
+        redis_proxy: Proxy,
+        redis_client: redis.Redis,
+        locks: EmbeddedServer,
+        name: str,
+        task: str,
+        claims: str,
     ) -> None:
-        """A push whose reply was lost is sent again; both messages are one task."""
-        scene = scenes(redis_proxy.url(), None)
-        scene.call("act", "warm-up")
-        redis_proxy.lose_replies(b"LPUSH")
-        result = scene.call("act", name)
-        assert scene.claim(name)["owner"] == result.id
-        with redis.Redis.from_url(redis_server.url) as client:
-            ids = [
-                json.loads(message)["headers"]["id"] for message in client.lrange("celery", 0, -1)
-            ]
-        assert result.id in ids
-        assert scene.call("act", name).duplicate
+        """It is sent again, and the broker knows it: one message, one start, and one claim."""
+        settings = {"reliable_redis_url": locks.url} if claims == "elsewhere" else {}
+        results = other_database(redis_server)
+        scene = scenes(redis_proxy.url(), results, settings=settings, limit=60)
+        scene.call(task, "warm-up")
+        # Of the script that queues the message, whose headers show the arguments.
+        redis_proxy.lose_replies(name.encode())
+        result = scene.call(task, name)
+        assert not redis_proxy.replies_to_lose
+        queued = [json.loads(message) for message in redis_client.lrange("celery", 0, -1)]
+        assert [message["headers"]["id"] for message in queued].count(result.id) == 1
+        assert len(queued) == 2
+        if task == "act":
+            assert not result.duplicate
+            assert scene.claim(name)["owner"] == result.id
+            assert scene.call(task, name).duplicate
+        scene.worker(broker_url=redis_server.url)
+        assert result.get(timeout=15) == name
+        wait_until(lambda: not redis_client.exists("celery", "unacked"), 15, lambda: scene.logs)
+        assert scene.starts(name) == 1
 
 
 @pytest.fixture

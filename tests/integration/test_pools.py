@@ -5,10 +5,11 @@ from __future__ import annotations
 from uuid import uuid4
 
 import pytest
+import redis
 
 from reliable_tasks import TaskExited
 from reliable_tasks.demo._server import EmbeddedServer
-from tests.integration.conftest import StartScene
+from tests.integration.conftest import StartScene, other_database
 from tests.integration.scene import Scene
 from tests.support import wait_until
 
@@ -31,9 +32,23 @@ def slots(pool: str) -> range:
 def shop(pool: str, slots: range, module_redis: EmbeddedServer, module_scenes: StartScene) -> Scene:
     """One worker of each kind, each on databases of its own."""
     number = 2 * POOLS.index(pool)
-    broker, results = (f"redis://127.0.0.1:{module_redis.port}/{n}" for n in (number, number + 1))
-    scene = module_scenes(broker, results)
+    scene = module_scenes(*(other_database(module_redis, n) for n in (number, number + 1)))
     scene.worker(pool=pool, concurrency=len(slots))
+    return scene
+
+
+@pytest.fixture
+def pair(
+    pool: str,
+    slots: range,
+    module_redis: EmbeddedServer,
+    redis_server: EmbeddedServer,
+    scenes: StartScene,
+) -> Scene:
+    """Two workers of a kind whose broker anything may happen to, but not to their results."""
+    results = other_database(module_redis, 2 * POOLS.index(pool) + 1)
+    scene = scenes(redis_server.url, results, limit=60)
+    scene.crew(2, pool=pool, concurrency=len(slots))
     return scene
 
 
@@ -82,7 +97,95 @@ def test_a_copy_of_a_running_task_is_set_aside(shop: Scene, name: str) -> None:
     assert shop.call("act", f"{name}, meanwhile").get(timeout=10) == f"{name}, meanwhile"
     assert result.get(timeout=10) == name
     shop.wait_free(name)
-    assert shop.starts(name) == 1
+    (started,) = shop.journal.events("start", name=name)
+    # It was handed out more than once, and asked to wait.
+    assert started.data["crashes"] == 0
+
+
+def test_two_calls_of_one_id_run_one_after_the_other(shop: Scene, name: str) -> None:
+    """While there is a slot for both, the second waits until the first has ended."""
+    for number in (1, 2):
+        shop.call("sleep", f"{name} {number}", 1.0, task_id=name)
+    wait_until(
+        lambda: len(shop.journal.events("end", id=name)) == 2,
+        20,
+        lambda: f"the end of both\n{shop.logs}",
+    )
+    assert [event.name for event in shop.journal.events(id=name)] == ["start", "end"] * 2
+    _wait_acknowledged(shop)
+
+
+def test_two_calls_of_one_id_run_one_after_the_other_in_two_workers(pair: Scene, name: str) -> None:
+    """The same where each worker has one of them."""
+    pair.call("sleep", f"{name} 1", 4.0, task_id=name)
+    pair.wait_starts(f"{name} 1")
+    received = f"sleep[{name}] received"
+    (first,) = (worker for worker in pair.workers if received in worker.log)
+    control = pair.app.control
+    control.cancel_consumer("celery", destination=[first.hostname], reply=True, timeout=5)
+    pair.call("sleep", f"{name} 2", 1.0, task_id=name)
+    wait_until(lambda: all(received in worker.log for worker in pair.workers), 10)
+    control.add_consumer("celery", destination=[first.hostname], reply=True, timeout=5)
+    wait_until(
+        lambda: len(pair.journal.events("end", id=name)) == 2,
+        20,
+        lambda: f"the end of both\n{pair.logs}",
+    )
+    assert [event.name for event in pair.journal.events(id=name)] == ["start", "end"] * 2
+    _wait_acknowledged(pair)
+
+
+def test_a_task_outlives_its_workers_connections(
+    pair: Scene, pool: str, redis_client: redis.Redis, name: str
+) -> None:
+    """All are killed three times while it runs: it is started once, ends, and is acknowledged."""
+    result = pair.call("bare", name, "wait")
+    pair.wait_starts(name)
+    for times in range(1, 4):
+        keepers = set(redis_client.hvals("reliable:keepers"))
+        redis_client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        redis_client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+        wait_until(
+            lambda before=keepers: not before.intersection(redis_client.hvals("reliable:keepers")),  # type: ignore[misc]
+            15,
+            lambda: f"the keepers' new connections\n{pair.logs}",
+        )
+        # Where the loop is the task's, it cannot connect again before the task has ended.
+        others = [
+            w for w in pair.workers if pool != "solo" or f"{result.id}] received" not in w.log
+        ]
+        wait_until(
+            lambda times=times, others=others: all(  # type: ignore[misc]
+                worker.log.count("Connected to redis") > times for worker in others
+            ),
+            15,
+            lambda: f"new connections\n{pair.logs}",
+        )
+    pair.journal.open(name)
+    assert result.get(timeout=20) == name
+    _wait_acknowledged(pair)
+    assert pair.starts(name) == 1
+    assert all(worker.running for worker in pair.workers)
+
+
+def test_a_copy_that_goes_back_by_itself_has_not_crashed(shop: Scene, name: str) -> None:
+    """A task that rejects its message with requeue ended by a word of its own."""
+    assert shop.call("act", name, "requeue").get(timeout=15) == name
+    crashes = [event.data["crashes"] for event in shop.journal.events("start", name=name)]
+    assert crashes == [0, 0]
+
+
+def test_the_death_of_a_worker_is_a_crash_of_what_it_ran(pair: Scene, name: str) -> None:
+    """The next copy is told: `self.request.crashes` is 1."""
+    result = pair.call("show", name, 2.0)
+    pair.wait_starts(name)
+    (started,) = pair.journal.events("start", name=name)
+    (worker,) = (w for w in pair.workers if w.hostname == started.data["worker"])
+    worker.kill_group()
+    pair.wait_starts(name, 2, timeout=20)
+    crashes = [event.data["crashes"] for event in pair.journal.events("start", name=name)]
+    assert crashes == [0, 1]
+    assert result.get(timeout=15) == name
 
 
 @pytest.mark.parametrize(
@@ -114,5 +217,13 @@ def test_what_would_end_a_worker_is_the_failure_of_one_task(
         assert result.get(timeout=10)
     assert worker.running
     assert worker.child_pids() == children
-    redis = shop.claims.client.redis
-    wait_until(lambda: not redis.exists("unacked"), 10, lambda: f"no message left\n{shop.logs}")
+    _wait_acknowledged(shop)
+
+
+def _wait_acknowledged(scene: Scene) -> None:
+    server = scene.claims.client.redis
+    wait_until(
+        lambda: not server.exists("unacked", "celery", "reliable:leases"),
+        15,
+        lambda: f"no message left\n{scene.logs}",
+    )

@@ -102,6 +102,8 @@ class Machine(RuleBasedStateMachine):
         is_repeat = (self.claim.owner, self.claim.token) == (owner, token)
         assert answer.code is (Publish.CLAIMED if is_repeat else Publish.DUPLICATE)
         assert answer.owner == self.claim.owner
+        if is_repeat:
+            self.claim.expires = self.now + TTL
         self.saw(answer.fence, new=False)
 
     @rule(owner=owners, attempt=attempts, token=tokens, holder=holders | st.just(""))

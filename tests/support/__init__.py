@@ -1,6 +1,6 @@
 """What the tests are built from: real servers, real workers, and a broken network."""
 
-from tests.support.processes import is_alive
+from tests.support.processes import death_of, is_alive
 from tests.support.proxy import Monitor, MonitoredCommand, Proxy
 from tests.support.servers import RabbitMQServer
 from tests.support.wait import wait_until
@@ -12,6 +12,7 @@ __all__ = [
     "Proxy",
     "RabbitMQServer",
     "WorkerProcess",
+    "death_of",
     "is_alive",
     "wait_until",
 ]

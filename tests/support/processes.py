@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import select
+import threading
+import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,3 +41,22 @@ def live_processes() -> list[ProcessInfo]:
 def is_alive(pid: int) -> bool:
     """Tell whether a process still runs."""
     return any(process.pid == pid for process in live_processes())
+
+
+def death_of(pid: int) -> Future[float]:
+    """Watch a process that lives, also one that is no child; the result is when it ended.
+
+    The kernel says so at once, and does not wait until its parent has noticed.
+    """
+    handle = os.pidfd_open(pid)
+    found: Future[float] = Future()
+
+    def watch() -> None:
+        ended = select.poll()
+        ended.register(handle, select.POLLIN)
+        ended.poll()
+        found.set_result(time.time())
+        os.close(handle)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return found

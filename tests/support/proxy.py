@@ -19,7 +19,8 @@ _POLL = 0.05
 class Proxy:
     """A TCP proxy on loopback that delays, swallows, refuses and cuts.
 
-    A fault holds for connections that are open and for new ones, until `heal`.
+    A fault holds for connections that are open and for new ones, until `heal`. As a context
+    manager it fails a test that wanted a reply lost which nobody ever asked for.
 
     Args:
         target_port: The port on loopback that it stands before.
@@ -76,6 +77,14 @@ class Proxy:
         with self._lock:
             self._lost_reply, self._lost_left = command, times
 
+    @property
+    def replies_to_lose(self) -> int:
+        """How many connections have yet to be hit, for they did not send what `lose_replies` says.
+
+        A connection is counted as hit when the server is sent the command.
+        """
+        return self._lost_left
+
     def heal(self) -> None:
         """End every fault. A connection that lost data in a black hole is cut."""
         with self._lock:
@@ -103,6 +112,8 @@ class Proxy:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+        if exc[0] is None:
+            assert not self.replies_to_lose, f"nobody sent {self._lost_reply!r}: no reply was lost"
 
     def _listen(self, port: int) -> socket.socket:
         listener = socket.create_server(("127.0.0.1", port), backlog=128)

@@ -150,26 +150,6 @@ class CarryingConsumer(Consumer):
         self._timers_of_connection = self._timers() - self._timers_before
         super().on_ready()
 
-    def stop(self) -> None:
-        """Give back at once what has not been started: the tasks that run may take their time."""
-        self._give_back_what_waits()
-        super().stop()
-
-    def _give_back_what_waits(self) -> None:
-        channel: Any = getattr(self.task_consumer, "channel", None)
-        held = held_by(channel)
-        if held is None:
-            return
-        in_pool = {
-            request.message.delivery_tag
-            for request in (*copy_of(reserved_requests), *copy_of(active_requests))
-            if request._apply_result is not None or request in active_requests
-        }
-        channel.qos._flush()
-        for tag in reversed([tag for tag in channel.qos._delivered if tag not in in_pool]):
-            held.requeue(tag)
-            channel.qos._quick_ack(tag)
-
     def on_close(self) -> None:
         """Forget what was received, unless it is still held."""
         if self._carried is not None:

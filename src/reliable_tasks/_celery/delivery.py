@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from celery import Celery
 from celery.worker.request import Request
@@ -21,12 +21,28 @@ from reliable_tasks._celery.headers import DELIVERY, TIMES_SET_ASIDE
 from reliable_tasks._celery.receiving import check_request
 from reliable_tasks._celery.registry import hard_limit
 
-__all__ = ["DeliveredRequest", "GuardedTask", "remember_consumer"]
+__all__ = ["DeliveredRequest", "GuardedTask", "give_back_what_waits", "remember_consumer"]
 
 #: A run that outlives its hard limit by so much has hung (s): its lease is left to end.
 _HUNG_AFTER = 30.0
 
 _consumers: WeakKeyDictionary[Celery, weakref.ref[Any]] = WeakKeyDictionary()
+
+
+#: The request of each message that is held, by the tag of its delivery.
+_received: WeakValueDictionary[str, DeliveredRequest] = WeakValueDictionary()
+
+
+def give_back_what_waits(channel: Any) -> None:
+    """Give back the messages of a channel whose tasks no pool has yet."""
+    held = held_by(channel)
+    if held is None:
+        return
+    for tag in reversed(list(channel.qos._delivered)):
+        request = _received.get(tag)
+        if request is not None and request.waits and held.is_open(tag):
+            held.requeue(tag)
+            channel.qos._quick_ack(tag)
 
 
 def remember_consumer(app: Celery, consumer: Any) -> None:
@@ -57,6 +73,7 @@ class DeliveredRequest(Request):
     _message: Any
     _on_ack: Any
     _on_reject: Any
+    _apply_result: Any
 
     def __init__(self, message: Any, **options: Any) -> None:
         super().__init__(message, **options)
@@ -67,9 +84,12 @@ class DeliveredRequest(Request):
         self._is_requeued = False
         self._was_told_to_end = False
         self._keeps_ack = self._owes_ack = False
+        self._is_accepted = False
         self._times_set_aside = 0
         self._held = held_by(message.channel)
         self._delivery: Any = None if self._held is None else self._held.get(message.delivery_tag)
+        if self._delivery is not None:
+            _received[message.delivery_tag] = self
         self._beside: Any = None
         if self._held is None and self.task.acks_late:
             self._held = self._beside = getattr(self._consumer, "beside", None)
@@ -112,6 +132,11 @@ class DeliveredRequest(Request):
     def is_guarded(self) -> bool:
         """Whether no copy of the task is let in elsewhere until this one has ended."""
         return self._beside is not None and bool(self._beside.is_open(self._delivery.tag))
+
+    @property
+    def waits(self) -> bool:
+        """Whether no pool has the task yet."""
+        return not self._is_accepted and self._apply_result is None and not self.acknowledged
 
     @property
     def is_told_to_end(self) -> bool:

@@ -11,7 +11,7 @@ from celery.worker import state
 
 from reliable_tasks._celery.threads import is_patched
 
-__all__ = ["ends_more_than_the_task", "is_told_to_end", "quiet_exit"]
+__all__ = ["ends_more_than_the_task", "is_stopping", "is_told_to_end", "quiet_exit"]
 
 
 def ends_more_than_the_task(
@@ -42,8 +42,15 @@ def ends_more_than_the_task(
 
 def is_told_to_end(task_id: str) -> bool:
     """Say whether the worker of this process has revoked or cancelled a task that runs here."""
+    if is_stopping(state.should_stop) or is_stopping(state.should_terminate):
+        return True
     request: Any = state.requests.get(task_id)
-    return bool(getattr(request, "is_told_to_end", False))
+    return bool(getattr(request, "is_told_to_end", True))
+
+
+def is_stopping(flag: Any) -> bool:
+    """Read ``should_stop`` or ``should_terminate``: an exit code, and 0 is one."""
+    return flag is not None and flag is not False
 
 
 def quiet_exit() -> BaseException:

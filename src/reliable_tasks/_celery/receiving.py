@@ -15,13 +15,13 @@ from celery.exceptions import InvalidTaskError
 
 from reliable_tasks._celery.registry import hard_limit
 
-__all__ = ["carefully", "check_request", "set_apart"]
+__all__ = ["UNTREATABLE", "carefully", "check_request", "set_apart"]
 
 logger = logging.getLogger("reliable_tasks")
 
 #: What comes of reading a message that is not as it should be. For kombu a `KeyError` is a lost
 #: connection.
-_UNTREATABLE = (TypeError, ValueError, LookupError, AttributeError, RecursionError)
+UNTREATABLE = (TypeError, ValueError, LookupError, AttributeError, RecursionError)
 
 
 def carefully(consumer: Any, handle: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -30,7 +30,7 @@ def carefully(consumer: Any, handle: Callable[[Any], Any]) -> Callable[[Any], An
     def on_task_received(message: Any) -> Any:
         try:
             return handle(message)
-        except _UNTREATABLE as error:
+        except UNTREATABLE as error:
             if message.acknowledged:
                 raise
             logger.critical("A message is not a task's: %r", error, exc_info=True)
@@ -72,5 +72,5 @@ def check_request(request: Any) -> None:
         hard_limit(request.task, request.time_limits)
         list(request.stamps)
         hash(request.id)
-    except _UNTREATABLE as error:
+    except UNTREATABLE as error:
         raise InvalidTaskError(f"its headers or its body are not a task's: {error!r}") from error

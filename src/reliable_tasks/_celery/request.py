@@ -22,7 +22,7 @@ from celery.worker import state
 from celery.worker.state import reserved_requests, successful_requests
 
 from reliable_tasks._celery.escaping import has_escaped
-from reliable_tasks._celery.exits import quiet_exit
+from reliable_tasks._celery.exits import is_stopping, quiet_exit
 from reliable_tasks._celery.failures import (
     has_exited,
     lost_worker,
@@ -31,6 +31,7 @@ from reliable_tasks._celery.failures import (
 )
 from reliable_tasks._celery.guarding import GuardedRequest
 from reliable_tasks._celery.headers import IN_DOUBT
+from reliable_tasks._celery.receiving import UNTREATABLE
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._celery.versions import ENDS_EXITS_AND_REJECTS
 
@@ -90,7 +91,7 @@ class ReliableRequest(GuardedRequest):
             # billiard looks for dead children every 5 s; the limit's timer can be quicker.
             exc_info = lost_worker(f"died before its hard time limit of {error}")
         # In a warm shutdown the child was asked to stop, and has not crashed.
-        self._was_told_to_end = _is_asked(state.should_stop) and was_told_to_end(error)
+        self._was_told_to_end = is_stopping(state.should_stop) and was_told_to_end(error)
         if isinstance(error, MemoryError):
             # Celery would end the worker for it.
             exc_info = without_memory_error(exc_info)
@@ -129,6 +130,9 @@ class ReliableRequest(GuardedRequest):
         try:
             with self._waiting():
                 end()
+        except UNTREATABLE:
+            # No backend could store it, ever.
+            logger.exception("The end of task %s[%s] is not stored", self.name, self.id)
         except Exception as error:  # noqa: BLE001 - a backend raises what its client raises
             first, longest = _UNTIL_STORED
             self._times_unstored += 1
@@ -153,6 +157,7 @@ class ReliableRequest(GuardedRequest):
     def on_accepted(self, pid: Any, time_accepted: float) -> None:
         """Note that a child, a thread or a greenlet is about to run the task."""
         delivery = self._delivery
+        self._is_accepted = True
         if should_terminate() and not self._has_free_slot:
             # It waited for the slot of one that was killed just now, or on Celery 5.6 that ended
             # in its thread. Nobody would kill it; its message goes back with the prefetched.
@@ -253,9 +258,4 @@ class ReliableRequest(GuardedRequest):
 
 def should_terminate() -> bool:
     """Say whether a cold shutdown goes on."""
-    return _is_asked(state.should_terminate)
-
-
-def _is_asked(flag: Any) -> bool:
-    # Celery keeps the exit code there, and 0 is one.
-    return flag is not None and flag is not False
+    return is_stopping(state.should_terminate)

@@ -74,6 +74,7 @@ class PatientRequest(DeliveredRequest):
         task_ready(self)
         # Of the run that is over: a revoke with terminate must not kill that child again.
         self.time_start = self.worker_pid = self._apply_result = None
+        self._is_accepted = False
         self.request_dict.pop(IN_DOUBT, None)
         doublings = min(self._times_set_aside, _MOST_DOUBLINGS)
         pause = min(answer.first * 2**doublings, answer.longest)
