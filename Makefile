@@ -5,6 +5,7 @@
 #   make test                the whole test suite, on the newest Celery we support
 #   make test CELERY=5.6     the same on an older Celery, in an environment of its own
 #   make test ARGS="-k once" hand arguments to pytest
+#   make chaos               break workers, Redis and connections for a minute, and count
 
 PYTHON ?= python3
 CELERY ?=
@@ -17,7 +18,7 @@ VENV := .venv$(if $(CELERY),-$(CELERY))
 BIN  := $(VENV)/bin
 PIN  := $(if $(CELERY),"celery==$(CELERY).*")
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench chaos clean
 .DELETE_ON_ERROR:
 # Installed once and kept: make would delete stamps that only a pattern rule names.
 .SECONDARY:
@@ -47,6 +48,11 @@ docs: $(VENV)/.installed-docs
 bench: $(VENV)/.installed-test
 	@test -d benchmarks || { echo "there are no benchmarks yet" >&2; exit 1; }
 	$(BIN)/python -m benchmarks $(ARGS)
+
+chaos: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.chaos kills --quick --systems ours
+	$(BIN)/python -m benchmarks.chaos outages --quick --systems ours
+	$(BIN)/python -m benchmarks.chaos zombie --quick --systems ours
 
 clean:
 	rm -rf .venv .venv-* .nox build dist docs/_build htmlcov

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
 import random
 import statistics
 import time
@@ -21,6 +19,8 @@ from typing import Any
 from celery import Celery
 from celery_once import QueueOnce
 
+from benchmarks import machine
+from benchmarks.spread import interval
 from reliable_tasks import ReliableTask, apply_reliable_config, once
 from reliable_tasks.demo._server import EmbeddedServer
 
@@ -50,14 +50,16 @@ def contenders(url: str) -> dict[str, Publish]:
     return {name: task.delay for name, task in tasks.items()}
 
 
-def measure(publishers: dict[str, Publish], rounds: int, calls: int) -> dict[str, list[float]]:
+def measure(
+    publishers: dict[str, Publish], rounds: int, calls: int, draw: random.Random
+) -> dict[str, list[float]]:
     """Return calls a second, by contender and round."""
     rates: dict[str, list[float]] = {name: [] for name in publishers}
     numbers = itertools.count()
     for publish in publishers.values():
         publish(next(numbers))
     for _ in range(rounds):
-        for name in random.sample(list(publishers), len(publishers)):
+        for name in draw.sample(list(publishers), len(publishers)):
             publish = publishers[name]
             begun = time.perf_counter()
             for _ in range(calls):
@@ -66,21 +68,19 @@ def measure(publishers: dict[str, Publish], rounds: int, calls: int) -> dict[str
     return rates
 
 
-def interval(ratios: list[float]) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the median ratio."""
-    medians = sorted(statistics.median(random.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return medians[50], medians[-51]
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Measure and print a table, or JSON."""
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print a table, and keep JSON where asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--calls", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=15, help="default: 15")
+    parser.add_argument("--calls", type=int, default=500, help="in each round (default: 500)")
+    parser.add_argument("--seed", type=int, default=1, help="what is drawn (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the numbers here")
     given = parser.parse_args(arguments)
+    made_with = machine.describe(seed=given.seed)
+    machine.introduce(made_with)
+    draw = random.Random(f"enqueue {given.seed}")
     with EmbeddedServer() as server:
-        rates = measure(contenders(server.url), given.rounds, given.calls)
+        rates = measure(contenders(server.url), given.rounds, given.calls, draw)
     plain = rates["plain Celery"]
     rows = []
     for name, measured in rates.items():
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "contender": name,
                 "calls_per_second": round(statistics.median(measured)),
                 "ratio": round(statistics.median(ratios), 3),
-                "interval": [round(edge, 3) for edge in interval(ratios)],
+                "interval": [round(edge, 3) for edge in interval(ratios, draw)],
             }
         )
     print(f"{'publishing':<14} {'calls/s':>8} {'of plain':>9}   95 % interval")
@@ -101,12 +101,10 @@ def main(arguments: list[str] | None = None) -> None:
             f"   {low:.2f} to {high:.2f}"
         )
     if given.json:
-        machine = (
-            f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-        )
-        kept = {"machine": machine, "rounds": given.rounds, "calls": given.calls, "rows": rows}
+        kept = {**made_with, "rounds": given.rounds, "calls": given.calls, "rows": rows}
         given.json.write_text(json.dumps(kept, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -4,40 +4,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import sys
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks.chaos import failover, kills, outages, recovery, storm, zombie
+from benchmarks import machine
+from benchmarks.chaos import failover, kills, leases, outages, recovery, storm, zombie
 from benchmarks.chaos.account import Row
-from benchmarks.chaos.app import OURS, STOCK
+from benchmarks.chaos.app import OURS, STOCK, STOCK_DEFAULTS
 
 SCENARIOS: dict[str, ModuleType] = {
     "kills": kills,
     "storm": storm,
+    "leases": leases,
     "recovery": recovery,
     "outages": outages,
     "failover": failover,
     "zombie": zombie,
 }
 _SYSTEMS = {"ours": OURS, "stock": STOCK}
+#: The first column holds the longest name of a system.
+_FIRST = len(STOCK_DEFAULTS) + 1
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a scenario; return 1 if this library broke its promise."""
     given = _parse(arguments)
     scenario = SCENARIOS[given.scenario]
-    machine = {
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("celery", "kombu", "redis")},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "seed": given.seed,
-    }
-    print(", ".join(f"{name} {value}" for name, value in machine.items()), file=sys.stderr)
+    made_with = machine.describe(seed=given.seed)
+    machine.introduce(made_with)
     if given.logs:
         given.logs.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
@@ -46,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             _show(row, with_head=not rows)
             rows.append(row)
     if given.json:
-        kept = {"scenario": given.scenario, **machine, "rows": [asdict(row) for row in rows]}
+        kept = {"scenario": given.scenario, **made_with, "rows": [asdict(row) for row in rows]}
         given.json.write_text(json.dumps(kept, indent=2, default=str) + "\n")
     broken = [what for row in rows if row.system == OURS for what in row.broken]
     for what in broken:
@@ -71,9 +66,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _show(row: Row, *, with_head: bool) -> None:
     if with_head:
-        print(f"{'':<15}" + "".join(f"{name:>{_width(name)}}" for name in row.numbers))
+        print(" " * _FIRST + "".join(f"{name:>{_width(name)}}" for name in row.numbers))
     cells = (f"{_text(value):>{_width(name)}}" for name, value in row.numbers.items())
-    print(f"{row.system:<15}" + "".join(cells), flush=True)
+    print(f"{row.system:<{_FIRST}}" + "".join(cells), flush=True)
 
 
 def _width(name: str) -> int:

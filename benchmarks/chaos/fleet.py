@@ -22,19 +22,21 @@ _numbers = itertools.count(1)
 
 
 class Fleet:
-    """A fixed number of prefork workers; one that ends is replaced at once.
+    """A fixed number of workers; one that ends is replaced at once, unless told otherwise.
 
     Args:
         system: Which app they run.
         urls: The broker's URL for each of them.
         journal: Where their tasks write.
-        concurrency: How many children each has.
+        concurrency: How many tasks each runs at once.
+        pool: Their kind of pool.
         settings: Theirs, as `make_app` takes them.
         loglevel: Theirs.
         args: More arguments of ``celery worker``.
         logs: A directory that keeps their logs.
 
     Attributes:
+        pool: Their kind of pool.
         deaths: When each worker died, by host name.
         deserters: Workers that ended although nobody killed them, and how.
     """
@@ -46,6 +48,7 @@ class Fleet:
         journal: Path,
         *,
         concurrency: int = 2,
+        pool: str = "prefork",
         settings: Mapping[str, Any] | None = None,
         loglevel: str = "WARNING",
         args: Sequence[str] = (),
@@ -61,6 +64,7 @@ class Fleet:
             "TMPDIR": str(journal.parent),
         }
         self._concurrency = concurrency
+        self.pool = pool
         self._loglevel = loglevel
         self._args = args
         self._keep = logs
@@ -69,15 +73,25 @@ class Fleet:
         self.deserters: dict[str, int | None] = {}
         self.tracebacks: dict[str, str] = {}
 
-    def kill(self, slot: int) -> float:
-        """SIGKILL a worker and its children, start another one; return when."""
+    def kill(self, slot: int, *, is_replaced: bool = True) -> float:
+        """SIGKILL a worker and its children; return when.
+
+        Args:
+            slot: Its place.
+            is_replaced: Whether another one is started; else by `replace`.
+        """
         worker = self.workers[slot]
         at = time.time()
         worker.kill_group()
         self.deaths[worker.hostname] = at
         self._bury(worker)
-        self.workers[slot] = self._start(slot)
+        if is_replaced:
+            self.replace(slot)
         return at
+
+    def replace(self, slot: int) -> None:
+        """Start a worker in place of a dead one."""
+        self.workers[slot] = self._start(slot)
 
     def stop(self, slot: int) -> float:
         """SIGSTOP a worker and its children; return when."""
@@ -92,11 +106,11 @@ class Fleet:
     def supervise(self) -> None:
         """Replace workers that have ended by themselves."""
         for slot, worker in enumerate(self.workers):
-            if not worker.running:
+            if not worker.running and worker.hostname not in self.deaths:
                 self.deaths[worker.hostname] = time.time()
                 self.deserters[worker.hostname] = worker.returncode
                 self._bury(worker)
-                self.workers[slot] = self._start(slot)
+                self.replace(slot)
 
     def wait_ready(self) -> None:
         """Wait until all take tasks; needs the log level INFO."""
@@ -112,6 +126,7 @@ class Fleet:
             "benchmarks.chaos.worker_app",
             broker_url=self._urls[slot],
             concurrency=self._concurrency,
+            pool=self.pool,
             hostname=f"chaos{slot + 1}-{next(_numbers)}@host",
             env=self._env,
             loglevel=self._loglevel,
@@ -142,4 +157,5 @@ class Fleet:
 
     def __exit__(self, *exc: object) -> None:
         for worker in self.workers:
-            self._bury(worker)
+            if worker.hostname not in self.deaths:
+                self._bury(worker)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import redis
 
@@ -26,6 +27,8 @@ from tests.support import Proxy, wait_until
 _WORKERS = 3
 #: Each task runs for so long (s): at any moment some are under way.
 _SECONDS = 0.3
+#: Of the long tasks of a quick run (s): they must be renewed after the restart.
+_SHORT_LEASE = 5.0
 _DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 _PARTS = ("connections", "restarts", "pause", "long tasks")
 
@@ -63,7 +66,7 @@ class Scene:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what can be chosen."""
-    parser.add_argument("--seconds", type=float, help="of killing (default: 60; quick: 10)")
+    parser.add_argument("--seconds", type=float, help="of killing (default: 60; quick: 6)")
     parser.add_argument("--restarts", type=int, help="how many (default: 10; quick: 2)")
     parser.add_argument("--pause", type=float, help="SIGSTOP, s (default: 10; quick: 5)")
     parser.add_argument("--parts", default=",".join(_PARTS), help="default: all")
@@ -71,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace, system: str) -> list[Row]:
     """Run the scenario for one system."""
-    seconds = given.seconds or (10.0 if given.quick else 60.0)
+    seconds = given.seconds or (6.0 if given.quick else 60.0)
     restarts = given.restarts or (2 if given.quick else 10)
     pause = given.pause or (5.0 if given.quick else 10.0)
     parts: dict[str, Callable[[], Row]] = {
@@ -123,7 +126,12 @@ def _stop_server(scene: Scene, pause: float) -> None:
 
 @contextmanager
 def _scene(
-    given: argparse.Namespace, system: str, part: str, workers: int, concurrency: int
+    given: argparse.Namespace,
+    system: str,
+    part: str,
+    workers: int,
+    concurrency: int,
+    settings: dict[str, Any] | None = None,
 ) -> Iterator[Scene]:
     with tempfile.TemporaryDirectory() as directory, EmbeddedServer(args=_DURABLE) as server:
         journal = Journal(Path(directory, "journal"))
@@ -132,6 +140,7 @@ def _scene(
             [server.url] * workers,
             journal.path,
             concurrency=concurrency,
+            settings=settings,
             loglevel="INFO",
             # It waits a second for neighbours at each reconnection, in which nothing is fetched.
             args=["--without-mingle"],
@@ -168,10 +177,11 @@ def _under_load(
 
 def _long_tasks(given: argparse.Namespace, system: str) -> Row:
     """Restart the server while four workers run long tasks."""
-    seconds = 12.0 if given.quick else 30.0
-    with _scene(given, system, "long tasks", 4, 2) as scene:
+    seconds, settings = (10.0, {"reliable_lease": _SHORT_LEASE}) if given.quick else (30.0, {})
+    with _scene(given, system, "long tasks", 4, 2, settings) as scene:
         began = time.monotonic()
-        producers = Producers(make_app(system, scene.proxy.url()), total=8, seconds=seconds)
+        app = make_app(system, scene.proxy.url(), settings)
+        producers = Producers(app, total=8, seconds=seconds)
         with producers:
             wait_until(lambda: scene.journal.read() >= 8, 30, "all running")
         scene.wait(scene.draw.uniform(0.5, 2.0))

@@ -1,4 +1,4 @@
-"""The app of the broker benchmarks: one task that does nothing, or says when it began.
+"""The app of the broker benchmark: one task that does nothing, or says when it began.
 
 Its settings are in the environment: ``RB_BROKER``, ``RB_KIND`` (``stock`` or ``ours``) and
 ``RB_STARTS``, a file for the moments of the starts.

@@ -1,0 +1,1 @@
+"""What the transport costs beside stock kombu."""
