@@ -14,7 +14,7 @@ import redis
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.conftest import other_database
 from tests.integration.scene import Scene
-from tests.support import wait_until
+from tests.support import Proxy, wait_until
 
 LEASE = 4.0
 #: When the task is due that waits (s): after the worker was taken for dead and woken.
@@ -81,3 +81,24 @@ def test_a_worker_taken_for_dead_that_lives(scene: Scene, redis_client: redis.Re
     os.kill(taken.pid, signal.SIGCONT)
     _once_each(scene, "due")
     other.wait_log("is dead; it held 1 messages")
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_worker_that_is_handed_what_it_runs(
+    scene: Scene, redis_server: EmbeddedServer, redis_client: redis.Redis, pool: str
+) -> None:
+    """Cut off for more than a lease, it gets the message again, and runs the task once."""
+    with Proxy(redis_server.port) as proxy:
+        cut = scene.worker(pool=pool, concurrency=2, broker_url=proxy.url())
+        # It sweeps, and has no use for the message.
+        sweeper = scene.worker(args=["--without-mingle", "--without-gossip", "-Q", "other"])
+        scene.call("act", "order", "wait")
+        scene.wait_starts("order")
+        proxy.black_hole()
+        sweeper.wait_log("is put back into celery", timeout=4 * LEASE)
+        proxy.heal()
+        cut.wait_log("runs here: its message is its own again", timeout=20)
+        scene.journal.open("order")
+        _once_each(scene, "order")
+        wait_until(lambda: not redis_client.exists("unacked", "celery"), 20)
+        scene.stop_workers()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any
 
 from celery.worker.state import active_requests, requests, reserved_requests, task_ready
 
@@ -109,8 +110,8 @@ class GuardedRequest(PatientRequest):
 
     def _resumes(self) -> bool:
         """Give the message to a run of it that goes on here: this worker was taken for dead."""
-        runner = self._other_here()
-        if runner is None or runner not in active_requests or runner._delivery is None:
+        runner = next((other for other in self._others_here() if other in active_requests), None)
+        if runner is None or runner._delivery is None:
             return False
         if not self._held.resume(self._delivery, runner._delivery):
             return False
@@ -123,7 +124,7 @@ class GuardedRequest(PatientRequest):
 
     def _refuse(self, copy: Any) -> None:
         """Keep a copy from starting that another broker delivered."""
-        runner = self._other_here()
+        runner = next((other for other in self._others_here() if other.is_guarded), None)
         if copy.is_over:
             task_ready(self)
             logger.warning(
@@ -143,12 +144,11 @@ class GuardedRequest(PatientRequest):
             # Celery knows but one request of an id: that by which a run can be revoked.
             requests[self.id] = runner
 
-    def _other_here(self) -> GuardedRequest | None:
-        """Return the request of the copy that runs, if it runs in this worker."""
+    def _others_here(self) -> Iterator[GuardedRequest]:
+        """Find the requests of other copies that run or are about to, in this worker."""
         for other in (*copy_of(active_requests), *copy_of(reserved_requests)):
-            if other.id == self.id and other is not self and getattr(other, "is_guarded", False):
-                return cast(GuardedRequest, other)
-        return None
+            if other.id == self.id and other is not self and isinstance(other, GuardedRequest):
+                yield other
 
     def take_over(self, copy: GuardedRequest) -> bool:
         """Take the message of a copy for the one that was lost with its connection."""
