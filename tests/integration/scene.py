@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
+import redis
 from celery import Celery
 from celery.result import AsyncResult
 
@@ -84,6 +85,23 @@ class Scene:
         for worker in crew if waits else ():
             worker.wait_ready()
         return crew
+
+    def control(self, command: str, queue: str, worker: WorkerProcess) -> None:
+        """Have a worker add or cancel a consumer.
+
+        kombu shares connections among all apps of a process: another test may have killed this
+        one's. Celery does not try again, here or anywhere.
+        """
+        for is_last in (False, False, False, True):
+            try:
+                getattr(self.app.control, command)(
+                    queue, destination=[worker.hostname], reply=True, timeout=5
+                )
+            except redis.ConnectionError:
+                if is_last:
+                    raise
+            else:
+                return
 
     def call(self, task: str, *args: Any, **options: Any) -> ReliableResult:
         """Queue a task; options are those of ``apply_async``."""

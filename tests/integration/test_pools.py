@@ -121,11 +121,10 @@ def test_two_calls_of_one_id_run_one_after_the_other_in_two_workers(pair: Scene,
     pair.wait_starts(f"{name} 1")
     received = f"sleep[{name}] received"
     (first,) = (worker for worker in pair.workers if received in worker.log)
-    control = pair.app.control
-    control.cancel_consumer("celery", destination=[first.hostname], reply=True, timeout=5)
+    pair.control("cancel_consumer", "celery", first)
     pair.call("sleep", f"{name} 2", 1.0, task_id=name)
     wait_until(lambda: all(received in worker.log for worker in pair.workers), 10)
-    control.add_consumer("celery", destination=[first.hostname], reply=True, timeout=5)
+    pair.control("add_consumer", "celery", first)
     wait_until(
         lambda: len(pair.journal.events("end", id=name)) == 2,
         20,

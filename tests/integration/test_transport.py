@@ -215,20 +215,19 @@ class TestQueues:
         """control.add_consumer and cancel_consumer take effect at once and lose nothing."""
         scene = shop()
         worker = scene.worker()
-        control = scene.app.control
         scene.call("show", f"{name} 1", queue="extra")
         # The worker has found its queue empty, and waits for it alone.
         wait_until(lambda: redis_client.info("clients")["blocked_clients"])
         asked_at = time.time()
-        control.add_consumer("extra", destination=[worker.hostname], reply=True, timeout=5)
+        scene.control("add_consumer", "extra", worker)
         assert scene.wait_starts(f"{name} 1") - asked_at < 2
-        control.cancel_consumer("extra", destination=[worker.hostname], reply=True, timeout=5)
+        scene.control("cancel_consumer", "extra", worker)
         scene.call("show", f"{name} 2", queue="extra")
         assert scene.call("show", f"{name} 3").get(timeout=10)
         wait_until(lambda: redis_client.llen("extra") == 1)
         assert f"{name} 2" not in _runs(scene)
         asked_at = time.time()
-        control.add_consumer("extra", destination=[worker.hostname], reply=True, timeout=5)
+        scene.control("add_consumer", "extra", worker)
         assert scene.wait_starts(f"{name} 2") - asked_at < 2
 
     def test_purge(self, shop: Shop, redis_client: redis.Redis, name: str) -> None:
@@ -647,7 +646,7 @@ class TestServers:
             assert running.get(timeout=20)
             for result in waiting:
                 result.get(timeout=30)
-            assert "refuses" not in worker.log
+            assert "refuses to hand out" not in worker.log
             client.config_set("maxmemory", "0")
             assert worker.running
             assert sorted(_runs(scene)) == sorted(
