@@ -39,8 +39,11 @@ def give_back_what_waits(channel: Any) -> None:
     if held is None:
         return
     for tag in reversed(list(channel.qos._delivered)):
-        request = _received.get(tag)
-        if request is not None and request.waits and held.is_open(tag):
+        delivery, request = held.get(tag), _received.get(tag)
+        if delivery is None or not delivery.is_received or delivery.is_ended:
+            continue
+        # Celery has forgotten those that wait for a slot or for their rate limit.
+        if held.is_open(tag) and (request is None or request.waits):
             held.requeue(tag)
             channel.qos._quick_ack(tag)
 
@@ -90,6 +93,7 @@ class DeliveredRequest(Request):
         self._delivery: Any = None if self._held is None else self._held.get(message.delivery_tag)
         if self._delivery is not None:
             _received[message.delivery_tag] = self
+            self._delivery.is_received = True
         self._beside: Any = None
         if self._held is None and self.task.acks_late:
             self._held = self._beside = getattr(self._consumer, "beside", None)

@@ -196,6 +196,7 @@ class ReliableRequest(GuardedRequest):
                 # A copy whose result was stored already is not run, so its child ends nothing.
                 self._guard._reliable_repeated(self.request_dict)
             self._leave(goes_back=False)
+            self._note_end()
             if not self._is_left_to_broker():
                 super().acknowledge()
             return
@@ -230,8 +231,14 @@ class ReliableRequest(GuardedRequest):
                 self._delivery.has_crashed = not (should_terminate() or self._was_told_to_end)
             self._settle(requeued=True)
         self._leave(goes_back=requeue)
+        self._note_end()
         if not self._is_left_to_broker():
             super().reject(requeue)
+
+    def _note_end(self) -> None:
+        # The event loop says it to the broker later.
+        if self._delivery is not None:
+            self._delivery.is_ended = True
 
     def _fail(self, error: Reject, exc_info: Any) -> None:
         """Give a rejected task a final state, as Celery does since 5.7."""

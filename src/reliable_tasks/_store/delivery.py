@@ -85,6 +85,8 @@ class Delivery:
         is_redelivered: Whether the task may have had other copies.
         is_started: Whether a crash was counted ahead.
         has_crashed: Whether that crash stands, for the child that ran it is dead.
+        is_received: Whether a request of ours was made of it.
+        is_ended: Whether its acknowledgement or rejection is under way.
         renew_until: When to stop renewing its lease (monotonic s): the run has hung.
     """
 
@@ -97,6 +99,8 @@ class Delivery:
     is_redelivered: bool = False
     is_started: bool = False
     has_crashed: bool = False
+    is_received: bool = False
+    is_ended: bool = False
     renew_until: float = math.inf
 
     def describe(self, message: Mapping[str, Any]) -> None:
