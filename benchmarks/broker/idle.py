@@ -18,10 +18,11 @@ from benchmarks.broker.app import KINDS
 from benchmarks.broker.consumers import QUEUES, options_of
 from benchmarks.broker.processes import start
 from benchmarks.broker.result import Result
+from benchmarks.broker.sent import Sent
 from reliable_tasks._broker.transport import install
 from reliable_tasks._store.keys import Keys
 from reliable_tasks.demo._server import EmbeddedServer
-from tests.support import Monitor, wait_until
+from tests.support import wait_until
 
 #: How many consumers share a process.
 _TOGETHER = 50
@@ -102,12 +103,12 @@ def _work(url: str, during: Callable[[], None]) -> list[tuple[float, float]]:
         after, took = client.info(), time.perf_counter() - begun
     # Once more: to be watched costs the server more than to do it.
     begun = time.perf_counter()
-    with Monitor(url) as monitor:
+    with Sent(url) as sent:
         during()
-        watched = time.perf_counter() - begun
+    watched = time.perf_counter() - begun
     names = ("total_commands_processed", "used_cpu_user", "used_cpu_sys")
     executed, *cpu = (float(after[name]) - float(before[name]) for name in names)
-    return [(float(len(monitor.commands)), watched), (executed, took), (sum(cpu), took)]
+    return [(float(sent.count), watched), (executed, took), (sum(cpu), took)]
 
 
 @contextmanager

@@ -115,16 +115,21 @@ def test_two_calls_of_one_id_run_one_after_the_other(shop: Scene, name: str) -> 
     _wait_acknowledged(shop)
 
 
-def test_two_calls_of_one_id_run_one_after_the_other_in_two_workers(pair: Scene, name: str) -> None:
+def test_two_calls_of_one_id_run_one_after_the_other_in_two_workers(
+    pair: Scene, pool: str, name: str
+) -> None:
     """The same where each worker has one of them."""
     pair.call("sleep", f"{name} 1", 4.0, task_id=name)
     pair.wait_starts(f"{name} 1")
     received = f"sleep[{name}] received"
     (first,) = (worker for worker in pair.workers if received in worker.log)
-    pair.control("cancel_consumer", "celery", first)
+    # Where the loop is the task's, it neither takes another one nor answers before it has ended.
+    if pool != "solo":
+        pair.control("cancel_consumer", "celery", first)
     pair.call("sleep", f"{name} 2", 1.0, task_id=name)
     wait_until(lambda: all(received in worker.log for worker in pair.workers), 10)
-    pair.control("add_consumer", "celery", first)
+    if pool != "solo":
+        pair.control("add_consumer", "celery", first)
     wait_until(
         lambda: len(pair.journal.events("end", id=name)) == 2,
         20,

@@ -245,6 +245,24 @@ class TestHeldOnLease:
         assert bench.timer.calls == []
         assert post.broker.waiting_ids() == [post.delivery.task_id]
 
+    def test_it_is_acknowledged_where_it_has_continued(self, bench: Bench, post: Post) -> None:
+        """An earlier start of it has published the task's next attempt, and was set aside."""
+        request = post.receive()
+        task_id, tag = post.delivery.task_id, post.delivery.tag
+        assert post.broker.messages.note_continued(post.broker.server, task_id, tag)
+        post.be_silent()
+        assert request.revoked()
+        assert (bench.ended, bench.timer.calls, post.crashes) == (["ack"], [], 0)
+
+    def test_it_is_left_where_it_was_given_back(self, bench: Bench, post: Post) -> None:
+        """A worker that shuts down has put its message back, and says no more about it."""
+        request = post.receive()
+        post.held.requeue(post.delivery.tag)
+        assert request.revoked()
+        assert (bench.ended, bench.timer.calls, post.asked) == ([], [], 0)
+        assert request.acknowledged
+        assert post.broker.waiting_ids() == [post.delivery.task_id]
+
     def test_an_early_ack_needs_no_lease(self, post: Post, send: Any) -> None:
         """What is acknowledged before it runs is not held while it does."""
         send.acks_late = False
