@@ -87,7 +87,9 @@ class ReliableRequest(GuardedRequest):
         if isinstance(error, SetAside):
             self._set_aside(error)
             return
-        if isinstance(error, TimeLimitExceeded) and has_exited(self.worker_pid):
+        # Asked once: when its end is stored at a later try, the child was killed for its limit.
+        is_first = self._times_unstored == 0
+        if is_first and isinstance(error, TimeLimitExceeded) and has_exited(self.worker_pid):
             # billiard looks for dead children every 5 s; the limit's timer can be quicker.
             exc_info = lost_worker(f"died before its hard time limit of {error}")
         # In a warm shutdown the child was asked to stop, and has not crashed.
