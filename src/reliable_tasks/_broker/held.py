@@ -99,7 +99,9 @@ class Held:
     def to_renew(self, now: float) -> list[str]:
         """Return the tags of all that is held, but for runs that have hung."""
         tags = []
-        for tag, delivery in list(self._deliveries.items()):
+        # Not its items: so many pairs at each beat set off the garbage collector.
+        for delivery in list(self._deliveries.values()):
+            tag = delivery.tag
             if now < delivery.renew_until:
                 tags.append(tag)
             elif tag not in self._given_up:
