@@ -87,21 +87,21 @@ class Scene:
         return crew
 
     def control(self, command: str, queue: str, worker: WorkerProcess) -> None:
-        """Have a worker add or cancel a consumer.
+        """Have a worker add or cancel a consumer, and ask again until it says that it has.
 
-        kombu shares connections among all apps of a process: another test may have killed this
-        one's. Celery does not try again, here or anywhere.
+        A green one can be ready a moment before it listens. And kombu shares connections among
+        all apps of a process: another test may have killed this one's, and Celery does not try
+        again.
         """
-        for is_last in (False, False, False, True):
+        ask = getattr(self.app.control, command)
+
+        def answer() -> Any:
             try:
-                getattr(self.app.control, command)(
-                    queue, destination=[worker.hostname], reply=True, timeout=5
-                )
+                return ask(queue, destination=[worker.hostname], reply=True, timeout=2)
             except redis.ConnectionError:
-                if is_last:
-                    raise
-            else:
-                return
+                return None
+
+        wait_until(answer, 20, lambda: f"an answer to {command}\n{self.logs}")
 
     def call(self, task: str, *args: Any, **options: Any) -> ReliableResult:
         """Queue a task; options are those of ``apply_async``."""
