@@ -16,7 +16,7 @@ from reliable_tasks._broker.beside import beside
 from reliable_tasks._broker.held import all_held
 from reliable_tasks._broker.keeper import Keeper
 from reliable_tasks._celery.consumer import CarryingConsumer, held_by, is_amqp
-from reliable_tasks._celery.delivery import give_back_what_waits
+from reliable_tasks._celery.delivery import give_back_what_waits, tell_events_to
 from reliable_tasks._celery.exits import is_stopping
 from reliable_tasks._celery.signals import handle_signals_in_green_threads
 from reliable_tasks._once.locks import locks_of
@@ -51,6 +51,7 @@ class KeeperStep(bootsteps.StartStopStep):
             held = _beside(parent)
         if held is None:
             return
+        tell_events_to(parent.app, parent.event_dispatcher)
         keeper = Keeper.of(held)
         # Their fence waits for the end of the lease, so the others must.
         tasks = parent.app.tasks.values()

@@ -31,7 +31,8 @@ def test_what_is_cancelled_with_its_connection_runs_again(
     """Where the user asks Celery to stop it, its message goes back, and it is not held."""
     settings = {"worker_cancel_long_running_tasks_on_connection_loss": True}
     scene = _scene(scenes, redis_server, module_redis, settings)
-    worker = scene.worker(pool=pool, concurrency=1)
+    # A green one that is full does not look at its connection.
+    worker = scene.worker(pool=pool, concurrency=2)
     result = scene.call("wait", "stopped")
     scene.wait_starts("stopped")
     _lose_connections(worker, redis_client)

@@ -517,11 +517,12 @@ class TestWaiting:
     @pytest.mark.parametrize("multiplier", [1, 4])
     @pytest.mark.parametrize("trial", range(3))
     def test_two_messages_for_two_idle_workers(
-        self, shop: Shop, name: str, multiplier: int, trial: int
+        self, shop: Shop, redis_client: redis.Redis, name: str, multiplier: int, trial: int
     ) -> None:
         """They run side by side: the one that wakes first leaves the other its share."""
         scene = shop(worker_prefetch_multiplier=multiplier)
         scene.crew(2)
+        wait_until(lambda: redis_client.info("clients")["blocked_clients"] >= 2)
         with scene.app.producer_pool.acquire(block=True) as producer:
             for number in (1, 2):
                 scene.call("act", f"{name} {number}", "wait", producer=producer)

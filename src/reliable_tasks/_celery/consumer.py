@@ -171,9 +171,6 @@ class CarryingConsumer(Consumer):
             if held.is_open(tag):
                 message.channel = channel
                 channel.qos.append(message, tag)
-        # Celery does so for those alone that wait for nothing.
-        for request in copy_of(getattr(state, "scheduled_requests", ())):
-            request.eventer = self.event_dispatcher
         lost, self._lost_qos = self._lost_qos, None
         # What waits for its ETA raised the prefetch count, and lowers it when it is due.
         waiting = lost.value - self.initial_prefetch_count if lost and lost.value else 0

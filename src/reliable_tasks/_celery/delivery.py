@@ -21,7 +21,13 @@ from reliable_tasks._celery.headers import DELIVERY, TIMES_SET_ASIDE
 from reliable_tasks._celery.receiving import check_request
 from reliable_tasks._celery.registry import hard_limit
 
-__all__ = ["DeliveredRequest", "GuardedTask", "give_back_what_waits", "remember_consumer"]
+__all__ = [
+    "DeliveredRequest",
+    "GuardedTask",
+    "give_back_what_waits",
+    "remember_consumer",
+    "tell_events_to",
+]
 
 #: A run that outlives its hard limit by so much has hung (s): its lease is left to end.
 _HUNG_AFTER = 30.0
@@ -44,8 +50,20 @@ def give_back_what_waits(channel: Any) -> None:
             continue
         # Celery has forgotten those that wait for a slot or for their rate limit.
         if held.is_open(tag) and (request is None or request.waits):
+            # First, for a green thread may be about to start it.
+            delivery.is_ended = True
             held.requeue(tag)
             channel.qos._quick_ack(tag)
+
+
+def tell_events_to(app: Celery, dispatcher: Any) -> None:
+    """Let all requests of an app tell their events over a new connection.
+
+    Celery does so for those alone that wait for nothing.
+    """
+    for request in list(_received.values()):
+        if request.app is app:
+            request.eventer = dispatcher
 
 
 def remember_consumer(app: Celery, consumer: Any) -> None:

@@ -71,7 +71,8 @@ class GuardedRequest(PatientRequest):
         if self._is_left_to_broker():
             task_ready(self)
             return False
-        if self._beside is None and not self._held.is_open(delivery.tag):
+        is_gone = delivery.is_ended or not self._held.is_open(delivery.tag)
+        if self._beside is None and is_gone:
             # Given back by a worker that shuts down.
             task_ready(self)
             self.acknowledged = True

@@ -165,7 +165,7 @@ class ReliableRequest(GuardedRequest):
             # in its thread. Nobody would kill it; its message goes back with the prefetched.
             raise quiet_exit()
         if delivery is not None and self.task.acks_late and not delivery.is_started:
-            if self._held.may_be_over(delivery):
+            if delivery.is_ended or self._held.may_be_over(delivery):
                 # It waited in the pool, where nobody asked; the task's body says no.
                 self.request_dict[IN_DOUBT] = True
             self._note_start()
