@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from reliable_tasks.demo._server import EmbeddedServer
+from tests.integration.apps import adverse
 from tests.integration.scene import Scene
+from tests.support import WorkerProcess, wait_until
 
 StartScene = Callable[..., Scene]
 
@@ -53,3 +56,26 @@ def scenes(tmp_path: Path) -> Iterator[StartScene]:
 def other_database(server: EmbeddedServer, number: int = 1) -> str:
     """Return the URL of another database of a server."""
     return f"redis://127.0.0.1:{server.port}/{number}"
+
+
+def lose_connections(worker: WorkerProcess, broker: redis.Redis) -> None:
+    """Kill all connections of a broker, and wait until a worker has connected again."""
+    before = worker.log.count("Connected to redis")
+    broker.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+    broker.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    wait_until(
+        lambda: worker.log.count("Connected to redis") > before,
+        15,
+        lambda: f"a new connection\n{worker.log[-3000:]}",
+    )
+
+
+def one_slot_in_each(
+    pools: list[str], pool: str, server: EmbeddedServer, start: StartScene
+) -> Scene:
+    """Start the app of strange tasks with a worker of one slot, on databases of its pool's own."""
+    number = 2 * pools.index(pool)
+    urls = (other_database(server, n) for n in (number, number + 1))
+    scene = start(*urls, limit=adverse.LIMIT, module=adverse)
+    scene.worker(pool=pool, concurrency=1)
+    return scene

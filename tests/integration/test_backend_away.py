@@ -14,7 +14,7 @@ from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.apps import adverse
 from tests.integration.conftest import StartScene
 from tests.integration.scene import Scene
-from tests.support import wait_until
+from tests.support import death_of, wait_until
 
 #: Celery gives up soon, and this library begins again.
 SETTINGS = {
@@ -74,6 +74,26 @@ def test_a_task_that_has_expired_waits_for_the_backend_without_a_slot(
     _nothing_is_held(scene, redis_client)
     assert scene.call("sleep", "after").get(timeout=5) == "after"
     assert scene.starts("late") == 0
+    assert worker.running
+
+
+def test_a_task_over_its_hard_limit_fails_when_the_backend_is_back(
+    scene: Scene, results: EmbeddedServer, redis_client: redis.Redis
+) -> None:
+    """Its child is killed in time, its failure is stored later, and it is not run again."""
+    worker = scene.worker(concurrency=1)
+    result = scene.call("wait", "long")
+    scene.wait_starts("long")
+    (child,) = worker.child_pids()
+    death = death_of(child)
+    results.kill()
+    death.result(timeout=LIMIT + 6)
+    worker.wait_log(rf"{result.id}\] cannot be stored", timeout=10)
+    results.start()
+    _ends_as(scene, str(result.id), "FAILURE")
+    _nothing_is_held(scene, redis_client)
+    assert scene.call("sleep", "after").get(timeout=8) == "after"
+    assert scene.starts("long") == 1, scene.logs
     assert worker.running
 
 

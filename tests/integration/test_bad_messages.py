@@ -11,8 +11,7 @@ import pytest
 import redis
 
 from reliable_tasks.demo._server import EmbeddedServer
-from tests.integration.apps import adverse
-from tests.integration.conftest import StartScene, other_database
+from tests.integration.conftest import StartScene, one_slot_in_each
 from tests.integration.scene import Scene
 from tests.support import wait_until
 
@@ -26,11 +25,7 @@ def scene(
     request: pytest.FixtureRequest, module_redis: EmbeddedServer, module_scenes: StartScene
 ) -> Scene:
     """One worker of each kind with a single slot, which takes all the messages."""
-    number = 2 * POOLS.index(request.param)
-    urls = (other_database(module_redis, n) for n in (number, number + 1))
-    scene = module_scenes(*urls, limit=adverse.LIMIT, module=adverse)
-    scene.worker(pool=request.param, concurrency=1)
-    return scene
+    return one_slot_in_each(POOLS, request.param, module_redis, module_scenes)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import redis
 
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.apps import adverse
-from tests.integration.conftest import StartScene, other_database
+from tests.integration.conftest import StartScene, lose_connections, other_database
 from tests.integration.scene import Scene
 from tests.support import WorkerProcess, wait_until
 
@@ -38,6 +38,23 @@ def scene(redis_server: EmbeddedServer, module_redis: EmbeddedServer, scenes: St
     return scene
 
 
+def test_a_task_half_written_to_its_child_runs(scene: Scene, redis_client: redis.Redis) -> None:
+    """A large argument goes on where it stopped, once the worker has connected again."""
+    (worker,) = scene.workers
+    (child,) = worker.child_pids()
+    assert scene.call("sleep", "before").get(timeout=10) == "before"
+    # Its child has told the main process, too, and not only the backend.
+    wait_until(lambda: not redis_client.exists("unacked"), 10, "the first task acknowledged")
+    os.kill(child, signal.SIGSTOP)
+    result = scene.call("measure", "large", "x" * LENGTH)
+    wait_until(lambda: _in_pipes_of(child) > FULL, 10, lambda: f"a full pipe\n{_short(worker)}")
+    lose_connections(worker, redis_client)
+    os.kill(child, signal.SIGCONT)
+    assert result.get(timeout=15) == LENGTH
+    _all_is_well(scene, redis_client)
+    assert scene.starts("large") == 1
+
+
 def test_a_failure_half_read_from_its_child_ends_its_task(
     scene: Scene, redis_client: redis.Redis
 ) -> None:
@@ -52,7 +69,7 @@ def test_a_failure_half_read_from_its_child_ends_its_task(
     os.kill(child, signal.SIGSTOP)
     worker.send_signal(signal.SIGCONT)
     wait_until(lambda: _in_pipes_of(child) == 0, 10, "the first part read")
-    _lose_connections(worker, redis_client)
+    lose_connections(worker, redis_client)
     os.kill(child, signal.SIGCONT)
     with pytest.raises(ValueError, match=r"^x+$"):
         result.get(timeout=15)
@@ -77,17 +94,6 @@ def _in_pipes_of(pid: int) -> int:
             os.close(handle)
         most = max(most, waiting[0])
     return most
-
-
-def _lose_connections(worker: WorkerProcess, broker: redis.Redis) -> None:
-    before = worker.log.count("Connected to redis")
-    broker.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
-    broker.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-    wait_until(
-        lambda: worker.log.count("Connected to redis") > before,
-        10,
-        lambda: f"a new connection\n{_short(worker)}",
-    )
 
 
 def _all_is_well(scene: Scene, broker: redis.Redis) -> None:

@@ -190,7 +190,7 @@ class TestMainLoop:
 
     def test_of_a_worker(self, scenes: StartScene, redis_server: EmbeddedServer) -> None:
         """Hung from its first second on, it lets another one run its task, and finds out later."""
-        scene = _hanging(scenes, redis_server)
+        scene = _hanging(scenes, redis_server, RT_HUNG="0")
         hung = scene.worker()
         result = scene.call("bare", "order", "wait")
         scene.wait_starts("order")
@@ -209,7 +209,7 @@ class TestMainLoop:
         self, scenes: StartScene, redis_server: EmbeddedServer
     ) -> None:
         """In solo it does not turn while a task runs, and has not hung."""
-        scene = _hanging(scenes, redis_server)
+        scene = _hanging(scenes, redis_server, RT_HUNG="0")
         crew = scene.crew(2, pool="solo")
         # Not before the loop has turned for a while: then it would be expected to.
         result = scene.call("sleep", "long", 4 * SHORTEST + 3, countdown=2)
@@ -218,14 +218,14 @@ class TestMainLoop:
         assert not [worker for worker in crew if re.search(self.PATTERN, worker.log)]
 
 
-def _hanging(scenes: StartScene, server: EmbeddedServer, **env: str) -> Scene:
+def _hanging(scenes: StartScene, server: EmbeddedServer, *, limit: int = 60, **env: str) -> Scene:
     return scenes(
         server.url,
         other_database(server),
         settings={"reliable_lease": SHORTEST},
-        limit=60,
+        limit=limit,
         module=hanging,
-        env={"RT_HUNG": "0", **env},
+        env=env,
     )
 
 
@@ -264,14 +264,7 @@ class TestHungRuns:
         self, scenes: StartScene, redis_server: EmbeddedServer
     ) -> None:
         """A task is set aside by its child, waits longer than it might have run, and runs once."""
-        scene = scenes(
-            redis_server.url,
-            other_database(redis_server),
-            settings={"reliable_lease": SHORTEST},
-            limit=1,
-            module=hanging,
-            env={"RT_HUNG_AFTER": "0"},
-        )
+        scene = _hanging(scenes, redis_server, limit=1, RT_HUNG_AFTER="0")
         crew = scene.crew(2)
         result = scene.call("act", "order", countdown=1)
         scene.run_elsewhere("order", result.id, lease=14.0)
@@ -285,14 +278,7 @@ class TestHungRuns:
         self, scenes: StartScene, redis_server: EmbeddedServer
     ) -> None:
         """Where no limit is enforced a task may last, and is not run beside itself."""
-        scene = scenes(
-            redis_server.url,
-            other_database(redis_server),
-            settings={"reliable_lease": SHORTEST},
-            limit=1,
-            module=hanging,
-            env={"RT_HUNG_AFTER": "0"},
-        )
+        scene = _hanging(scenes, redis_server, limit=1, RT_HUNG_AFTER="0")
         crew = scene.crew(2, pool="threads")
         result = scene.call("sleep", "long", 3 * SHORTEST)
         assert result.get(timeout=6 * SHORTEST) == "long"

@@ -12,15 +12,15 @@ import redis
 
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.apps import adverse
-from tests.integration.conftest import StartScene, other_database
+from tests.integration.conftest import StartScene, lose_connections, other_database
 from tests.integration.scene import Scene
-from tests.support import WorkerProcess, wait_until
+from tests.support import wait_until
 
 #: When the task is due that outlives the connection (s).
 DUE = 5.0
 
 
-@pytest.mark.parametrize("pool", ["eventlet", "prefork"])
+@pytest.mark.parametrize("pool", ["gevent", "eventlet", "prefork"])
 def test_what_is_cancelled_with_its_connection_runs_again(
     redis_server: EmbeddedServer,
     module_redis: EmbeddedServer,
@@ -35,7 +35,7 @@ def test_what_is_cancelled_with_its_connection_runs_again(
     worker = scene.worker(pool=pool, concurrency=2)
     result = scene.call("wait", "stopped")
     scene.wait_starts("stopped")
-    _lose_connections(worker, redis_client)
+    lose_connections(worker, redis_client)
     scene.wait_starts("stopped", 2)
     scene.journal.open("stopped")
     assert result.get(timeout=10) == "stopped"
@@ -64,7 +64,7 @@ def test_a_task_that_waited_through_a_lost_connection_tells_of_itself(
     worker = scene.worker(pool=pool, concurrency=1, args=arguments)
     result = scene.call("sleep", "due", countdown=DUE)
     worker.wait_log(rf"{result.id}\] received")
-    _lose_connections(worker, redis_client)
+    lose_connections(worker, redis_client)
     told: list[str] = []
     deadline = time.monotonic() + DUE + 10
     with scene.app.connection_for_read() as connection:
@@ -96,15 +96,4 @@ def _scene(
         settings={"reliable_lease": 15.0, **settings},
         limit=adverse.LIMIT,
         module=adverse,
-    )
-
-
-def _lose_connections(worker: WorkerProcess, broker: redis.Redis) -> None:
-    before = worker.log.count("Connected to redis")
-    broker.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
-    broker.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-    wait_until(
-        lambda: worker.log.count("Connected to redis") > before,
-        15,
-        lambda: f"a new connection\n{worker.log[-3000:]}",
     )

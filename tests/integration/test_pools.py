@@ -102,17 +102,21 @@ def test_a_copy_of_a_running_task_is_set_aside(shop: Scene, name: str) -> None:
     assert started.data["crashes"] == 0
 
 
+def _one_after_the_other(scene: Scene, task_id: str) -> None:
+    wait_until(
+        lambda: len(scene.journal.events("end", id=task_id)) == 2,
+        20,
+        lambda: f"the end of both\n{scene.logs}",
+    )
+    assert [event.name for event in scene.journal.events(id=task_id)] == ["start", "end"] * 2
+    _wait_acknowledged(scene)
+
+
 def test_two_calls_of_one_id_run_one_after_the_other(shop: Scene, name: str) -> None:
     """While there is a slot for both, the second waits until the first has ended."""
     for number in (1, 2):
         shop.call("sleep", f"{name} {number}", 1.0, task_id=name)
-    wait_until(
-        lambda: len(shop.journal.events("end", id=name)) == 2,
-        20,
-        lambda: f"the end of both\n{shop.logs}",
-    )
-    assert [event.name for event in shop.journal.events(id=name)] == ["start", "end"] * 2
-    _wait_acknowledged(shop)
+    _one_after_the_other(shop, name)
 
 
 def test_two_calls_of_one_id_run_one_after_the_other_in_two_workers(
@@ -130,13 +134,7 @@ def test_two_calls_of_one_id_run_one_after_the_other_in_two_workers(
     wait_until(lambda: all(received in worker.log for worker in pair.workers), 10)
     if pool != "solo":
         pair.control("add_consumer", "celery", first)
-    wait_until(
-        lambda: len(pair.journal.events("end", id=name)) == 2,
-        20,
-        lambda: f"the end of both\n{pair.logs}",
-    )
-    assert [event.name for event in pair.journal.events(id=name)] == ["start", "end"] * 2
-    _wait_acknowledged(pair)
+    _one_after_the_other(pair, name)
 
 
 def test_a_task_outlives_its_workers_connections(
