@@ -15,7 +15,8 @@ from celery.worker.consumer.tasks import Tasks
 from reliable_tasks._broker.beside import beside
 from reliable_tasks._broker.held import all_held
 from reliable_tasks._broker.keeper import Keeper
-from reliable_tasks._celery.consumer import CarryingConsumer, held_by, is_amqp
+from reliable_tasks._celery.channels import held_by
+from reliable_tasks._celery.consumer import CarryingConsumer, is_amqp
 from reliable_tasks._celery.delivery import give_back_what_waits, tell_events_to
 from reliable_tasks._celery.exits import is_stopping
 from reliable_tasks._celery.signals import handle_signals_in_green_threads

@@ -6,6 +6,7 @@ A test that fails here after an upgrade says which assumption of ``reliable_task
 from __future__ import annotations
 
 import inspect
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,19 @@ from unittest.mock import Mock
 
 import pytest
 import redis
+from billiard import pool as billiard_pool
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Celery, Task, bootsteps, shared_task, states
 from celery.app.trace import TraceInfo
+from celery.concurrency import asynpool
 from celery.exceptions import Ignore, Reject, Retry
 from celery.local import PromiseProxy, Proxy, maybe_evaluate
 from celery.worker import state
 from celery.worker.consumer import Consumer
 from celery.worker.request import Request, create_request_cls
 from kombu import Connection
+from kombu.asynchronous import Hub
 
 from reliable_tasks._celery.settings import explicit
 from reliable_tasks.demo._server import EmbeddedServer
@@ -84,6 +88,19 @@ class TestRequest:
         """on_success passes it on with return_ok, which tells it from a child that is gone."""
         assert "return_ok=True" in inspect.getsource(create_request_cls)
         assert "return_ok=True" in inspect.getsource(Request.on_success)
+
+    def test_what_was_handed_to_a_pool_is_known(self) -> None:
+        """``_apply_result`` is set by that and by nothing else."""
+        assert Request._apply_result is None
+        assert "self._apply_result = maybe(ref, result)" in inspect.getsource(
+            Request.execute_using_pool
+        )
+
+    def test_the_body_of_a_message(self) -> None:
+        """``_payload`` is arguments, keyword arguments and what is embedded, decoded or not."""
+        source = inspect.getsource(Request)
+        assert "self._body if self._decoded else message.payload" in source
+        assert "_, _, embed = self._payload" in source
 
     def test_task_ready(self) -> None:
         """It takes a request out of what the worker believes to be running."""
@@ -312,3 +329,39 @@ class TestSignals:
             if event.name == "postrun":
                 assert event.data["token"]
                 assert event.data["token"] != event.pid
+
+
+class TestTransfers:
+    """billiard and Celery's ``asynpool``: what main process and children are in the midst of."""
+
+    def test_a_job_knows_what_writes_it(self) -> None:
+        """As a weak reference, and the child that it is written to."""
+        source = inspect.getsource(asynpool)
+        assert "job._writer = ref(cor)" in source
+        assert "job._write_to = proc" in source
+        assert "proc.inqW_fd" in source
+
+    def test_the_pool_knows_its_jobs_and_pipes(self) -> None:
+        """By the names that are read."""
+        assert "self._fileno_to_outq = {}" in inspect.getsource(asynpool.AsynPool.__init__)
+        assert "self._cache = {}" in inspect.getsource(billiard_pool.Pool.__init__)
+
+    def test_what_reads_a_result_is_a_generator(self) -> None:
+        """The event loop keeps it as the callback of its pipe."""
+        hub = Hub()
+        try:
+            reader = (number for number in range(3))
+            with socket.socket() as end:
+                hub.add_reader(end, reader)
+                assert hub.readers == {end.fileno(): (reader, ())}
+                hub.reset()
+                assert hub.readers == {}
+        finally:
+            hub.close()
+
+    def test_exit_codes_stand_for_a_shutdown(self) -> None:
+        """``None`` and ``False`` are none, and 0 is one."""
+        assert state.should_stop is None
+        assert state.should_terminate is None
+        source = inspect.getsource(state.maybe_shutdown)
+        assert "should_stop is not None and should_stop is not False" in source

@@ -22,30 +22,21 @@ from celery.worker.consumer.tasks import Tasks
 from celery.worker.loops import asynloop
 from celery.worker.state import active_requests, requests, reserved_requests
 
+from reliable_tasks._celery.channels import held_by
 from reliable_tasks._celery.escaping import contain_escapes
 from reliable_tasks._celery.receiving import carefully, set_apart
 from reliable_tasks._celery.transfers import Transfers
 from reliable_tasks._celery.versions import CLEARS_TIMERS
 
-__all__ = ["CarryingConsumer", "copy_of", "held_by", "is_amqp", "is_lost"]
+__all__ = ["CarryingConsumer", "copy_of", "is_amqp"]
 
 
 logger = logging.getLogger("reliable_tasks")
 
 
-def held_by(channel: Any) -> Any:
-    """Return what this process holds of a channel's broker, or ``None`` on other transports."""
-    return getattr(channel, "held", None)
-
-
 def is_amqp(consumer: Any) -> bool:
     """Say whether a consumer's broker is RabbitMQ, or another one that speaks AMQP."""
     return bool(consumer.connection.transport.driver_type == "amqp")
-
-
-def is_lost(channel: Any) -> bool:
-    """Say whether an AMQP channel is closed, so that its messages are the broker's again."""
-    return getattr(channel, "connection", None) is None
 
 
 def _is_guarded(request: Any) -> bool:

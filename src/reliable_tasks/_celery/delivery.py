@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from celery import Celery
 from celery.worker.request import Request
 
-from reliable_tasks._celery.consumer import held_by, is_lost
+from reliable_tasks._celery.channels import held_by, is_lost
 from reliable_tasks._celery.headers import DELIVERY, TIMES_SET_ASIDE
 from reliable_tasks._celery.receiving import check_request
 from reliable_tasks._celery.registry import hard_limit
@@ -165,11 +164,12 @@ class DeliveredRequest(Request):
         """Whether the task was cancelled, or is killed for it was revoked."""
         return self._is_cancelled or self._ends_here
 
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
+    def _waiting(self) -> AbstractContextManager[None]:
         """Wait for the result backend: it is not the main loop that hangs meanwhile."""
-        with self._held.waiting() if self._held is not None else nullcontext():
-            yield
+        found: AbstractContextManager[None] = (
+            nullcontext() if self._held is None else self._held.waiting()
+        )
+        return found
 
     def _expect(self) -> Any:
         """Return the run that begins when this copy is let in."""

@@ -10,7 +10,8 @@ from typing import Any
 from celery.worker.state import active_requests, requests, reserved_requests, task_ready
 
 from reliable_tasks._celery import stock
-from reliable_tasks._celery.consumer import copy_of, is_lost
+from reliable_tasks._celery.channels import is_lost
+from reliable_tasks._celery.consumer import copy_of
 from reliable_tasks._celery.registry import hard_limit
 from reliable_tasks._celery.setting_aside import PatientRequest, SetAside
 

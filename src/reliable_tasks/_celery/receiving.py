@@ -13,6 +13,7 @@ from typing import Any
 from celery import signals
 from celery.exceptions import InvalidTaskError
 
+from reliable_tasks._celery.channels import held_by
 from reliable_tasks._celery.registry import hard_limit
 
 __all__ = ["UNTREATABLE", "carefully", "check_request", "set_apart"]
@@ -37,7 +38,7 @@ def carefully(consumer: Any, handle: Callable[[Any], Any]) -> Callable[[Any], An
             set_apart(consumer, message, error)
         except Exception:
             # No request knows of it, so a lost connection must not carry it.
-            held = getattr(message.channel, "held", None)
+            held = held_by(message.channel)
             if held is not None and held.is_open(message.delivery_tag):
                 held.requeue(message.delivery_tag)
                 message.channel.qos._quick_ack(message.delivery_tag)
@@ -48,7 +49,7 @@ def carefully(consumer: Any, handle: Callable[[Any], Any]) -> Callable[[Any], An
 
 def set_apart(consumer: Any, message: Any, error: Exception | None) -> None:
     """Keep a message that is no task's where somebody can look at it, or reject it."""
-    held: Any = getattr(message.channel, "held", None)
+    held = held_by(message.channel)
     delivery = held.get(message.delivery_tag) if held is not None else None
     if delivery is None:
         message.reject_log_error(logger, consumer.connection_errors)

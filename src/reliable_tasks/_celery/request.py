@@ -32,7 +32,7 @@ from reliable_tasks._celery.failures import (
 from reliable_tasks._celery.guarding import GuardedRequest
 from reliable_tasks._celery.headers import IN_DOUBT
 from reliable_tasks._celery.receiving import UNTREATABLE
-from reliable_tasks._celery.setting_aside import SetAside
+from reliable_tasks._celery.setting_aside import SetAside, growing
 from reliable_tasks._celery.versions import ENDS_EXITS_AND_REJECTS
 
 __all__ = ["ReliableRequest"]
@@ -136,9 +136,8 @@ class ReliableRequest(GuardedRequest):
             # No backend could store it, ever.
             logger.exception("The end of task %s[%s] is not stored", self.name, self.id)
         except Exception as error:  # noqa: BLE001 - a backend raises what its client raises
-            first, longest = _UNTIL_STORED
             self._times_unstored += 1
-            pause = min(first * 2 ** min(self._times_unstored, 10), longest)
+            pause = growing(*_UNTIL_STORED, self._times_unstored)
             logger.error(
                 "The end of task %s[%s] cannot be stored, trying again in %g s: %s",
                 self.name,

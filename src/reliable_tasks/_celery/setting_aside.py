@@ -19,7 +19,7 @@ from reliable_tasks._celery import stock
 from reliable_tasks._celery.delivery import DeliveredRequest
 from reliable_tasks._celery.headers import DELIVERY, IN_DOUBT, IS_COPY, TIMES_SET_ASIDE
 
-__all__ = ["PatientRequest", "SetAside"]
+__all__ = ["PatientRequest", "SetAside", "growing"]
 
 logger = logging.getLogger("reliable_tasks")
 
@@ -58,6 +58,11 @@ class SetAside(Reject, Ignore):
     __str__ = __repr__
 
 
+def growing(first: float, longest: float, times: int) -> float:
+    """Return a pause (s) that doubles each time, up to the longest."""
+    return min(first * 2.0 ** min(times, _MOST_DOUBLINGS), longest)
+
+
 def _call_after(consumer: Any, pause: float, function: Callable[[], None]) -> None:
     if consumer.hub is None or threading.current_thread() is threading.main_thread():
         consumer.timer.call_after(pause, function)
@@ -76,8 +81,7 @@ class PatientRequest(DeliveredRequest):
         self.time_start = self.worker_pid = self._apply_result = None
         self._is_accepted = False
         self.request_dict.pop(IN_DOUBT, None)
-        doublings = min(self._times_set_aside, _MOST_DOUBLINGS)
-        pause = min(answer.first * 2**doublings, answer.longest)
+        pause = growing(answer.first, answer.longest, self._times_set_aside)
         if self._delivery is not None:
             self._held.uncount_start(self._delivery)
         if self.is_guarded:

@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Any
 
-from reliable_tasks._celery.consumer import held_by
+from reliable_tasks._celery.channels import held_by
 
 __all__ = ["forget", "restart_timeout", "visibility_timeout"]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
 
 import redis
 
@@ -24,7 +23,16 @@ from reliable_tasks._store.delivery import (
 )
 from reliable_tasks._store.keys import Keys
 from reliable_tasks._store.publication import Publication, Published, Queued
-from reliable_tasks._store.scripts import NO_REPLICAS, Argument, Call, Replicas, execute, load
+from reliable_tasks._store.scripts import (
+    NO_REPLICAS,
+    Argument,
+    Call,
+    Replicas,
+    checked,
+    execute,
+    load,
+    pipelined,
+)
 from reliable_tasks._store.values import ms, text
 
 __all__ = ["Messages"]
@@ -301,11 +309,9 @@ class Messages:
         return found
 
     def _not_too_large(self, server: redis.Redis, tags: Sequence[str]) -> Iterator[str]:
-        pipeline: Any = redis.Redis.pipeline(server, transaction=False)
-        for tag in tags:
-            pipeline.execute_command("HSTRLEN", self._held[0], tag)
+        sizes = checked(pipelined(server, [("HSTRLEN", self._held[0], tag) for tag in tags]))
         left = _FOUND_BYTES
-        for tag, size in zip(tags, pipeline.execute(), strict=True):
+        for tag, size in zip(tags, sizes, strict=True):
             if left <= 0:
                 return
             yield tag
@@ -323,10 +329,8 @@ class Messages:
 
     def ring(self, server: redis.Redis, bell: str) -> None:
         """Wake the one that waits for a bell of its own."""
-        pipeline: Any = redis.Redis.pipeline(server, transaction=True)
-        pipeline.execute_command("RPUSH", bell, "1")
-        pipeline.execute_command("PEXPIRE", bell, ms(_BELL_TTL))
-        pipeline.execute()
+        commands = [("RPUSH", bell, "1"), ("PEXPIRE", bell, ms(_BELL_TTL))]
+        checked(pipelined(server, commands, is_atomic=True))
 
     def count_start(self, delivery: Delivery, by: int) -> tuple[Argument, ...]:
         """Return the command that counts a start as a crash, or takes that back."""

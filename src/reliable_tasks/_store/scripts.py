@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -23,9 +23,11 @@ __all__ = [
     "Key",
     "Replicas",
     "Script",
+    "checked",
     "execute",
     "leave_replica",
     "load",
+    "pipelined",
 ]
 
 # A reply can be lost after the script ran. Every script is written to be repeated, so one that
@@ -58,6 +60,25 @@ NO_REPLICAS = Replicas(0, 0.0)
 def execute(server: redis.Redis, *command: Any) -> Any:
     """Run a command whose keys are complete, also by a client of kombu's that adds a prefix."""
     return redis.Redis.execute_command(server, *command)  # type: ignore[no-untyped-call]
+
+
+def pipelined(
+    server: redis.Redis, commands: Iterable[Sequence[Any]], *, is_atomic: bool = False
+) -> list[Any]:
+    """Run commands in one go; return the answers, of which each can be an error."""
+    pipeline: Any = redis.Redis.pipeline(server, transaction=is_atomic)
+    for command in commands:
+        pipeline.execute_command(*command)
+    answers: list[Any] = pipeline.execute(raise_on_error=False)
+    return answers
+
+
+def checked(answers: list[Any]) -> list[Any]:
+    """Return answers; raise the first error among them."""
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    return answers
 
 
 def leave_replica(server: redis.Redis) -> None:
@@ -125,19 +146,13 @@ class Script:
         if any(isinstance(answer, redis.exceptions.NoScriptError) for answer in answers):
             # None of them has run.
             answers = self._pipelined(server, calls, "EVAL", self.source)
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return answers
+        return checked(answers)
 
     def _pipelined(
         self, server: redis.Redis, calls: Sequence[Call], command: str, script: str
     ) -> list[Any]:
-        pipeline: Any = redis.Redis.pipeline(server, transaction=False)
-        for keys, args in calls:
-            pipeline.execute_command(command, script, len(keys), *keys, *args)
-        found: list[Any] = pipeline.execute(raise_on_error=False)
-        return found
+        commands = [(command, script, len(keys), *keys, *args) for keys, args in calls]
+        return pipelined(server, commands)
 
     def _evaluate(
         self, client: Client, keys: list[str], args: list[str | int], replicas: Replicas
@@ -159,13 +174,8 @@ def _run(server: redis.Redis, _: Replicas, *command: Any) -> Any:
 
 def _run_and_wait(server: redis.Redis, replicas: Replicas, *command: Any) -> Any:
     # In one go on one connection: WAIT is about what its own connection has written.
-    pipeline: Any = redis.Redis.pipeline(server, transaction=False)
-    pipeline.execute_command(*command)
-    pipeline.execute_command("WAIT", replicas.count, round(replicas.timeout * 1000))
-    answer, reached = pipeline.execute(raise_on_error=False)
-    for error in (answer, reached):
-        if isinstance(error, Exception):
-            raise error
+    wait = ("WAIT", replicas.count, round(replicas.timeout * 1000))
+    answer, reached = checked(pipelined(server, [command, wait]))
     if int(reached) < replicas.count:
         raise redis.exceptions.ConnectionError(
             f"only {reached} of {replicas.count} replicas have the write after "

@@ -22,8 +22,8 @@
 --          acknowledgement is wanted and none is recorded
 -- Returns: {index of the list, message, code, crashes, ms of lease, number} for each message;
 --          what code, crashes and lease mean stands in hold_run, and the number is the tag's
--- Uses: hold_run ring_bell
--- Commands: TIME LINDEX HSET ZADD LTRIM HGET ZSCORE LLEN ZREM
+-- Uses: hold_run ring_bell admit_writes
+-- Commands: TIME LINDEX HSET ZADD LTRIM HGET ZSCORE LLEN
 local unacked, index, leases = KEYS[1], KEYS[2], KEYS[3]
 local lease, prefix, count, queues = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local rotates, run_prefix, run_ttl, skip = ARGV[5] == '1', ARGV[7], ARGV[8], #ARGV[9]
@@ -61,9 +61,7 @@ if ARGV[6] == '1' then
     return taken
 end
 
--- It changes nothing, but after a first write full memory refuses none: what is taken is moved,
--- and frees its memory when it has been worked off.
-redis.call('ZREM', leases, '')
+admit_writes(leases)
 local order, is_empty, size = {}, {}, 0
 for queue = 1, queues do
     order[queue] = queue

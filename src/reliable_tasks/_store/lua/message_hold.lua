@@ -12,8 +12,8 @@
 -- Returns: {code, crashes, ms of lease} as hold_run does, or
 --          {2, 0, 0}  the delivery is over: its message was put back
 --          {4, 0, 0}  it has published its task's continuation already
--- Uses: hold_run
--- Commands: TIME HEXISTS ZSCORE ZREM ZADD
+-- Uses: hold_run admit_writes
+-- Commands: TIME HEXISTS ZSCORE ZADD
 if redis.call('HEXISTS', KEYS[3], ARGV[1]) == 0 or not redis.call('ZSCORE', KEYS[1], ARGV[1]) then
     return {2, 0, 0}
 end
@@ -22,8 +22,7 @@ if redis.call('HEXISTS', KEYS[2], 'continued:' .. ARGV[1]) == 1 then
 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
--- It changes nothing, but after a first write full memory refuses none.
-redis.call('ZREM', KEYS[1], '')
+admit_writes(KEYS[1])
 local held = hold_run(KEYS[2], KEYS[1], ARGV[1], now, ARGV[2])
 if held[1] == 1 then
     redis.call('ZADD', KEYS[1], 'XX', string.format('%.0f', now + ARGV[3]), ARGV[1])

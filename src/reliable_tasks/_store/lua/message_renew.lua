@@ -5,7 +5,8 @@
 -- ARGV[1]  lease, ms
 -- ARGV[2..]  the tags, at most 500
 -- Returns: the tags among them whose delivery is over
--- Commands: TIME ZREM ZADD ZMSCORE
+-- Uses: admit_writes
+-- Commands: TIME ZADD ZMSCORE
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local lease_end = string.format('%.0f', now + ARGV[1])
@@ -17,8 +18,7 @@ for i = 2, #ARGV do
     index[place + 1], index[place + 2] = index_score, ARGV[i]
     tags[i - 1] = ARGV[i]
 end
--- It changes nothing, but after a first write full memory refuses none.
-redis.call('ZREM', KEYS[1], '')
+admit_writes(KEYS[1])
 redis.call('ZADD', KEYS[1], 'XX', unpack(leases))
 redis.call('ZADD', KEYS[2], 'XX', unpack(index))
 local over = {}

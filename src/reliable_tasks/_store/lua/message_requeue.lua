@@ -14,7 +14,7 @@
 -- Returns: 1  put back
 --          2  not put back: the copy had published a continuation of its task
 --          0  the delivery is over already, or its lease has not ended
--- Uses: release_run ring_bell
+-- Uses: release_run ring_bell admit_writes
 -- Commands: TIME ZSCORE HEXISTS HDEL ZREM RPUSH LPUSH
 if ARGV[5] ~= '0' then
     local time = redis.call('TIME')
@@ -30,8 +30,7 @@ if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then
     redis.call('ZREM', KEYS[2], ARGV[1])
     return 0
 end
--- It changes nothing, but after a first write full memory refuses none.
-redis.call('ZREM', KEYS[3], '')
+admit_writes(KEYS[3])
 local has_continued = release_run(KEYS[4], ARGV[1], ARGV[4], false, 0)
 if not has_continued then
     -- Before it is taken away: what is refused here, for want of a right, must not be lost.

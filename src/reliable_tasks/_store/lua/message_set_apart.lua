@@ -7,10 +7,10 @@
 -- ARGV[1]  tag of the delivery
 -- ARGV[2]  message, as far as it is known
 -- Returns: how many are kept by now
+-- Uses: admit_writes
 -- Commands: ZREM HDEL RPUSH
 local unacked, index, leases = KEYS[1], KEYS[2], KEYS[3]
--- It changes nothing, but after a first write full memory refuses none.
-redis.call('ZREM', leases, '')
+admit_writes(leases)
 local kept = redis.call('RPUSH', KEYS[4], ARGV[2])
 redis.call('ZREM', leases, ARGV[1])
 redis.call('ZREM', index, ARGV[1])

@@ -14,12 +14,12 @@
 -- ARGV[8]  gap in ms after which nobody has swept for a while
 -- ARGV[9]  renewal: within which time each keeper that lives has renewed its leases, ms
 -- Returns: {now in ms, 1 if this worker sweeps or else 0, ms for which nobody may sweep}
--- Commands: TIME ZREM ZADD HSET HMGET
+-- Uses: admit_writes
+-- Commands: TIME ZADD HSET HMGET
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local elapsed, jump = tonumber(ARGV[5]), tonumber(ARGV[7])
--- It changes nothing, but after a first write full memory refuses none.
-redis.call('ZREM', KEYS[1], '')
+admit_writes(KEYS[1])
 redis.call('ZADD', KEYS[1], string.format('%.0f', now), ARGV[1])
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
 local sweeper, ends, beat, server, held_until =
