@@ -129,8 +129,7 @@ def start_worker(redis_url: str, result_url: str) -> Iterator[Callable[..., Work
         return worker
 
     yield start
-    for worker in reversed(workers):
-        worker.stop()
+    WorkerProcess.stop_all(workers)
 
 
 @pytest.fixture(autouse=True)

@@ -175,11 +175,7 @@ class Scene:
 
     def stop_workers(self) -> None:
         """Stop the workers, while the servers that they say goodbye to are still there."""
-        for worker in self.workers:
-            if worker.running:
-                worker.terminate()
-        for worker in self.workers:
-            worker.stop()
+        WorkerProcess.stop_all(self.workers)
 
     def __enter__(self) -> Self:
         return self

@@ -176,12 +176,18 @@ class WorkerProcess:
 
     def stop(self, timeout: float = 15.0) -> None:
         """Shut the worker down, by force after the timeout; nothing of it is left."""
-        if self._process is None:
-            return
+        self._ask_to_end()
+        self._see_it_end(timeout)
+
+    def _ask_to_end(self) -> None:
         if self.running:
             # A stopped process does not see SIGTERM until it runs again.
             self.send_signal(signal.SIGCONT)
             self.terminate()
+
+    def _see_it_end(self, timeout: float) -> None:
+        if self._process is None:
+            return
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout)
         self._signal_group()
@@ -199,6 +205,14 @@ class WorkerProcess:
         # before `stop` has seen it empty.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+
+    @staticmethod
+    def stop_all(workers: Sequence[WorkerProcess], timeout: float = 15.0) -> None:
+        """Shut workers down, all at the same time."""
+        for worker in workers:
+            worker._ask_to_end()
+        for worker in workers:
+            worker._see_it_end(timeout)
 
     def __enter__(self) -> Self:
         self.start()

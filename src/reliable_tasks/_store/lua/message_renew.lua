@@ -3,7 +3,7 @@
 -- KEYS[1]  leases: sorted set, tag -> end of the lease, ms
 -- KEYS[2]  unacked_index: sorted set, tag -> seconds; stock sweepers go by it
 -- ARGV[1]  lease, ms
--- ARGV[2..]  the tags, at most 500
+-- ARGV[2..]  the tags, at most 250
 -- Returns: the tags among them whose delivery is over
 -- Uses: admit_writes
 -- Commands: TIME ZADD ZMSCORE

@@ -15,7 +15,7 @@ if not beat or time[1] * 1000 + math.floor(time[2] / 1000) - beat < tonumber(ARG
     return {'', 0}
 end
 local cursor, found =
-    unpack(redis.call('ZSCAN', KEYS[1], ARGV[3], 'MATCH', ARGV[1] .. ':*', 'COUNT', 500))
+    unpack(redis.call('ZSCAN', KEYS[1], ARGV[3], 'MATCH', ARGV[1] .. ':*', 'COUNT', 200))
 for i = 1, #found, 2 do
     redis.call('ZADD', KEYS[1], 'XX', 0, found[i])
 end
