@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +29,30 @@ def module_redis() -> Iterator[EmbeddedServer]:
 @pytest.fixture(scope="module")
 def module_scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartScene]:
     """Make scenes that last as long as the module's tests."""
-    with ExitStack() as stack:
-
-        def start(broker: str, backend: str | None, **options: Any) -> Scene:
-            directory = tmp_path_factory.mktemp("scene")
-            return stack.enter_context(Scene(directory, broker, backend, **options))
-
+    with _scenes(lambda: tmp_path_factory.mktemp("scene")) as start:
         yield start
 
 
 @pytest.fixture
 def scenes(tmp_path: Path) -> Iterator[StartScene]:
     """Make scenes that last as long as the test."""
+    with _scenes(lambda: Path(tempfile.mkdtemp(prefix="scene-", dir=tmp_path))) as start:
+        yield start
+
+
+@contextmanager
+def _scenes(next_directory: Callable[[], Path]) -> Iterator[StartScene]:
+    made: list[Scene] = []
     with ExitStack() as stack:
-        count = 0
 
         def start(broker: str, backend: str | None, **options: Any) -> Scene:
-            nonlocal count
-            count += 1
-            directory = tmp_path / f"scene-{count}"
-            directory.mkdir()
-            return stack.enter_context(Scene(directory, broker, backend, **options))
+            scene = stack.enter_context(Scene(next_directory(), broker, backend, **options))
+            made.append(scene)
+            return scene
 
         yield start
+        # At the same time: a green worker takes some seconds.
+        WorkerProcess.stop_all([worker for scene in made for worker in scene.workers])
 
 
 def other_database(server: EmbeddedServer, number: int = 1) -> str:

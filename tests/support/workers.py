@@ -59,6 +59,7 @@ class WorkerProcess:
         self.hostname = hostname or f"w{uuid.uuid4().hex[:8]}@test"
         self._ready_timeout = ready_timeout
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_gone = False
         self._command = [
             *(sys.executable, "-m", "celery", "-A", app, "worker"),
             *("--pool", pool),
@@ -107,6 +108,7 @@ class WorkerProcess:
 
     def start(self, *, wait: bool = True) -> None:
         """Start the worker and, unless told otherwise, wait until it takes tasks."""
+        self._is_gone = False
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 tied_to_parent(self._command),
@@ -186,7 +188,8 @@ class WorkerProcess:
             self.terminate()
 
     def _see_it_end(self, timeout: float) -> None:
-        if self._process is None:
+        # Once, for the process group's id may be another one's later.
+        if self._process is None or self._is_gone:
             return
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout)
@@ -196,6 +199,7 @@ class WorkerProcess:
             lambda: not any(process.group == self.pid for process in live_processes()),
             message=f"process group {self.pid} gone",
         )
+        self._is_gone = True
         if self._log.exists():
             self._last_log = self.log
             self._log.unlink()
