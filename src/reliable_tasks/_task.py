@@ -22,6 +22,7 @@ from reliable_tasks._celery.settings import explicit
 from reliable_tasks._celery.versions import check_versions
 from reliable_tasks._once.claim import CLAIM, OF_ONE_DELIVERY, Claim, Run
 from reliable_tasks._once.decorator import OPTIONS, once_options
+from reliable_tasks._once.held import HeldClaim, held_claim
 from reliable_tasks._once.locks import locks_of, read_config
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.options import OnceOptions
@@ -192,6 +193,16 @@ class ReliableTask(_Task):
             options=options,
             waited_for=bool(waited_for),
         )
+
+    @property
+    def claim(self) -> HeldClaim | None:
+        """What the running task holds of its `@once` key.
+
+        ``None`` outside of a run, without `@once`, where the key was freed at the start
+        (``lock="until_executing"``), and where the task runs without the lock Redis
+        (``reliable_on_store_error="proceed"``).
+        """
+        return held_claim(self)
 
     def delay(self, *args: Any, **kwargs: Any) -> ReliableResult:
         """Queue the task with these arguments."""

@@ -11,6 +11,7 @@ import time_machine
 
 from reliable_tasks._store.claims import Claims, Entry, Publish, Release, Ticket
 from reliable_tasks._store.client import ServerAddress, forget_clients
+from reliable_tasks._store.publication import How
 from reliable_tasks.testing import fake_redis
 from tests.conformance.broker import Broker
 from tests.conformance.clock import OnAClock
@@ -52,11 +53,24 @@ class Store(OnAClock):
         return float(self.server.pttl(self.key)) / 1000
 
     def acquire(
-        self, owner: str = "one", attempt: int = 0, token: str = FIRST, ttl: float = 60
+        self,
+        owner: str = "one",
+        attempt: int = 0,
+        token: str = FIRST,
+        ttl: float = 60,
+        how: How = "acquire",
+        holder: str = "",
     ) -> Ticket[Publish]:
         """Publish a new call."""
         return self.claims.acquire(
-            NAME, owner=owner, attempt=attempt, token=token, ttl=ttl, task="shop.send_invoice"
+            NAME,
+            owner=owner,
+            attempt=attempt,
+            token=token,
+            ttl=ttl,
+            task="shop.send_invoice",
+            how=how,
+            holder=holder,
         )
 
     def continue_(
@@ -85,6 +99,7 @@ class Store(OnAClock):
         holder: str = "h1",
         lease: float = 30,
         ttl: float = 60,
+        takes: bool = False,
     ) -> Ticket[Entry]:
         """Start a copy."""
         return self.claims.enter(
@@ -95,7 +110,12 @@ class Store(OnAClock):
             lease=lease,
             ttl=ttl,
             task="shop.send_invoice",
+            takes=takes,
         )
+
+    def start(self, owner: str = "one", attempt: int = 0) -> Ticket[Entry]:
+        """Start a copy that gives its key up."""
+        return self.claims.start(NAME, owner=owner, attempt=attempt)
 
     def release(
         self,

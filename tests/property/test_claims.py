@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import time_machine
 from hypothesis import settings
@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from reliable_tasks._store.claims import Claims, Entry, Publish, Release
 from reliable_tasks._store.client import ServerAddress
+from reliable_tasks._store.publication import How
 from reliable_tasks.testing import fake_redis
 
 NAME, TTL, LEASE, MEMORY = "name", 100, 30, 50
@@ -21,6 +22,7 @@ owners = st.sampled_from(["one", "two"])
 attempts = st.integers(0, 2)
 tokens = st.sampled_from(["t1", "t2", "t3"])
 holders = st.sampled_from(["h1", "h2", "h3"])
+hows = st.sampled_from(get_args(How))
 
 
 @dataclass
@@ -34,7 +36,15 @@ class Record:
     holder: str | None = None
     holder_attempt: int = -1
     lease_end: float = 0.0
+    holder_owner: str | None = None
     next_attempt: int | None = None
+    replaces: tuple[str, int] | None = None
+    until: float = 0.0
+
+    def let_go(self) -> None:
+        """Nobody holds it any more."""
+        self.holder = self.holder_owner = None
+        self.holder_attempt = -1
 
 
 class Machine(RuleBasedStateMachine):
@@ -49,6 +59,8 @@ class Machine(RuleBasedStateMachine):
         self.claims = Claims(ServerAddress("redis://fake/0", 5.0), "p:")
         self.claim: Record | None = None
         self.ended: tuple[str, int, float] | None = None
+        self.replaced: dict[str, str] = {}
+        self.replaced_until = 0.0
         self.fence = 0
         self.last_holder: str | None = None
 
@@ -62,6 +74,8 @@ class Machine(RuleBasedStateMachine):
         self.clock.shift(seconds)
         if self.claim and self.now >= self.claim.expires:
             self.claim = None
+        if self.now >= self.replaced_until:
+            self.replaced = {}
 
     def saw(self, fence: int, *, new: bool) -> None:
         """A claim that changed hands has a greater fence, any other the same."""
@@ -87,23 +101,47 @@ class Machine(RuleBasedStateMachine):
         """Time passes, and never so that something lapses in this very moment."""
         self.tick(seconds + 0.01)
 
-    @rule(owner=owners, attempt=attempts, token=tokens)
-    def acquire(self, owner: str, attempt: int, token: str) -> None:
+    @rule(owner=owners, attempt=attempts, token=tokens, how=hows, holder=holders | st.just(""))
+    def acquire(self, owner: str, attempt: int, token: str, how: How, holder: str) -> None:
         """A call is published."""
         self.tick()
         answer = self.claims.acquire(
-            NAME, owner=owner, attempt=attempt, token=token, ttl=TTL, task="t"
+            NAME,
+            owner=owner,
+            attempt=attempt,
+            token=token,
+            ttl=TTL,
+            task="t",
+            how=how,
+            holder=holder,
         )
-        if self.claim is None:
-            self.claim = Record(owner, attempt, token, self.now + TTL)
+        claim, expires = self.claim, self.now + TTL
+        if claim is None:
+            self.claim = Record(owner, attempt, token, expires)
+            self.claim.until = expires if how == "window" else 0.0
             assert answer.code is Publish.CLAIMED
             self.saw(answer.fence, new=True)
             return
-        is_repeat = (self.claim.owner, self.claim.token) == (owner, token)
-        assert answer.code is (Publish.CLAIMED if is_repeat else Publish.DUPLICATE)
-        assert answer.owner == self.claim.owner
-        if is_repeat:
-            self.claim.expires = self.now + TTL
+        assert answer.owner == claim.owner
+        hands_on = bool(holder) and claim.holder == holder and claim.holder_owner is None
+        if (claim.owner, claim.token) == (owner, token):
+            assert answer.code is Publish.CLAIMED
+            claim.expires = expires
+        elif claim.owner != owner and (hands_on or how == "replace"):
+            assert answer.code is Publish.TAKEN_OVER
+            self.saw(answer.fence, new=True)
+            expires = max(expires, claim.expires)
+            if not hands_on:
+                self.replaced[claim.owner] = owner
+                self.replaced_until = max(self.replaced_until, expires)
+            if claim.holder and claim.holder_owner is None:
+                claim.holder_owner = claim.owner
+            claim.replaces, claim.next_attempt = (claim.owner, claim.attempt), None
+            claim.owner, claim.attempt, claim.token = owner, attempt, token
+            claim.expires = expires
+            return
+        else:
+            assert answer.code is Publish.DUPLICATE
         self.saw(answer.fence, new=False)
 
     @rule(owner=owners, attempt=attempts, token=tokens, holder=holders | st.just(""))
@@ -123,7 +161,7 @@ class Machine(RuleBasedStateMachine):
         published = claim.attempt if claim.next_attempt is None else claim.next_attempt
         if (claim.owner, claim.token, published) == (owner, token, attempt):
             assert answer.code is Publish.CLAIMED
-            claim.expires = self.now + TTL
+            claim.expires = max(self.now + TTL, claim.until)
             return
         if (
             claim.owner != owner
@@ -133,31 +171,64 @@ class Machine(RuleBasedStateMachine):
             assert (answer.code, answer.owner) == (Publish.DUPLICATE, claim.owner)
             return
         assert answer.code is Publish.CLAIMED
-        claim.next_attempt, claim.token, claim.expires = attempt, token, self.now + TTL
+        claim.next_attempt, claim.token = attempt, token
+        claim.expires = max(self.now + TTL, claim.until)
 
-    @rule(owner=owners, attempt=attempts, holder=holders)
-    def enter(self, owner: str, attempt: int, holder: str) -> None:
+    def is_replaced(self, owner: str) -> bool:
+        """Say whether a task finds another one in its place."""
+        return owner in self.replaced and (self.claim is None or self.claim.owner != owner)
+
+    @rule(owner=owners, attempt=attempts)
+    def start(self, owner: str, attempt: int) -> None:
+        """A copy starts and gives its key up."""
+        self.tick()
+        answer = self.claims.start(NAME, owner=owner, attempt=attempt)
+        claim = self.claim
+        if self.is_replaced(owner):
+            assert (answer.code, answer.owner) == (Entry.REPLACED, self.replaced[owner])
+        elif claim and claim.owner != owner:
+            assert (answer.code, answer.owner) == (Entry.DUPLICATE, claim.owner)
+        elif claim and claim.attempt > attempt:
+            assert answer.code is Entry.CONTINUED
+        else:
+            assert answer.code is Entry.ENTERED
+            self.claim = None
+
+    @rule(owner=owners, attempt=attempts, holder=holders, takes=st.booleans())
+    def enter(self, owner: str, attempt: int, holder: str, takes: bool) -> None:
         """A copy starts."""
         self.tick()
         answer = self.claims.enter(
-            NAME, owner=owner, attempt=attempt, holder=holder, lease=LEASE, ttl=TTL, task="t"
+            NAME,
+            owner=owner,
+            attempt=attempt,
+            holder=holder,
+            lease=LEASE,
+            ttl=TTL,
+            task="t",
+            takes=takes,
         )
         claim = self.claim
+        if self.is_replaced(owner):
+            assert (answer.code, answer.owner) == (Entry.REPLACED, self.replaced[owner])
+            return
         if (claim is None or claim.owner != owner) and self.remembers(owner, attempt):
             assert (answer.code, answer.owner) == (Entry.CONTINUED, owner)
             return
+        if claim and claim.owner != owner and takes and not self.holder_lives():
+            claim = None
         if claim and claim.owner != owner:
             assert (answer.code, answer.owner) == (Entry.DUPLICATE, claim.owner)
         elif claim and claim.attempt > attempt:
             assert answer.code is Entry.CONTINUED
         elif claim and claim.holder != holder and self.holder_lives():
-            before = claim.holder_attempt < attempt
+            before = bool(claim.holder_owner) or claim.holder_attempt < attempt
             assert answer.code is (Entry.PREDECESSOR_RUNNING if before else Entry.RUNNING)
         else:
             assert answer.code is Entry.ENTERED
             self.saw(answer.fence, new=claim is None or claim.holder != holder)
-            token = claim.token if claim else ""
-            self.claim = Record(owner, attempt, token, self.now + TTL)
+            token, until = (claim.token, claim.until) if claim else ("", 0.0)
+            self.claim = Record(owner, attempt, token, max(self.now + TTL, until), until=until)
             self.claim.holder, self.claim.holder_attempt = holder, attempt
             self.claim.lease_end = self.now + LEASE
             return
@@ -190,7 +261,10 @@ class Machine(RuleBasedStateMachine):
             return
         assert other == claim.owner
         is_ours = claim.holder == holder or (may_be_unentered and not self.holder_lives())
-        if claim.owner != owner or not is_ours:
+        if claim.owner != owner and (claim.holder, claim.holder_owner) == (holder, owner):
+            assert code is Release.KEPT
+            claim.let_go()
+        elif claim.owner != owner or not is_ours:
             assert code is Release.NOT_OURS
         elif keep_for or max(claim.attempt, claim.next_attempt or 0) > attempt:
             assert code is Release.KEPT
@@ -198,7 +272,13 @@ class Machine(RuleBasedStateMachine):
                 claim.expires = max(claim.expires, self.now + keep_for)
             else:
                 claim.attempt = max(claim.attempt, claim.next_attempt or 0)
-            claim.holder, claim.holder_attempt, claim.next_attempt = None, -1, None
+            claim.let_go()
+            claim.next_attempt = None
+        elif claim.until > self.now:
+            assert code is Release.KEPT
+            claim.attempt = max(claim.attempt, claim.next_attempt or 0) + 1
+            claim.expires, claim.next_attempt = claim.until, None
+            claim.let_go()
         else:
             assert code is Release.FREED
             latest = max(claim.attempt, claim.next_attempt or 0)
@@ -217,6 +297,13 @@ class Machine(RuleBasedStateMachine):
         elif claim.next_attempt is not None:
             assert answer
             claim.next_attempt, claim.token = None, ""
+        elif claim.replaces is not None:
+            assert answer
+            claim.owner, claim.attempt = claim.replaces
+            self.replaced.pop(claim.owner, None)
+            claim.token, claim.replaces = "", None
+            if claim.holder_owner == claim.owner:
+                claim.holder_owner = None
         elif claim.holder:
             assert not answer
         else:
@@ -234,9 +321,10 @@ class Machine(RuleBasedStateMachine):
         assert int(record["attempt"]) == self.claim.attempt
         assert record.get("token", "") == self.claim.token
         assert record.get("holder") == self.claim.holder
+        assert record.get("holder_owner") == self.claim.holder_owner
         next_attempt = self.claim.next_attempt
         assert record.get("next_attempt") == (None if next_attempt is None else str(next_attempt))
 
 
 TestClaims = Machine.TestCase
-TestClaims.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestClaims.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)

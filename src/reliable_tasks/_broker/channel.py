@@ -21,7 +21,7 @@ from reliable_tasks._broker.fetching import FetchingChannel
 from reliable_tasks._broker.held import Held, held_for
 from reliable_tasks._store.delivery import Layout
 from reliable_tasks._store.messages import Messages
-from reliable_tasks._store.publication import publication_of
+from reliable_tasks._store.publication import note_answer, publication_of
 from reliable_tasks._store.scripts import Replicas
 
 __all__ = ["OPTION", "Channel", "QoS", "ReliableChannel", "SentinelChannel"]
@@ -116,7 +116,7 @@ class ReliableChannel(FetchingChannel):
                 expires=(int(expiry), self._lists([queue])) if expiry else None,
                 replicas=self._replicas(),
             )
-        published.check()
+        note_answer(message["headers"], published)
 
     def _replicas(self: Any) -> Replicas:
         return Replicas(

@@ -95,6 +95,8 @@ class PatientRequest(DeliveredRequest):
         if self._is_left_to_broker():
             return
         self._times_set_aside += 1
+        # Its child asks whether it was started before.
+        self.request_dict[TIMES_SET_ASIDE] = self._times_set_aside
         logger.info("Task %s[%s] is %s (%.1f s)", self.name, self.id, answer, pause)
         consumer = self._consumer
         if consumer is None:

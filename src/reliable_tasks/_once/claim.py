@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from celery import Task
@@ -38,6 +38,11 @@ class Claim:
         """Return what the message carries."""
         return {"key": self.name, "owner": self.owner, "attempt": self.attempt}
 
+    @property
+    def turn(self) -> Claim:
+        """The claim of the one that runs, where tasks with the key wait for each other."""
+        return replace(self, name=f"{self.name}:turn")
+
     @classmethod
     def from_headers(cls, headers: dict[str, Any] | None, task_id: str | None) -> Claim | None:
         """Return the claim of the task ``task_id``, or ``None``.
@@ -59,13 +64,15 @@ class Run:
 
     Attributes:
         once: The task's ``@once``.
-        claim: What it holds.
+        claim: What its message carries, or would carry; a retry goes on with it.
+        held: What it holds, or ``None`` where its key was freed when it started.
         holder: Its token.
-        fence: Greater than that of every run before it with this key.
+        fence: Greater than that of every run before it that held the same.
     """
 
     once: Once
     claim: Claim
+    held: Claim | None
     holder: str
     fence: int
 

@@ -35,7 +35,7 @@ def once(
     *,
     key: KeySpec = None,
     lock: Lifetime = "until_executed",
-    on_conflict: OnConflict = "existing",
+    on_conflict: OnConflict | None = None,
     ttl: float | timedelta | None = None,
 ) -> Callable[[Decorated], Decorated]: ...
 def once(
@@ -44,7 +44,7 @@ def once(
     *,
     key: KeySpec = None,
     lock: Lifetime = "until_executed",
-    on_conflict: OnConflict = "existing",
+    on_conflict: OnConflict | None = None,
     ttl: float | timedelta | None = None,
 ) -> Any:
     """Let at most one task with a key be queued or running.

@@ -19,6 +19,7 @@ from reliable_tasks._once.result import ReliableResult
 from reliable_tasks._store.claims import Publish, Ticket
 from reliable_tasks._store.publication import (
     ClaimTaken,
+    How,
     Publication,
     publication_of,
     publishing,
@@ -51,7 +52,7 @@ def publish(
     options: Mapping[str, Any],
     waited_for: bool,
 ) -> ReliableResult:
-    """Claim a call's key and queue it, or return the owner's result.
+    """Claim a call's key and queue it, or answer as the conflict setting says.
 
     Raises:
         DuplicateTaskError: The key is taken, and the conflict setting is ``"raise"`` or
@@ -63,8 +64,10 @@ def publish(
     locks = locks_of(task.app)
     given = options.get("headers") or {}
     headers = {k: v for k, v in given.items() if k not in (CLAIM, *OF_ONE_DELIVERY)}
-    carried = Claim.from_headers(options.get("headers"), task_id)
     owner = task_id or str(uuid4())
+    if not once.options.is_claimed_by_calls:
+        return queue(owner, headers, producer)
+    carried = Claim.from_headers(given, task_id)
     retries = int(options.get("retries") or 0)
     is_retry = carried is not None and retries > 0
     # A retry keeps its claim whatever became of its arguments on the way; anything else that
@@ -72,61 +75,145 @@ def publish(
     name = carried.name if carried and is_retry else once.claim_name(task, args, kwargs)
     continued = carried if carried and carried.name == name else None
     claim = Claim(name, owner, continued.attempt + 1 if continued else retries)
-    headers[CLAIM] = claim.as_header()
-    token = uuid4().hex
-    ttl = once.ttl(locks.config) + delay_of(task.app, options)
-    is_own = continued is not None or retries > 0
-    if _is_one_script(task, locks, options, producer):
-        try:
-            # Ours to give back: kombu closes the connection of one that an exception leaves.
-            with task.app.producer_or_acquire(producer) as acquired:
-                try:
-                    with publishing(_wish(task, claim, ttl, continued), owner):
-                        return queue(owner, headers, acquired)
-                except ClaimTaken as taken:
-                    _forget_result(task, owner)
-                    answer = taken.published
-                    ticket = Ticket(Publish.DUPLICATE, answer.owner, answer.seconds, answer.fence)
-        except OperationalError as error:
-            # Claim and message are queued together or not at all: nothing is to be taken back.
-            raise BrokerUnavailable(locks.claims.client.shown_url, str(error)) from error
-        return _refused(task, once, claim, ticket, task_id, is_own=is_own, waited_for=waited_for)
+    wish = replace(
+        publication_of({"id": owner}) or Publication(),
+        claim=name,
+        keeps=continued is not None,
+        how="acquire" if retries else _how(once),
+        owner=owner,
+        claim_attempt=claim.attempt,
+        ttl=once.ttl(locks.config) + delay_of(task.app, options),
+        task=task.name,
+        holder=_holder(task, once, claim, continued),
+    )
+    send = _one_step if _is_one_script(task, locks, options, producer) else _two_steps
+    ticket, result = send(task, locks, wish, queue, {**headers, CLAIM: claim.as_header()}, producer)
+    if result is not None:
+        return _queued(task, claim, ticket, result)
+    # A retry must not end without a word as somebody's duplicate, whatever its headers say.
+    if continued is not None or retries > 0:
+        if not once.options.is_freed_at_start:
+            raise LockLost(claim.name, claim.owner, ticket.owner)
+        # It gave its key up when it started, and must run all the same.
+        return queue(owner, headers, producer)
+    if waited_for or once.options.at_publish == "raise":
+        raise DuplicateTaskError(claim.name, ticket.owner, ticket.seconds)
+    return _existing(task, claim, ticket, task_id)
+
+
+def _how(once: Once) -> How:
+    if once.options.is_for_a_window:
+        return "window"
+    return "replace" if once.options.at_publish == "replace" else "acquire"
+
+
+def _holder(task: Task[..., Any], once: Once, claim: Claim, continued: Claim | None) -> str:
+    """Return the token of the run that continues its claim, or hands it on, or ``""``."""
+    if continued is not None:
+        run = Run.of(task)
+        return run.holder if run is not None else ""
+    caller: Any = task.app.current_task
+    run = None if caller is None else Run.of(caller)
+    if run is None or run.held is None or once.options.is_for_a_window:
+        return ""
+    # In a task that calls itself with its own key.
+    return run.holder if run.held.name == claim.name else ""
+
+
+def _one_step(
+    task: Task[..., Any],
+    locks: Locks,
+    wish: Publication,
+    queue: Queue,
+    headers: Mapping[str, Any],
+    producer: Any,
+) -> tuple[Ticket[Publish], ReliableResult | None]:
+    """Have the broker make the claim in the script that queues the message."""
     try:
-        ticket = _take(task, locks, claim, token, ttl, continued)
-        if ticket.code is Publish.CLAIMED:
-            return queue(owner, headers)
+        # Ours to give back: kombu closes the connection of one that an exception leaves.
+        with task.app.producer_or_acquire(producer) as acquired:
+            try:
+                with publishing(wish, wish.owner) as answers:
+                    result = queue(wish.owner, headers, acquired)
+            except ClaimTaken as taken:
+                _forget_result(task, wish.owner)
+                answer = taken.published
+                ticket = Ticket(Publish.DUPLICATE, answer.owner, answer.seconds, answer.fence)
+                return ticket, None
+    except OperationalError as error:
+        # Claim and message are queued together or not at all: nothing is to be taken back.
+        raise BrokerUnavailable(locks.claims.client.shown_url, str(error)) from error
+    before = next((answer.owner for answer in answers if answer.owner), "")
+    code = Publish.TAKEN_OVER if before else Publish.CLAIMED
+    return Ticket(code, before or wish.owner, wish.ttl, 0), result
+
+
+def _two_steps(
+    task: Task[..., Any],
+    locks: Locks,
+    wish: Publication,
+    queue: Queue,
+    headers: Mapping[str, Any],
+    producer: Any,
+) -> tuple[Ticket[Publish], ReliableResult | None]:
+    """Claim, then queue the message; take the claim back if that failed."""
+    token = uuid4().hex
+    try:
+        ticket = _take(locks, wish, token)
+        if ticket.code is Publish.DUPLICATE:
+            return ticket, None
+        return ticket, queue(wish.owner, headers, producer)
     except StoreError as error:
         # Perhaps only the reply was lost, and the claim of a task that is not queued stands.
-        _take_back(locks, claim, token)
+        _take_back(locks, wish, token)
         if locks.config.on_store_error == "proceed":
-            logger.warning("Task %s[%s] is queued without a claim: %s", task.name, owner, error)
-            return queue(owner, headers)
+            logger.warning(
+                "Task %s[%s] is queued without a claim: %s", task.name, wish.owner, error
+            )
+            ticket = Ticket(Publish.CLAIMED, wish.owner, 0.0, 0)
+            return ticket, queue(wish.owner, headers, producer)
         if isinstance(error, StoreUnavailable):
             raise locks.unavailable(error) from error
         raise
     except BaseException:
-        _take_back(locks, claim, token)
+        _take_back(locks, wish, token)
         raise
-    return _refused(task, once, claim, ticket, task_id, is_own=is_own, waited_for=waited_for)
 
 
-def _refused(
-    task: Task[..., Any],
-    once: Once,
-    claim: Claim,
-    ticket: Ticket[Publish],
-    task_id: str | None,
-    *,
-    is_own: bool,
-    waited_for: bool,
+def _take(locks: Locks, wish: Publication, token: str) -> Ticket[Publish]:
+    asked: dict[str, Any] = {
+        "owner": wish.owner,
+        "attempt": wish.claim_attempt,
+        "token": token,
+        "ttl": wish.ttl,
+        "task": wish.task,
+        "holder": wish.holder,
+    }
+    if wish.keeps:
+        return locks.claims.continue_(wish.claim, **asked)
+    return locks.claims.acquire(wish.claim, how=wish.how, **asked)
+
+
+def _take_back(locks: Locks, wish: Publication, token: str) -> None:
+    try:
+        locks.claims.abandon(wish.claim, owner=wish.owner, token=token)
+    except StoreError as error:
+        logger.warning("A claim on %s may stay until it lapses: %s", wish.claim, error)
+
+
+def _queued(
+    task: Task[..., Any], claim: Claim, ticket: Ticket[Publish], result: ReliableResult
 ) -> ReliableResult:
-    """Answer a call whose key another task owns."""
-    # A retry must not end without a word as somebody's duplicate, whatever its headers say.
-    if is_own:
-        raise LockLost(claim.name, claim.owner, ticket.owner)
-    if waited_for or once.options.on_conflict == "raise":
-        raise DuplicateTaskError(claim.name, ticket.owner, ticket.seconds)
-    return _existing(task, claim, ticket, task_id)
+    if ticket.code is Publish.TAKEN_OVER:
+        logger.info(
+            "Task %s[%s] takes the place of %s (%s)",
+            task.name,
+            claim.owner,
+            ticket.owner,
+            claim.name,
+        )
+        result.replaced_id = ticket.owner
+    return result
 
 
 def _forget_result(task: Task[..., Any], task_id: str) -> None:
@@ -157,41 +244,6 @@ def _uri(connection: Any) -> str:
     return str(connection.as_uri(include_password=True))
 
 
-def _wish(task: Task[..., Any], claim: Claim, ttl: float, continued: Claim | None) -> Publication:
-    run = Run.of(task) if continued is not None else None
-    return replace(
-        publication_of({"id": claim.owner}) or Publication(),
-        claim=claim.name,
-        keeps=continued is not None,
-        owner=claim.owner,
-        claim_attempt=claim.attempt,
-        ttl=ttl,
-        task=task.name,
-        holder=run.holder if run else "",
-    )
-
-
-def _take(
-    task: Task[..., Any],
-    locks: Locks,
-    claim: Claim,
-    token: str,
-    ttl: float,
-    continued: Claim | None,
-) -> Ticket[Publish]:
-    asked: dict[str, Any] = {
-        "owner": claim.owner,
-        "attempt": claim.attempt,
-        "token": token,
-        "ttl": ttl,
-        "task": task.name,
-    }
-    if continued is None:
-        return locks.claims.acquire(claim.name, **asked)
-    run = Run.of(task)
-    return locks.claims.continue_(claim.name, holder=run.holder if run else "", **asked)
-
-
 def _existing(
     task: Task[..., Any], claim: Claim, ticket: Ticket[Publish], asked_id: str | None
 ) -> ReliableResult:
@@ -206,10 +258,3 @@ def _existing(
     result.duplicate = True
     result.ignored_id = asked_id
     return result
-
-
-def _take_back(locks: Locks, claim: Claim, token: str) -> None:
-    try:
-        locks.claims.abandon(claim.name, owner=claim.owner, token=token)
-    except StoreError as error:
-        logger.warning("A claim on %s may stay until it lapses: %s", claim.name, error)

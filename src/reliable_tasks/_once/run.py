@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NoReturn
 from uuid import uuid4
 
 from celery import Task, states
 from celery.exceptions import Ignore
 from celery.signals import task_postrun
 
-from reliable_tasks._celery.headers import DELIVERY
+from reliable_tasks._celery.headers import DELIVERY, TIMES_SET_ASIDE
 from reliable_tasks._celery.registry import hard_limit
+from reliable_tasks._celery.revoking import end_as_revoked
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._once.claim import HOLDER, Claim, Run
 from reliable_tasks._once.locks import Locks, locks_of
 from reliable_tasks._once.once import Once
-from reliable_tasks._store.claims import Entry, Release
+from reliable_tasks._store.claims import Entry, Release, Ticket
 from reliable_tasks.config import UNLIMITED
 from reliable_tasks.errors import DuplicateTaskError, StoreError
 
@@ -28,6 +32,8 @@ logger = logging.getLogger("reliable_tasks")
 #: Pauses of a copy that may not start yet, the first and the longest (s): while another copy of
 #: its attempt runs, ...
 _WHILE_RUNNING = (1.0, 5.0)
+#: ... while another task runs with its key, ...
+_WHILE_OTHER_RUNS = (0.2, 5.0)
 #: ... while the attempt before it, which published it, is about to end, ...
 _WHILE_ENDING = (0.1, 5.0)
 #: ... while the lock Redis does not answer.
@@ -53,44 +59,158 @@ def enter(task: Task[..., Any], once: Once) -> None:
     """Take the claim for this run.
 
     Raises:
-        Ignore: A later attempt exists; this copy is acknowledged unrun.
-        SetAside: Another copy runs, or the lock Redis does not answer; this copy tries again.
+        Ignore: A later attempt exists, the call was replaced, or it is dropped for another task
+            that runs; this copy is acknowledged unrun.
+        SetAside: Another copy or another task runs, or the lock Redis does not answer; this copy
+            tries again.
         DuplicateTaskError: Another task owns the key.
     """
-    request = task.request
     locks = locks_of(task.app)
-    claim = _claim_of(task, once, vars(request))
-    holder = str(request.get(HOLDER) or uuid4().hex)
-    lease = _lease(task, locks)
+    copy = _Copy(task, once, locks, _claim_of(task, once, vars(task.request)))
     try:
-        ticket = locks.claims.enter(
-            claim.name,
-            owner=claim.owner,
-            attempt=claim.attempt,
-            holder=holder,
-            lease=lease,
-            ttl=_redelivery(task, lease),
-            task=task.name,
-            delivery=_delivery(task, locks),
-        )
+        run = copy.let_in()
     except StoreError as error:
         _unavailable(task, locks, error)
         return
-    if ticket.code is Entry.ENTERED:
-        Run(once, claim, holder, ticket.fence).begin(task)
-    elif ticket.code is Entry.CONTINUED:
-        logger.warning(
-            "Task %s[%s] is not run again: attempt %d was continued already",
-            task.name,
-            claim.owner,
-            claim.attempt,
+    run.begin(task)
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A copy of a task that would like to start."""
+
+    task: Task[..., Any]
+    once: Once
+    locks: Locks
+    claim: Claim
+
+    @property
+    def holder(self) -> str:
+        """The token of this copy."""
+        request = self.task.request
+        if not request.get(HOLDER):
+            request.update({HOLDER: uuid4().hex})
+        return str(request.get(HOLDER))
+
+    def let_in(self) -> Run:
+        """Take what the copy needs to run.
+
+        Raises:
+            StoreError: The lock Redis does not answer, or refuses.
+        """
+        options = self.once.options
+        if options.takes_turns:
+            turn = self.claim.turn
+            fence = self._enter(turn, self._wait_its_turn)
+            if options.is_claimed_by_calls:
+                try:
+                    self._start()
+                except BaseException:
+                    self.release(turn)
+                    raise
+            return Run(self.once, self.claim, turn, self.holder, fence)
+        if options.is_freed_at_start:
+            return Run(self.once, self.claim, None, self.holder, self._start())
+        fence = self._enter(self.claim, self._end_late)
+        return Run(self.once, self.claim, self.claim, self.holder, fence)
+
+    def release(self, claim: Claim) -> None:
+        """Free what this copy has taken, or its call: it does not run."""
+        with suppress(StoreError):
+            self.locks.claims.release(
+                claim.name,
+                owner=claim.owner,
+                attempt=claim.attempt,
+                holder=self.holder,
+                may_be_unentered=True,
+            )
+
+    def _enter(self, claim: Claim, meet: Callable[[Ticket[Entry]], None]) -> int:
+        lease = _lease(self.task, self.locks)
+        ticket = self.locks.claims.enter(
+            claim.name,
+            owner=claim.owner,
+            attempt=claim.attempt,
+            holder=self.holder,
+            lease=lease,
+            ttl=_redelivery(self.task, lease),
+            task=self.task.name,
+            delivery=_delivery(self.task, self.locks),
+            takes=claim is not self.claim,
         )
+        if ticket.code is Entry.DUPLICATE:
+            meet(ticket)
+        elif ticket.code in (Entry.RUNNING, Entry.PREDECESSOR_RUNNING):
+            pauses = _WHILE_RUNNING if ticket.code is Entry.RUNNING else _WHILE_ENDING
+            raise _until_free("another copy of it runs", pauses, ticket)
+        else:
+            self._check(ticket)
+        return ticket.fence
+
+    def _start(self) -> int:
+        """Free the key of the call: the next one can be queued."""
+        claim = self.claim
+        ticket = self.locks.claims.start(claim.name, owner=claim.owner, attempt=claim.attempt)
+        if ticket.code is Entry.DUPLICATE:
+            # One that was started before gave its key up then.
+            if not _may_have_started(self.task):
+                self._end_late(ticket)
+        else:
+            self._check(ticket)
+        return ticket.fence
+
+    def _check(self, ticket: Ticket[Entry]) -> None:
+        if ticket.code is Entry.CONTINUED:
+            logger.warning(
+                "Task %s[%s] is not run again: attempt %d was continued already",
+                self.task.name,
+                self.claim.owner,
+                self.claim.attempt,
+            )
+            raise Ignore
+        if ticket.code is Entry.REPLACED:
+            self._revoke(f"task {ticket.owner} has taken its place")
+
+    def _end_late(self, ticket: Ticket[Entry]) -> None:
+        """End a copy that starts when another task has the key that its call had taken."""
+        if self.once.options.at_publish == "replace":
+            self._revoke(f"task {ticket.owner} has taken its place")
+        raise DuplicateTaskError(self.claim.name, ticket.owner, ticket.seconds)
+
+    def _wait_its_turn(self, ticket: Ticket[Entry]) -> None:
+        """Answer a copy that starts while another task runs with its key."""
+        action = self.once.options.at_start
+        if action == "reschedule":
+            raise _until_free(f"task {ticket.owner} runs with its key", _WHILE_OTHER_RUNS, ticket)
+        # Its call is over.
+        if self.once.options.is_claimed_by_calls:
+            self.release(self.claim)
+        if action == "drop":
+            self._revoke(f"task {ticket.owner} runs with its key")
+        raise DuplicateTaskError(self.claim.name, ticket.owner, ticket.seconds)
+
+    def _revoke(self, reason: str) -> NoReturn:
+        logger.warning("Task %s[%s] is not run: %s", self.task.name, self.claim.owner, reason)
+        try:
+            end_as_revoked(self.task, reason)
+        except Exception as error:
+            raise SetAside(f"its end cannot be stored: {error}", *_WHILE_UNAVAILABLE) from error
         raise Ignore
-    elif ticket.code is Entry.DUPLICATE:
-        raise DuplicateTaskError(claim.name, ticket.owner, ticket.seconds)
-    else:
-        first, longest = _WHILE_RUNNING if ticket.code is Entry.RUNNING else _WHILE_ENDING
-        raise SetAside("another copy of it runs", first, min(longest, ticket.seconds + 0.01))
+
+
+def _until_free(reason: str, pauses: tuple[float, float], ticket: Ticket[Entry]) -> SetAside:
+    first, longest = pauses
+    return SetAside(reason, first, min(longest, ticket.seconds + 0.01))
+
+
+def _may_have_started(task: Task[..., Any]) -> bool:
+    """Say whether a message was in a worker's hands before."""
+    request = task.request
+    return bool(
+        request.retries
+        or (request.delivery_info or {}).get("redelivered")
+        or request.get(TIMES_SET_ASIDE)
+    )
 
 
 def _claim_of(task: Task[..., Any], once: Once, headers: dict[str, Any]) -> Claim:
@@ -130,7 +250,8 @@ def _leave(task: Any = None, state: str | None = None, retval: Any = None, **_: 
     run = Run.of(task)
     if run is not None and state in _ENDED:
         goes_back = state == states.REJECTED and bool(getattr(retval, "requeue", False))
-        _release(task, run.once, run.claim, run.holder, goes_back=goes_back)
+        if run.held is not None:
+            _release(task, run.once, run.held, run.holder, goes_back=goes_back)
     elif run is None and state in _FINAL and not task.request.is_eager:
         once = getattr(task, "reliable_once", None)
         if once is not None and not isinstance(retval, DuplicateTaskError):
@@ -180,15 +301,22 @@ def _end_unrun(
         # Arguments that do not fit the task: no copy of it ever had a claim.
         return True
     holder = str(headers.get(HOLDER) or "")
-    return _release(
-        task,
-        once,
-        claim,
-        holder,
-        goes_back=requeued,
-        may_be_unentered=True,
-        is_routine=is_routine,
-    )
+    options = once.options
+    answered = True
+    if options.takes_turns:
+        # It may not have had its turn yet.
+        answered = _release(task, once, claim.turn, holder, goes_back=requeued, is_routine=True)
+    if options.is_claimed_by_calls:
+        answered &= _release(
+            task,
+            once,
+            claim,
+            holder,
+            goes_back=requeued,
+            may_be_unentered=True,
+            is_routine=is_routine or options.is_freed_at_start,
+        )
+    return answered
 
 
 def _release(
@@ -203,15 +331,17 @@ def _release(
 ) -> bool:
     """Release a claim; return whether the lock Redis answered."""
     locks = locks_of(task.app)
+    is_turn = once.options.takes_turns and not may_be_unentered
     try:
         outcome, owner = locks.claims.release(
             claim.name,
             owner=claim.owner,
             attempt=claim.attempt,
             holder=holder,
-            keep_for=once.ttl(locks.config) if goes_back else 0.0,
+            # A task that goes back leaves its turn to others, and takes another one later.
+            keep_for=once.ttl(locks.config) if goes_back and not is_turn else 0.0,
             may_be_unentered=may_be_unentered,
-            remember=_redelivery(task, _lease(task, locks)),
+            remember=0.0 if is_turn else _redelivery(task, _lease(task, locks)),
         )
     except StoreError as error:
         logger.warning("A claim on %s may stay until it lapses: %s", claim.name, error)

@@ -12,6 +12,7 @@ import redis
 
 from reliable_tasks._store.client import Client, ServerAddress, connect
 from reliable_tasks._store.keys import Keys
+from reliable_tasks._store.publication import How
 from reliable_tasks._store.scripts import NO_REPLICAS, Replicas, load
 from reliable_tasks._store.values import ms
 from reliable_tasks.errors import StoreError, StoreUnavailable
@@ -27,16 +28,18 @@ class Publish(IntEnum):
 
     DUPLICATE = 0
     CLAIMED = 1
+    TAKEN_OVER = 2
 
 
 class Entry(IntEnum):
-    """Answers to a start; the numbers are those of ``claim_enter.lua``."""
+    """Answers to a start; the numbers are those of ``claim_enter.lua`` and ``claim_start.lua``."""
 
     DUPLICATE = 0
     ENTERED = 1
     CONTINUED = 2
     RUNNING = 3
     PREDECESSOR_RUNNING = 4
+    REPLACED = 5
 
 
 class Release(IntEnum):
@@ -54,7 +57,7 @@ class Ticket(Generic[Code]):
 
     Attributes:
         code: The outcome.
-        owner: Id of the task that owns the claim.
+        owner: Id of the task that owns the claim; of the one that had it, where it was taken over.
         seconds: Until the claim, or the run that holds it, lapses.
         fence: A number that grows each time the claim changes hands.
     """
@@ -95,12 +98,33 @@ class Claims:
         return connect(self._address)
 
     def acquire(
-        self, name: str, *, owner: str, attempt: int, token: str, ttl: float, task: str
+        self,
+        name: str,
+        *,
+        owner: str,
+        attempt: int,
+        token: str,
+        ttl: float,
+        task: str,
+        how: How = "acquire",
+        holder: str = "",
     ) -> Ticket[Publish]:
-        """Take a free claim for a new call."""
-        args: list[str | int] = [owner, attempt, token, ms(ttl), task]
-        answer = self._make("claim_acquire", [self._keys.claim(name)], args)
-        return _ticket(Publish, answer)
+        """Take a claim for a new call.
+
+        Args:
+            name: The claim's name.
+            owner: The task's id.
+            attempt: Which continuation of the task it is.
+            token: Made once per publish.
+            ttl: How long the message may wait (s).
+            task: The task's name.
+            how: ``"acquire"`` a free one; ``"window"``, the same, and it stays taken for the
+                ``ttl`` whatever happens; or ``"replace"`` the owner's call.
+            holder: Token of the run that makes the call: it hands its own claim on.
+        """
+        args: list[str | int] = [owner, attempt, token, ms(ttl), task, how, holder]
+        keys = [self._keys.claim(name), self._keys.replaced(name)]
+        return _ticket(Publish, self._make("claim_acquire", keys, args))
 
     def continue_(
         self,
@@ -115,12 +139,12 @@ class Claims:
     ) -> Ticket[Publish]:
         """Keep the claim for the owner's own retry or replacement."""
         args: list[str | int] = [owner, attempt, token, ms(ttl), task, holder]
-        answer = self._make("claim_continue", [self._keys.claim(name)], args)
-        return _ticket(Publish, answer)
+        return _ticket(Publish, self._make("claim_continue", [self._keys.claim(name)], args))
 
     def abandon(self, name: str, *, owner: str, token: str) -> bool:
         """Take back a publish that failed."""
-        return bool(load("claim_abandon")(self.client, [self._keys.claim(name)], [owner, token]))
+        keys = [self._keys.claim(name), self._keys.replaced(name)]
+        return bool(load("claim_abandon")(self.client, keys, [owner, token]))
 
     def enter(
         self,
@@ -133,15 +157,24 @@ class Claims:
         ttl: float,
         task: str,
         delivery: str = "",
+        takes: bool = False,
     ) -> Ticket[Entry]:
         """Start a copy of the task, or learn why it must not run.
 
-        With the tag of its ``delivery`` the run is covered for as long as that is on lease.
+        With the tag of its ``delivery`` the run is covered for as long as that is on lease. One
+        that ``takes`` does not leave a claim to a task whose copy died, either.
         """
-        args: list[str | int] = [owner, attempt, holder, ms(lease), ms(ttl), task, delivery]
-        keys = [*self._both(name), self._keys.leases]
-        answer = self._make("claim_enter", keys, args)
-        return _ticket(Entry, answer)
+        args: list[str | int] = [
+            *(owner, attempt, holder, ms(lease), ms(ttl), task, delivery),
+            "takes" if takes else "",
+        ]
+        keys = [*self._both(name), self._keys.leases, self._keys.replaced(name)]
+        return _ticket(Entry, self._make("claim_enter", keys, args))
+
+    def start(self, name: str, *, owner: str, attempt: int) -> Ticket[Entry]:
+        """Free the claim of a copy that starts, or learn why it must not start."""
+        keys = [self._keys.claim(name), self._keys.replaced(name)]
+        return _ticket(Entry, self._make("claim_start", keys, [owner, attempt]))
 
     def release(
         self,
@@ -159,14 +192,7 @@ class Claims:
         The last attempt of a task that was continued is remembered for ``remember`` seconds.
         """
         unentered = int(may_be_unentered)
-        args: list[str | int] = [
-            owner,
-            attempt,
-            holder,
-            ms(keep_for),
-            unentered,
-            max(ms(remember), 1),
-        ]
+        args: list[str | int] = [owner, attempt, holder, ms(keep_for), unentered, ms(remember)]
         code, other = load("claim_release")(self.client, self._both(name), args)
         return Release(int(code)), str(other)
 
@@ -181,6 +207,12 @@ class Claims:
         """Return the claim's record, empty where nobody holds the key."""
         with self._failing_as_scripts_do("read") as server:
             found: dict[str, str] = server.hgetall(self._keys.claim(name))  # type: ignore[assignment]
+            return found
+
+    def replaced_by(self, name: str, task_id: str) -> str | None:
+        """Return the task whose call has replaced that of another one, or ``None``."""
+        with self._failing_as_scripts_do("read") as server:
+            found: str | None = server.hget(self._keys.replaced(name), task_id)  # type: ignore[assignment]
             return found
 
     def names(self) -> list[str]:

@@ -5,6 +5,7 @@ key                                       type  what
 ========================================  ====  =================================================
 ``<prefix>claim:{<claim name>}``          hash  who owns a ``@once`` key; see ``lua/README.md``
 ``<prefix>ended:{<claim name>}``          str   the last attempt of a task that was retried
+``<prefix>replaced:{<claim name>}``       hash  task whose call was replaced -> by which task
 ``<prefix>leases``                        zset  delivery tag -> when its lease ends (ms)
 ``<prefix>run:{<task id>}``               hash  which copy of a task may run, and its crashes
 ``<prefix>sent:<token>``                  str   a message that was queued in the last minutes
@@ -41,6 +42,10 @@ class Keys:
     def ended(self, name: str) -> str:
         """Return the key that remembers the last attempt of the claim's last owner."""
         return f"{self.prefix}ended:{{{name}}}"
+
+    def replaced(self, name: str) -> str:
+        """Return the key that remembers whose calls with the claim were replaced by others."""
+        return f"{self.prefix}replaced:{{{name}}}"
 
     def claims_pattern(self) -> str:
         """Return the ``SCAN`` pattern that finds every claim."""

@@ -139,8 +139,9 @@ class Messages:
             self.keys.bell(queue),
             self.keys.run(with_.task_id) if with_.continues else key,
             self.keys.claim(with_.claim) if with_.claim else key,
+            self.keys.replaced(with_.claim) if with_.claim else key,
         ]
-        wish = ("continue" if with_.keeps else "acquire") if with_.claim else ""
+        wish = ("continue" if with_.keeps else with_.how) if with_.claim else ""
         args: list[Argument] = [
             message,
             ms(_TOKEN_TTL),

@@ -11,17 +11,23 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, Literal
 
 __all__ = [
     "ClaimTaken",
+    "How",
     "Publication",
     "Published",
     "Queued",
     "Superseded",
+    "note_answer",
     "publication_of",
     "publishing",
 ]
+
+
+#: How a call takes its claim, as in ``claim_acquire.lua``.
+How = Literal["acquire", "window", "replace"]
 
 
 class Queued(IntEnum):
@@ -43,11 +49,12 @@ class Publication:
         is_only: Whether nothing is queued where that delivery has another continuation.
         claim: Name of the claim to take or to keep, or ``""``.
         keeps: Whether the claim is kept for a continuation, rather than taken.
+        how: How it is taken, as `Claims.acquire` says.
         owner: The task's id.
         claim_attempt: The attempt that the claim is for.
         ttl: How long the message may wait (s).
         task: The task's name.
-        holder: Token of the run that continues its claim.
+        holder: Token of the run that continues its claim, or hands it on.
     """
 
     continues: str = ""
@@ -55,6 +62,7 @@ class Publication:
     is_only: bool = False
     claim: str = ""
     keeps: bool = False
+    how: How = "acquire"
     owner: str = ""
     claim_attempt: int = 0
     ttl: float = 0.0
@@ -68,7 +76,8 @@ class Published:
 
     Attributes:
         code: The outcome.
-        owner: Id of the task that has the claim, where it was taken.
+        owner: Id of the task that has the claim, where it was taken; of the one that had it
+            before, where the message is queued in its place.
         seconds: Until that claim lapses.
         fence: The fence of that claim.
     """
@@ -107,32 +116,56 @@ class Superseded(Exception):
     """Raised through kombu: the message is not queued, for its task was taken over."""
 
 
-#: The wish, and the id of the task whose message it is about; ``None`` for the first to come.
-_current: ContextVar[tuple[Publication, str | None] | None] = ContextVar(
-    "reliable_publication", default=None
-)
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What is wished for while a task is published, and what came of it."""
+
+    publication: Publication
+    task_id: str | None
+    answers: list[Published]
+
+    def is_about(self, headers: Mapping[str, Any] | None) -> bool:
+        """Say whether a message with these headers is meant."""
+        sent = (headers or {}).get("id")
+        return sent is not None and self.task_id in (None, sent)
+
+
+_current: ContextVar[_Wish | None] = ContextVar("reliable_publication", default=None)
 
 
 @contextmanager
-def publishing(publication: Publication, task_id: str | None) -> Iterator[None]:
+def publishing(publication: Publication, task_id: str | None) -> Iterator[list[Published]]:
     """Have the message of a task published with more than itself.
 
     Args:
         publication: What to do besides.
         task_id: Id of the task, or ``None`` where any task's message is meant.
+
+    Yields:
+        The answers, one for each queue that the message went to.
     """
-    token = _current.set((publication, task_id))
+    answers: list[Published] = []
+    token = _current.set(_Wish(publication, task_id, answers))
     try:
-        yield
+        yield answers
     finally:
         _current.reset(token)
 
 
 def publication_of(headers: Mapping[str, Any] | None) -> Publication | None:
     """Return what the publish of a message with these headers does besides."""
-    current = _current.get()
-    sent = (headers or {}).get("id")
-    if current is None or sent is None:
-        return None
-    publication, task_id = current
-    return publication if task_id is None or task_id == sent else None
+    wish = _current.get()
+    return wish.publication if wish is not None and wish.is_about(headers) else None
+
+
+def note_answer(headers: Mapping[str, Any] | None, published: Published) -> None:
+    """Tell whoever publishes a message with these headers how it went.
+
+    Raises:
+        ClaimTaken: Another task has the claim.
+        Superseded: The delivery that would continue itself is over.
+    """
+    published.check()
+    wish = _current.get()
+    if wish is not None and wish.is_about(headers):
+        wish.answers.append(published)

@@ -1,18 +1,29 @@
 -- Purpose: take back an acquire or a continuation whose message was not published.
 --          Safe to repeat.
 -- KEYS[1]  the claim
+-- KEYS[2]  replaced: hash, task whose call was replaced -> the task that has its place
 -- ARGV[1]  owner: the task's id
 -- ARGV[2]  token of the publish that failed
--- Returns: 1  taken back
+-- Returns: 1  taken back; who had the claim before has it again
 --          0  nothing to take back: gone, changed since, or started, so published after all
--- Commands: HMGET HDEL DEL
-local owner, token, next_attempt, holder =
-    unpack(redis.call('HMGET', KEYS[1], 'owner', 'token', 'next_attempt', 'holder'))
+-- Commands: HMGET HSET HDEL DEL
+local owner, token, next_attempt, holder, holder_owner, replaces, replaces_attempt =
+    unpack(redis.call('HMGET', KEYS[1], 'owner', 'token', 'next_attempt', 'holder',
+        'holder_owner', 'replaces', 'replaces_attempt'))
 if owner ~= ARGV[1] or token ~= ARGV[2] then
     return 0
 end
 if next_attempt then
     redis.call('HDEL', KEYS[1], 'next_attempt', 'token')
+    return 1
+end
+if replaces then
+    redis.call('HDEL', KEYS[2], replaces)
+    redis.call('HSET', KEYS[1], 'owner', replaces, 'attempt', replaces_attempt)
+    redis.call('HDEL', KEYS[1], 'token', 'replaces', 'replaces_attempt')
+    if holder_owner == replaces then
+        redis.call('HDEL', KEYS[1], 'holder_owner')
+    end
     return 1
 end
 if holder then

@@ -1,13 +1,20 @@
--- Purpose: take a free claim for a task that is about to be published.
+-- Purpose: take a claim for a task that is about to be published.
 --          Safe to repeat: a second call with the same token answers as the first did.
 -- KEYS[1]  the claim
+-- KEYS[2]  replaced: hash, task whose call was replaced -> the task that has its place
 -- ARGV[1]  owner: the task's id
 -- ARGV[2]  attempt: which continuation of the task this is
 -- ARGV[3]  token: made once per publish
 -- ARGV[4]  ttl: how long the message may wait, ms
 -- ARGV[5]  task: the task's name, for people who look
+-- ARGV[6]  how: 'acquire', if it is free; 'window', the same, and it stays taken for the ttl
+--          whatever happens; 'replace', in the place of the owner, whose message ends unrun
+-- ARGV[7]  holder: token of the run that makes this call, or ''. It hands its own claim on: the
+--          task is the owner at once, and starts when that run has ended
 -- Returns: {1, owner, ttl in ms, fence}           acquired
+--          {2, the owner before, ttl in ms, fence}  acquired from the one that had it
 --          {0, its owner, ms until it lapses, fence}  somebody else's
 -- Uses: claim_acquire
 -- Commands: none
-return claim_acquire(KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5])
+return claim_acquire(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6],
+    ARGV[7])

@@ -6,21 +6,23 @@
 -- KEYS[3]  the bell of its queue
 -- KEYS[4]  the run of the task that the message continues, or the list again
 -- KEYS[5]  the claim, or the list again
+-- KEYS[6]  replaced: hash, task whose call was replaced -> the task that has its place; or again
+--          the list
 -- ARGV[1]  message
 -- ARGV[2]  token ttl: for how long a repetition is recognised, ms
 -- ARGV[3]  tag of the delivery that publishes its continuation, or ''
--- ARGV[4]  claim: '' for none, 'acquire', or 'continue'
+-- ARGV[4]  claim: '' for none; 'continue'; or how claim_acquire is to take it
 -- ARGV[5]  owner: the task's id
 -- ARGV[6]  attempt of the claim
 -- ARGV[7]  claim ttl: how long the message may wait, ms
 -- ARGV[8]  task: the task's name, for people who look
--- ARGV[9]  holder: the token of the run that continues its claim, or ''
+-- ARGV[9]  holder: the token of the run that continues its claim, or hands it on, or ''
 -- ARGV[10]  expiry ttl of the queue's lists, ms, or '0'
 -- ARGV[11]  token, one for all queues that the message is routed to
 -- ARGV[12]  run ttl, ms, for a run that was unknown
 -- ARGV[13]  only: '1' if a delivery has one continuation, whoever asks for another
 -- ARGV[14..]  the lists that the expiry concerns
--- Returns: {1, '', 0, ''}     queued
+-- Returns: {1, owner, 0, ''}  queued; the owner is the task that had the claim before, or ''
 --          {2, '', 0, ''}     it was queued before, or another continuation was
 --          {3, '', 0, ''}     refused: the delivery that would continue itself is over
 --          {0, owner, ms until it lapses, fence}  refused: another task has the claim
@@ -44,18 +46,23 @@ if ARGV[3] ~= '' and redis.call('EXISTS', KEYS[4]) == 1
     and redis.call('HGET', KEYS[4], 'tag') ~= ARGV[3] then
     return {3, '', 0, ''}
 end
+local before = ''
 if ARGV[4] ~= '' then
     local ticket
-    if ARGV[4] == 'acquire' then
-        ticket = claim_acquire(KEYS[5], ARGV[5], ARGV[6], ARGV[11], ARGV[7], ARGV[8])
-    else
+    if ARGV[4] == 'continue' then
         ticket = claim_continue(KEYS[5], ARGV[5], ARGV[6], ARGV[11], ARGV[7], ARGV[8], ARGV[9])
+    else
+        ticket = claim_acquire(KEYS[5], KEYS[6], ARGV[5], ARGV[6], ARGV[11], ARGV[7], ARGV[8],
+            ARGV[4], ARGV[9])
     end
     if ticket[1] == 0 then
         return ticket
     end
+    if ticket[1] == 2 then
+        before = ticket[2]
+    end
     -- What is queued in the same step counts as published at once.
-    redis.call('HDEL', KEYS[5], 'next_attempt')
+    redis.call('HDEL', KEYS[5], 'next_attempt', 'replaces', 'replaces_attempt')
     redis.call('HSET', KEYS[5], 'attempt', ARGV[6])
 end
 redis.call('LPUSH', KEYS[2], ARGV[1])
@@ -73,4 +80,4 @@ if ARGV[10] ~= '0' then
     end
 end
 ring_bell(KEYS[3])
-return {1, '', 0, ''}
+return {1, before, 0, ''}

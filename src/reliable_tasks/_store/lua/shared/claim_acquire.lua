@@ -1,21 +1,41 @@
 -- Purpose: what the script claim_acquire does; its header is the contract.
--- Defines: claim_acquire(key, mine, my_attempt, my_token, ttl, task)
--- Commands: TIME HMGET HSET PEXPIRE PTTL
-local function claim_acquire(key, mine, my_attempt, my_token, ttl, task)
-    local owner, token, fence = unpack(redis.call('HMGET', key, 'owner', 'token', 'fence'))
-    if owner then
-        if owner == mine and token == my_token then
-            -- A write, though a small one: WAIT waits for the last write of its own connection.
-            redis.call('PEXPIRE', key, ttl)
-            return {1, owner, tonumber(ttl), fence}
-        end
+-- Defines: claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, task, how, my_holder)
+-- Commands: TIME HMGET HSET HDEL PEXPIRE PTTL
+local function claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, task, how, my_holder)
+    local owner, token, fence, attempt, holder, holder_owner = unpack(redis.call('HMGET', key,
+        'owner', 'token', 'fence', 'attempt', 'holder', 'holder_owner'))
+    if owner == mine and token == my_token then
+        -- A write, though a small one: WAIT waits for the last write of its own connection.
+        redis.call('PEXPIRE', key, ttl)
+        return {1, owner, tonumber(ttl), fence}
+    end
+    local hands_on = owner and my_holder ~= '' and holder == my_holder and not holder_owner
+    if owner and (owner == mine or not (hands_on or how == 'replace')) then
         return {0, owner, redis.call('PTTL', key), fence}
     end
-    -- A fence must keep growing after its claim is gone, so it starts at the server's clock.
     local now = redis.call('TIME')
-    fence = string.format('%.0f', now[1] * 1000000 + now[2])
+    -- A fence must keep growing after its claim is gone, so it starts at the server's clock.
+    fence = string.format('%.0f', math.max(tonumber(fence or 0) + 1, now[1] * 1000000 + now[2]))
+    local lives = math.max(tonumber(ttl), redis.call('PTTL', key))
+    if owner then
+        -- Kept, should the message not be queued in the end.
+        redis.call('HSET', key, 'replaces', owner, 'replaces_attempt', attempt)
+        if holder and not holder_owner then
+            redis.call('HSET', key, 'holder_owner', owner)
+        end
+        if not hands_on then
+            redis.call('HSET', replaced, owner, mine)
+            redis.call('PEXPIRE', replaced, math.max(lives, redis.call('PTTL', replaced)))
+        end
+        redis.call('HDEL', key, 'next_attempt')
+    elseif how == 'window' then
+        redis.call('HSET', key, 'until', string.format('%.0f', now[1] * 1000 + ttl))
+    end
     redis.call('HSET', key, 'owner', mine, 'attempt', my_attempt, 'token', my_token,
         'fence', fence, 'task', task, 'since', string.format('%.0f', now[1] * 1000))
-    redis.call('PEXPIRE', key, ttl)
+    redis.call('PEXPIRE', key, lives)
+    if owner then
+        return {2, owner, tonumber(ttl), fence}
+    end
     return {1, mine, tonumber(ttl), fence}
 end

@@ -2,9 +2,11 @@
 -- Defines: claim_continue(key, mine, my_attempt, my_token, ttl, task, my_holder)
 -- Commands: TIME HMGET HSET PEXPIRE PTTL
 local function claim_continue(key, mine, my_attempt, my_token, ttl, task, my_holder)
-    local owner, fence, holder, attempt, token, next_attempt = unpack(redis.call('HMGET', key,
-        'owner', 'fence', 'holder', 'attempt', 'token', 'next_attempt'))
+    local owner, fence, holder, attempt, token, next_attempt, window =
+        unpack(redis.call('HMGET', key, 'owner', 'fence', 'holder', 'attempt', 'token',
+            'next_attempt', 'until'))
     local now = redis.call('TIME')
+    local lives = math.max(tonumber(ttl), tonumber(window or 0) - now[1] * 1000)
     if not owner then
         fence = string.format('%.0f', now[1] * 1000000 + now[2])
         redis.call('HSET', key, 'owner', mine, 'attempt', my_attempt - 1, 'fence', fence,
@@ -12,7 +14,7 @@ local function claim_continue(key, mine, my_attempt, my_token, ttl, task, my_hol
     elseif owner == mine and token == my_token
         and tonumber(next_attempt or attempt) == tonumber(my_attempt) then
         -- This publish has continued it: its reply was lost, or it goes to several queues.
-        redis.call('PEXPIRE', key, ttl)
+        redis.call('PEXPIRE', key, lives)
         return {1, mine, tonumber(ttl), fence}
     elseif owner ~= mine
         or tonumber(attempt) >= tonumber(my_attempt)
@@ -20,6 +22,6 @@ local function claim_continue(key, mine, my_attempt, my_token, ttl, task, my_hol
         return {0, owner, redis.call('PTTL', key), fence}
     end
     redis.call('HSET', key, 'next_attempt', my_attempt, 'token', my_token)
-    redis.call('PEXPIRE', key, ttl)
+    redis.call('PEXPIRE', key, lives)
     return {1, mine, tonumber(ttl), fence}
 end
