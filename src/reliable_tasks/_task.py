@@ -311,5 +311,6 @@ def _as_reliable(result: Any) -> ReliableResult:
     if isinstance(result, EagerResult):
         # An eager call has run when it returns: there is nothing it could be a duplicate of.
         result.duplicate = False  # type: ignore[attr-defined]
+        result.replaced_id = None  # type: ignore[attr-defined]
         result.ignored_id = None  # type: ignore[attr-defined]
     return cast(ReliableResult, result)

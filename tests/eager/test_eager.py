@@ -40,6 +40,7 @@ def test_a_call_runs_at_once(send: Any) -> None:
     for result in (send.delay(7), send.delay(7), send.apply_async((7,), {"copy_to": None})):
         assert result.get() == "7 to None"
         assert not result.duplicate
+        assert result.replaced_id is None
         assert result.ignored_id is None
 
 

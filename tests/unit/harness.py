@@ -34,13 +34,20 @@ def take(app: Celery) -> Any:
         return queue.get(no_ack=True)
 
 
-def run(app: Celery, message: Any, *, redeliver_to: list[Any] | None = None) -> Ended:
+def run(
+    app: Celery,
+    message: Any,
+    *,
+    redeliver_to: list[Any] | None = None,
+    redelivered: bool = False,
+) -> Ended:
     """Run a message as a pool child does, with the main process' part before it.
 
     Args:
         app: The app.
         message: What `take` returned. It is not changed, so it can be run again.
         redeliver_to: Where a message goes that the copy gave back.
+        redelivered: Whether it was in a worker's hands before.
     """
     headers = dict(message.headers)
     args, kwargs, embed = message.decode()
@@ -53,7 +60,7 @@ def run(app: Celery, message: Any, *, redeliver_to: list[Any] | None = None) -> 
         "args": args,
         "kwargs": kwargs,
         "hostname": "bench@test",
-        "delivery_info": {"routing_key": "celery", "exchange": "", "redelivered": False},
+        "delivery_info": {"routing_key": "celery", "exchange": "", "redelivered": redelivered},
         "is_eager": False,
     }
     trace = build_tracer(task.name, task, app=app, eager=False, propagate=False)

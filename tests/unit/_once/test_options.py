@@ -44,7 +44,11 @@ def test_what_is_no_time_is_refused(ttl: Any) -> None:
     [
         ({"lock": "until_execute"}, "did you mean 'until_executed'?"),
         ({"on_conflict": "rise"}, "did you mean 'raise'?"),
-        ({"on_conflict": None}, "known are existing, raise"),
+        ({"lock": ["until_executed"]}, "did you mean 'until_executed'?"),
+        ({"lock": None}, "known are until_and_while_executing, until_executed"),
+        ({"on_conflict": 7}, "known are drop, existing"),
+        ({"on_conflict": {"publsh": "raise"}}, "'publsh'; did you mean 'publish'?"),
+        ({"on_conflict": {"publish": "drop"}}, "known are existing, raise, replace"),
     ],
 )
 def test_an_unknown_choice_names_the_nearest(option: Any, words: str) -> None:
@@ -58,3 +62,53 @@ def test_an_unknown_option_is_refused() -> None:
     """Python itself refuses a name that does not exist."""
     with pytest.raises(TypeError, match="timeout"):
         once(timeout=5)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"on_conflict": "drop"}, "met at publish, where there is existing, raise, replace"),
+        (
+            {"lock": "while_executing", "on_conflict": "existing"},
+            "met at start, where there is reschedule, drop, raise",
+        ),
+        (
+            {"lock": "while_executing", "on_conflict": {"publish": "raise"}},
+            "no conflict at publish with this lock, only at start",
+        ),
+        ({"lock": "until_and_while_executing", "on_conflict": "raise"}, "{'publish': 'raise'}"),
+        ({"lock": "while_executing", "ttl": 5}, "leave ttl out"),
+        ({"lock": "until_expired", "on_conflict": "replace"}, "run twice in its window"),
+    ],
+)
+def test_options_that_make_no_sense_together_are_refused(options: Any, words: str) -> None:
+    """When the task is defined, with what to write instead."""
+    with pytest.raises(ConfigError) as caught:
+        once(**options)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "actions"),
+    [
+        ({}, ("existing", "reschedule")),
+        ({"on_conflict": "replace"}, ("replace", "reschedule")),
+        ({"lock": "while_executing"}, ("existing", "reschedule")),
+        ({"lock": "while_executing", "on_conflict": "raise"}, ("existing", "raise")),
+        (
+            {"lock": "until_and_while_executing", "on_conflict": "drop"},
+            ("existing", "drop"),
+        ),
+        (
+            {
+                "lock": "until_and_while_executing",
+                "on_conflict": {"publish": "raise", "start": "raise"},
+            },
+            ("raise", "raise"),
+        ),
+    ],
+)
+def test_an_action_goes_where_it_belongs(options: Any, actions: tuple[str, str]) -> None:
+    """One that is met at publish, or at the start, needs no more words."""
+    found = OnceOptions(**options)
+    assert (found.at_publish, found.at_start) == actions
