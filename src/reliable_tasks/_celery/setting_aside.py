@@ -44,13 +44,16 @@ class SetAside(Reject, Ignore):
     Attributes:
         first: The first pause (s); it doubles each time that the same copy is set aside.
         longest: The longest pause (s).
+        waits_for: What the copy waits for, if that can change: then it begins again with the
+            first pause.
     """
 
-    def __init__(self, reason: str, first: float, longest: float) -> None:
+    def __init__(self, reason: str, first: float, longest: float, waits_for: str = "") -> None:
         super().__init__(reason, requeue=True)
-        self.args = (reason, first, longest)
+        self.args = (reason, first, longest, waits_for)
         self.first = first
         self.longest = longest
+        self.waits_for = waits_for
 
     def __repr__(self) -> str:
         return f"set aside: {self.args[0]}"
@@ -74,6 +77,8 @@ def _call_after(consumer: Any, pause: float, function: Callable[[], None]) -> No
 class PatientRequest(DeliveredRequest):
     """A request that can be set aside."""
 
+    _waits_for = ""
+
     def _set_aside(self, answer: SetAside) -> None:
         """Run this copy again after a pause that holds no slot."""
         task_ready(self)
@@ -81,6 +86,8 @@ class PatientRequest(DeliveredRequest):
         self.time_start = self.worker_pid = self._apply_result = None
         self._is_accepted = False
         self.request_dict.pop(IN_DOUBT, None)
+        if answer.waits_for != self._waits_for:
+            self._waits_for, self._times_set_aside = answer.waits_for, 0
         pause = growing(answer.first, answer.longest, self._times_set_aside)
         if self._delivery is not None:
             self._held.uncount_start(self._delivery)

@@ -181,7 +181,8 @@ class _Copy:
         """Answer a copy that starts while another task runs with its key."""
         action = self.once.options.at_start
         if action == "reschedule":
-            raise _until_free(f"task {ticket.owner} runs with its key", _WHILE_OTHER_RUNS, ticket)
+            reason = f"task {ticket.owner} runs with its key"
+            raise _until_free(reason, _WHILE_OTHER_RUNS, ticket, waits_for=ticket.owner)
         # Its call is over.
         if self.once.options.is_claimed_by_calls:
             self.release(self.claim)
@@ -198,9 +199,11 @@ class _Copy:
         raise Ignore
 
 
-def _until_free(reason: str, pauses: tuple[float, float], ticket: Ticket[Entry]) -> SetAside:
+def _until_free(
+    reason: str, pauses: tuple[float, float], ticket: Ticket[Entry], waits_for: str = ""
+) -> SetAside:
     first, longest = pauses
-    return SetAside(reason, first, min(longest, ticket.seconds + 0.01))
+    return SetAside(reason, first, min(longest, ticket.seconds + 0.01), waits_for)
 
 
 def _may_have_started(task: Task[..., Any]) -> bool:

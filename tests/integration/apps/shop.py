@@ -32,6 +32,16 @@ LIMIT = 4
 #: What ``flaky`` waits before each of its retries (s).
 WAITS = (0.3, 1.7, 0.6)
 
+#: A task for each of these, by its name.
+LIFETIMES: dict[str, Any] = {
+    "until_executing": {"lock": "until_executing"},
+    "until_expired": {"lock": "until_expired", "ttl": 6},
+    "while_executing": {"lock": "while_executing"},
+    "while_executing, drop": {"lock": "while_executing", "on_conflict": "drop"},
+    "until_and_while_executing": {"lock": "until_and_while_executing"},
+    "replace": {"on_conflict": "replace"},
+}
+
 journal = Journal(Path(os.environ.get("RT_JOURNAL", "/nonexistent")))
 
 
@@ -149,6 +159,10 @@ def _sleep(task: Task, name: str) -> None:
     time.sleep(30)
 
 
+def _take_a_while(task: Task, name: str) -> None:
+    time.sleep(0.3)
+
+
 def _sleep_on(task: Task, name: str) -> None:
     try:
         time.sleep(30)
@@ -164,6 +178,12 @@ def _exit(task: Task, name: str) -> None:
 def _die(task: Task, name: str) -> None:
     if _is_first(name):
         _kill_own_child()
+
+
+def _call_itself(task: Task, name: str) -> None:
+    if _is_first(name):
+        task.apply_async((name,))
+        time.sleep(0.5)
 
 
 def _leave(task: Task, name: str) -> None:
@@ -208,7 +228,7 @@ _ACTIONS = {
             _wait_and_retry,
         ),
         *(_retry_and_die, _retry_and_take_worker_down, _replace_same, _replace_other),
-        *(_sleep, _sleep_on, _exit, _die),
+        *(_sleep, _sleep_on, _exit, _die, _call_itself, _take_a_while),
         _replace_and_take_worker_down,
         *(_leave, _interrupt, _cancel, _run_out_of_memory, _hold_gil, _spin),
     )
@@ -251,6 +271,15 @@ def build(
         with told(self, name):
             journal.wait_at(name)
         return name
+
+    for kind, options in LIFETIMES.items():
+
+        @app.task(shared=False, name=kind, base=ReliableTask, bind=True, **limits)
+        @once(key="{name}", **options)
+        def lives(self: Task, name: str, what: str = "succeed", text: str = "") -> str:
+            with told(self, name):
+                _ACTIONS[what](self, name)
+            return text or name
 
     @app.task(shared=False, name="brief", base=ReliableTask, bind=True, **limits)
     @once(key="{name}", ttl=0.4)
