@@ -6,6 +6,7 @@ from typing import Any
 
 from reliable_tasks import presets
 from reliable_tasks._once.decorator import once
+from reliable_tasks._once.held import HeldClaim
 from reliable_tasks._once.result import ReliableResult
 from reliable_tasks._setup import (
     Change,
@@ -38,6 +39,7 @@ __all__ = [
     "Concern",
     "ConfigError",
     "DuplicateTaskError",
+    "HeldClaim",
     "LockError",
     "LockLost",
     "MissingExtra",

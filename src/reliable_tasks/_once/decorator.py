@@ -60,16 +60,23 @@ def once(
             Values keep their types: ``1`` and ``"1"`` are two keys. Keys of different tasks
             never meet.
         lock: How long the key stays taken. ``"until_executed"``: from the call to the task's
-            final state, across retries.
-        on_conflict: What a call does whose key is taken. ``"existing"``: returns the result of
-            the task that has it, with ``.duplicate`` true. ``"raise"``: raises
-            `DuplicateTaskError`.
+            final state, across retries. ``"until_executing"``: from the call to the start.
+            ``"until_expired"``: for the ``ttl``, whatever happens. ``"while_executing"``: from the
+            start to the end, so that any number is queued and one runs.
+            ``"until_and_while_executing"``: one is queued and one runs.
+        on_conflict: What a call does whose key is taken. ``"existing"``, the default: returns the
+            result of the task that has it, with ``.duplicate`` true. ``"raise"``: raises
+            `DuplicateTaskError`. ``"replace"``: takes the place of that task, which ends in state
+            ``REVOKED``. And what a task does that starts while another one runs, with the locks
+            that have a *while*: ``"reschedule"``, the default: waits for its turn. ``"drop"``:
+            ends in state ``REVOKED``. ``"raise"``: fails with `DuplicateTaskError`. Where both
+            can be meant: ``{"publish": ..., "start": ...}``.
         ttl: How long the message may wait in the queue, in seconds or as a timedelta, on top of
             its countdown or ETA; then the key is free again. Default: ``reliable_once_ttl``.
 
     Raises:
-        ConfigError: An option is unknown, a template names what is no parameter, or the task
-            is no `ReliableTask`.
+        ConfigError: An option is unknown or makes no sense with another one, a template names
+            what is no parameter, or the task is no `ReliableTask`.
 
     Example:
         ::

@@ -67,6 +67,19 @@ def test_a_pause_stays_a_number_however_often_it_comes(bench: Bench, send: Any) 
 
 
 @pytest.mark.usefixtures("on_redis")
+def test_who_waits_for_another_one_begins_anew(bench: Bench, send: Any) -> None:
+    """Its turn may come soon, for the one that it waited for has ended."""
+    send.delay(7)
+    request = bench.receive()
+    pauses = []
+    for waits_for in ("one", "one", "one", "two", "two"):
+        answer = SetAside("busy", 0.2, 5.0, waits_for)
+        request.on_failure(failure(pickle.loads(pickle.dumps(answer))), return_ok=True)
+        pauses.append(bench.timer.calls[-1][0])
+    assert pauses == [0.2, 0.4, 0.8, 0.2, 0.4]
+
+
+@pytest.mark.usefixtures("on_redis")
 def test_the_worker_does_not_take_in_the_whole_queue(
     bench: Bench, send: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
