@@ -34,6 +34,9 @@ _SHORTEST_IN_BROKER = 1.0
 
 _waiting: weakref.WeakSet[Any] = weakref.WeakSet()
 
+#: How a `SetAside` is told.
+_SAYS = "set aside: "
+
 
 class SetAside(Reject, Ignore):
     """Raised in a child: run this copy later, after a pause that holds no slot.
@@ -56,9 +59,21 @@ class SetAside(Reject, Ignore):
         self.waits_for = waits_for
 
     def __repr__(self) -> str:
-        return f"set aside: {self.args[0]}"
+        return f"{_SAYS}{self.args[0]}"
 
     __str__ = __repr__
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Say whether a line of Celery's is about more than a copy that waits.
+
+    Celery warns of each `Reject`, and the main process says for how long the copy waits.
+    """
+    about = getattr(record, "data", None)
+    return not isinstance(about, dict) or not str(about.get("exc")).startswith(_SAYS)
+
+
+logging.getLogger("celery.app.trace").addFilter(_is_news)
 
 
 def growing(first: float, longest: float, times: int) -> float:
@@ -101,10 +116,13 @@ class PatientRequest(DeliveredRequest):
             self.request_dict[DELIVERY] = self._delivery.tag
         if self._is_left_to_broker():
             return
+        # A copy that waits for its turn asks many times.
+        is_known = bool(answer.waits_for and self._times_set_aside)
+        level = logging.DEBUG if is_known else logging.INFO
+        logger.log(level, "Task %s[%s] is %s (%.1f s)", self.name, self.id, answer, pause)
         self._times_set_aside += 1
         # Its child asks whether it was started before.
         self.request_dict[TIMES_SET_ASIDE] = self._times_set_aside
-        logger.info("Task %s[%s] is %s (%.1f s)", self.name, self.id, answer, pause)
         consumer = self._consumer
         if consumer is None:
             self.reject(requeue=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import pickle
 import time
 from types import SimpleNamespace
@@ -67,8 +68,11 @@ def test_a_pause_stays_a_number_however_often_it_comes(bench: Bench, send: Any) 
 
 
 @pytest.mark.usefixtures("on_redis")
-def test_who_waits_for_another_one_begins_anew(bench: Bench, send: Any) -> None:
-    """Its turn may come soon, for the one that it waited for has ended."""
+def test_who_waits_for_another_one_begins_anew(
+    bench: Bench, send: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its turn may come soon, for the one that it waited for has ended; that alone is news."""
+    caplog.set_level(logging.DEBUG, logger="reliable_tasks")
     send.delay(7)
     request = bench.receive()
     pauses = []
@@ -77,6 +81,8 @@ def test_who_waits_for_another_one_begins_anew(bench: Bench, send: Any) -> None:
         request.on_failure(failure(pickle.loads(pickle.dumps(answer))), return_ok=True)
         pauses.append(bench.timer.calls[-1][0])
     assert pauses == [0.2, 0.4, 0.8, 0.2, 0.4]
+    lines = [record for record in caplog.records if "is set aside: busy" in record.message]
+    assert [record.levelname for record in lines] == ["INFO", "DEBUG", "DEBUG", "INFO", "DEBUG"]
 
 
 @pytest.mark.usefixtures("on_redis")

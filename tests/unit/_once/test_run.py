@@ -118,8 +118,13 @@ def test_a_duplicate_is_no_failure_to_retry(app: Celery) -> None:
 
 
 @pytest.mark.parametrize("autoretry", [(), (Exception,)])
-def test_a_second_copy_is_set_aside(app: Celery, autoretry: Any) -> None:
-    """While another copy of its attempt runs, a message goes back and changes nothing."""
+def test_a_second_copy_is_set_aside(
+    app: Celery, autoretry: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While another copy of its attempt runs, a message goes back and changes nothing.
+
+    The main process says so, and Celery does not warn of it beside that.
+    """
 
     @app.task(base=ReliableTask, name="t", autoretry_for=autoretry, bind=True)
     @once
@@ -138,6 +143,7 @@ def test_a_second_copy_is_set_aside(app: Celery, autoretry: Any) -> None:
     assert (state, first, longest, requeue) == ("REJECTED", 1.0, 5.0, True)
     assert text == "set aside: another copy of it runs"
     assert take(app) is None
+    assert [r.message for r in caplog.records if r.name == "celery.app.trace"] == []
 
 
 def test_a_retry_that_comes_too_early_waits_briefly(app: Celery) -> None:
