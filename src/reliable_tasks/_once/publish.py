@@ -25,6 +25,7 @@ from reliable_tasks._store.publication import (
     publishing,
 )
 from reliable_tasks.errors import DuplicateTaskError, LockLost, StoreError, StoreUnavailable
+from reliable_tasks.instrumentation.signals import claim_acquired, claim_conflict
 
 __all__ = ["publish"]
 
@@ -87,18 +88,22 @@ def publish(
         holder=_holder(task, once, claim, continued),
     )
     send = _one_step if _is_one_script(task, locks, options, producer) else _two_steps
-    ticket, result = send(task, locks, wish, queue, {**headers, CLAIM: claim.as_header()}, producer)
-    if result is not None:
-        return _queued(task, claim, ticket, result)
+    answer = send(task, locks, wish, queue, {**headers, CLAIM: claim.as_header()}, producer)
+    if not isinstance(answer, Ticket):
+        return answer
     # A retry must not end without a word as somebody's duplicate, whatever its headers say.
     if continued is not None or retries > 0:
         if not once.options.is_freed_at_start:
-            raise LockLost(claim.name, claim.owner, ticket.owner)
+            raise LockLost(claim.name, claim.owner, answer.owner)
         # It gave its key up when it started, and must run all the same.
         return queue(owner, headers, producer)
-    if waited_for or once.options.at_publish == "raise":
-        raise DuplicateTaskError(claim.name, ticket.owner, ticket.seconds)
-    return _existing(task, claim, ticket, task_id)
+    action = "raise" if waited_for else once.options.at_publish
+    claim_conflict.send(
+        sender=task, key=claim.name, task_id=task_id, owner=answer.owner, action=action
+    )
+    if action == "raise":
+        raise DuplicateTaskError(claim.name, answer.owner, answer.seconds)
+    return _existing(task, claim, answer, task_id)
 
 
 def _how(once: Once) -> How:
@@ -127,7 +132,7 @@ def _one_step(
     queue: Queue,
     headers: Mapping[str, Any],
     producer: Any,
-) -> tuple[Ticket[Publish], ReliableResult | None]:
+) -> ReliableResult | Ticket[Publish]:
     """Have the broker make the claim in the script that queues the message."""
     try:
         # Ours to give back: kombu closes the connection of one that an exception leaves.
@@ -137,15 +142,13 @@ def _one_step(
                     result = queue(wish.owner, headers, acquired)
             except ClaimTaken as taken:
                 _forget_result(task, wish.owner)
-                answer = taken.published
-                ticket = Ticket(Publish.DUPLICATE, answer.owner, answer.seconds, answer.fence)
-                return ticket, None
+                found = taken.published
+                return Ticket(Publish.DUPLICATE, found.owner, found.seconds, found.fence)
     except OperationalError as error:
         # Claim and message are queued together or not at all: nothing is to be taken back.
         raise BrokerUnavailable(locks.claims.client.shown_url, str(error)) from error
-    before = next((answer.owner for answer in answers if answer.owner), "")
-    code = Publish.TAKEN_OVER if before else Publish.CLAIMED
-    return Ticket(code, before or wish.owner, wish.ttl, 0), result
+    before = next((answer.owner for answer in answers if answer.owner), None)
+    return _queued(task, wish, result, before)
 
 
 def _two_steps(
@@ -155,14 +158,14 @@ def _two_steps(
     queue: Queue,
     headers: Mapping[str, Any],
     producer: Any,
-) -> tuple[Ticket[Publish], ReliableResult | None]:
+) -> ReliableResult | Ticket[Publish]:
     """Claim, then queue the message; take the claim back if that failed."""
     token = uuid4().hex
     try:
         ticket = _take(locks, wish, token)
         if ticket.code is Publish.DUPLICATE:
-            return ticket, None
-        return ticket, queue(wish.owner, headers, producer)
+            return ticket
+        result = queue(wish.owner, headers, producer)
     except StoreError as error:
         # Perhaps only the reply was lost, and the claim of a task that is not queued stands.
         _take_back(locks, wish, token)
@@ -170,14 +173,15 @@ def _two_steps(
             logger.warning(
                 "Task %s[%s] is queued without a claim: %s", task.name, wish.owner, error
             )
-            ticket = Ticket(Publish.CLAIMED, wish.owner, 0.0, 0)
-            return ticket, queue(wish.owner, headers, producer)
+            return queue(wish.owner, headers, producer)
         if isinstance(error, StoreUnavailable):
             raise locks.unavailable(error) from error
         raise
     except BaseException:
         _take_back(locks, wish, token)
         raise
+    before = ticket.owner if ticket.code is Publish.TAKEN_OVER else None
+    return _queued(task, wish, result, before)
 
 
 def _take(locks: Locks, wish: Publication, token: str) -> Ticket[Publish]:
@@ -202,17 +206,16 @@ def _take_back(locks: Locks, wish: Publication, token: str) -> None:
 
 
 def _queued(
-    task: Task[..., Any], claim: Claim, ticket: Ticket[Publish], result: ReliableResult
+    task: Task[..., Any], wish: Publication, result: ReliableResult, before: str | None
 ) -> ReliableResult:
-    if ticket.code is Publish.TAKEN_OVER:
+    """Tell of a message that is queued, in the place of another one's perhaps."""
+    result.replaced_id = before
+    if before is not None:
         logger.info(
-            "Task %s[%s] takes the place of %s (%s)",
-            task.name,
-            claim.owner,
-            ticket.owner,
-            claim.name,
+            "Task %s[%s] takes the place of %s (%s)", task.name, wish.owner, before, wish.claim
         )
-        result.replaced_id = ticket.owner
+    if not wish.keeps:
+        claim_acquired.send(sender=task, key=wish.claim, task_id=wish.owner, replaced_id=before)
     return result
 
 

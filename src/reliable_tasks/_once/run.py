@@ -24,6 +24,12 @@ from reliable_tasks._once.once import Once
 from reliable_tasks._store.claims import Entry, Release, Ticket
 from reliable_tasks.config import UNLIMITED
 from reliable_tasks.errors import DuplicateTaskError, StoreError
+from reliable_tasks.instrumentation.signals import (
+    claim_acquired,
+    claim_conflict,
+    claim_lost,
+    claim_released,
+)
 
 __all__ = ["end_unrun", "enter", "mark_copy"]
 
@@ -108,6 +114,9 @@ class _Copy:
                 except BaseException:
                     self.release(turn)
                     raise
+            claim_acquired.send(
+                sender=self.task, key=turn.name, task_id=turn.owner, replaced_id=None
+            )
             return Run(self.once, self.claim, turn, self.holder, fence)
         if options.is_freed_at_start:
             return Run(self.once, self.claim, None, self.holder, self._start())
@@ -157,6 +166,7 @@ class _Copy:
                 self._end_late(ticket)
         else:
             self._check(ticket)
+            claim_released.send(sender=self.task, key=claim.name, task_id=claim.owner)
         return ticket.fence
 
     def _check(self, ticket: Ticket[Entry]) -> None:
@@ -173,13 +183,25 @@ class _Copy:
 
     def _end_late(self, ticket: Ticket[Entry]) -> None:
         """End a copy that starts when another task has the key that its call had taken."""
+        self._tell_conflict(self.claim, ticket, "late")
         if self.once.options.at_publish == "replace":
             self._revoke(f"task {ticket.owner} has taken its place")
         raise DuplicateTaskError(self.claim.name, ticket.owner, ticket.seconds)
 
+    def _tell_conflict(self, claim: Claim, ticket: Ticket[Entry], action: str) -> None:
+        claim_conflict.send(
+            sender=self.task,
+            key=claim.name,
+            task_id=claim.owner,
+            owner=ticket.owner,
+            action=action,
+        )
+
     def _wait_its_turn(self, ticket: Ticket[Entry]) -> None:
         """Answer a copy that starts while another task runs with its key."""
         action = self.once.options.at_start
+        if action != "reschedule" or not self.task.request.get(TIMES_SET_ASIDE):
+            self._tell_conflict(self.claim.turn, ticket, action)
         if action == "reschedule":
             reason = f"task {ticket.owner} runs with its key"
             raise _until_free(reason, _WHILE_OTHER_RUNS, ticket, waits_for=ticket.owner)
@@ -349,13 +371,21 @@ def _release(
     except StoreError as error:
         logger.warning("A claim on %s may stay until it lapses: %s", claim.name, error)
         return False
-    if is_routine:
+    if outcome is Release.FREED:
+        claim_released.send(sender=task, key=claim.name, task_id=claim.owner)
+    if is_routine or outcome in (Release.FREED, Release.KEPT):
         return True
+    claim_lost.send(
+        sender=task,
+        key=claim.name,
+        task_id=claim.owner,
+        owner=owner if outcome is Release.NOT_OURS else None,
+    )
     if outcome is Release.LAPSED:
         logger.warning(
             "Task %s[%s] ended after its claim on %s had lapsed", task.name, claim.owner, claim.name
         )
-    elif outcome is Release.NOT_OURS:
+    else:
         logger.warning(
             "Task %s[%s] ended when %s owned %s already",
             task.name,

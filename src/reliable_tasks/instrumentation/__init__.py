@@ -1,0 +1,1 @@
+"""What happens to tasks and claims, told to whoever listens."""
