@@ -23,6 +23,7 @@ from celery.app.log import Logging
 from celery.bin.celery import celery as celery_command
 from celery.contrib.testing.worker import start_worker
 from celery.signals import setup_logging
+from click.testing import CliRunner
 
 from reliable_tasks import ReliableWarning
 from reliable_tasks._store.client import forget_clients
@@ -96,7 +97,7 @@ def test_a_page_does_what_it_says(
             assert _matches(printed, code), f"{where}: printed was\n{printed}"
         elif fence.language == "console":
             for command in _commands(fence):
-                printed = _check_command(command, where, redis_client)
+                printed = _check_command(command, where, redis_client, vars(module).get("app"))
         else:
             assert fence.language.split()[0] in _NOT_RUN, f"{where}: {fence.language!r} is not run"
 
@@ -121,6 +122,7 @@ def test_a_block_that_is_wrong_is_noticed(module: types.ModuleType, tmp_path: Pa
         "pip install reliable_task",
         "pip install 'reliable-tasks[nonsense]'",
         "celery -A tasks worker --nonsense",
+        "celery -A tasks reliable nonsense",
         "nonsense",
     ],
 )
@@ -183,13 +185,16 @@ def _commands(fence: Fence) -> Iterator[str]:
         yield line.removeprefix("$ ")
 
 
-def _check_command(command: str, where: str, client: redis.Redis) -> str:
-    """Check that a command exists, as far as that can be known without running it."""
+def _check_command(command: str, where: str, client: redis.Redis, app: Any = None) -> str:
+    """Check that a command exists, as far as that can be known without running it.
+
+    Those that are asked of Redis, and of ``celery reliable``, are run.
+    """
     name, *arguments = shlex.split(command, comments=True)
     checks: dict[str, Callable[[], Any]] = {
         "make": lambda: _check_make(arguments),
         "pip": lambda: _check_pip(arguments),
-        "celery": lambda: _check_click(celery_command, arguments),
+        "celery": lambda: _check_celery(app, arguments),
         "redis-cli": lambda: _ask_redis(client, arguments),
         "reliable-tasks": lambda: _check_script("reliable-tasks", arguments),
     }
@@ -213,6 +218,18 @@ def _check_pip(arguments: list[str]) -> None:
         assert name == _PROJECT["name"]
         known = _PROJECT["optional-dependencies"]
         assert all(extra in known for extra in extras.split(",") if extra)
+
+
+def _check_celery(app: Any, arguments: list[str]) -> str | None:
+    if arguments[2:3] != ["reliable"]:
+        _check_click(celery_command, arguments)
+        return None
+    # Read from the project, for its metadata is there only where it is installed.
+    group = pkgutil.resolve_name(_PROJECT["entry-points"]["celery.commands"]["reliable"])
+    context = types.SimpleNamespace(app=app)
+    result = CliRunner().invoke(group, arguments[3:], obj=context, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 def _check_click(command: click.Command, arguments: list[str]) -> None:

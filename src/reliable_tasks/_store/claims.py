@@ -78,6 +78,9 @@ class Claims:
         address: The server.
         key_prefix: ``reliable_key_prefix``.
         replicas: Those that must have a claim before it counts as made.
+
+    Attributes:
+        keys: The keys that they are kept under.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class Claims:
     ) -> None:
         self._address = address
         self._replicas = replicas
-        self._keys = Keys(address.key_prefix + key_prefix)
+        self.keys = Keys(address.key_prefix + key_prefix)
 
     @property
     def address(self) -> ServerAddress:
@@ -123,7 +126,7 @@ class Claims:
             holder: Token of the run that makes the call: it hands its own claim on.
         """
         args: list[str | int] = [owner, attempt, token, ms(ttl), task, how, holder]
-        keys = [self._keys.claim(name), self._keys.replaced(name)]
+        keys = [self.keys.claim(name), self.keys.replaced(name)]
         return _ticket(Publish, self._make("claim_acquire", keys, args))
 
     def continue_(
@@ -139,11 +142,11 @@ class Claims:
     ) -> Ticket[Publish]:
         """Keep the claim for the owner's own retry or replacement."""
         args: list[str | int] = [owner, attempt, token, ms(ttl), task, holder]
-        return _ticket(Publish, self._make("claim_continue", [self._keys.claim(name)], args))
+        return _ticket(Publish, self._make("claim_continue", [self.keys.claim(name)], args))
 
     def abandon(self, name: str, *, owner: str, token: str) -> bool:
         """Take back a publish that failed."""
-        keys = [self._keys.claim(name), self._keys.replaced(name)]
+        keys = [self.keys.claim(name), self.keys.replaced(name)]
         return bool(load("claim_abandon")(self.client, keys, [owner, token]))
 
     def enter(
@@ -168,12 +171,12 @@ class Claims:
             *(owner, attempt, holder, ms(lease), ms(ttl), task, delivery),
             "takes" if takes else "",
         ]
-        keys = [*self._both(name), self._keys.leases, self._keys.replaced(name)]
+        keys = [*self._both(name), self.keys.leases, self.keys.replaced(name)]
         return _ticket(Entry, self._make("claim_enter", keys, args))
 
     def start(self, name: str, *, owner: str, attempt: int) -> Ticket[Entry]:
         """Free the claim of a copy that starts, or learn why it must not start."""
-        keys = [self._keys.claim(name), self._keys.replaced(name)]
+        keys = [self.keys.claim(name), self.keys.replaced(name)]
         return _ticket(Entry, self._make("claim_start", keys, [owner, attempt]))
 
     def release(
@@ -201,27 +204,32 @@ class Claims:
         return answer
 
     def _both(self, name: str) -> list[str]:
-        return [self._keys.claim(name), self._keys.ended(name)]
+        return [self.keys.claim(name), self.keys.ended(name)]
 
     def read(self, name: str) -> dict[str, str]:
         """Return the claim's record, empty where nobody holds the key."""
-        with self._failing_as_scripts_do("read") as server:
-            found: dict[str, str] = server.hgetall(self._keys.claim(name))  # type: ignore[assignment]
+        with self.reading("read") as server:
+            found: dict[str, str] = server.hgetall(self.keys.claim(name))  # type: ignore[assignment]
             return found
 
     def replaced_by(self, name: str, task_id: str) -> str | None:
         """Return the task whose call has replaced that of another one, or ``None``."""
-        with self._failing_as_scripts_do("read") as server:
-            found: str | None = server.hget(self._keys.replaced(name), task_id)  # type: ignore[assignment]
+        with self.reading("read") as server:
+            found: str | None = server.hget(self.keys.replaced(name), task_id)  # type: ignore[assignment]
             return found
+
+    def free(self, name: str, *, owner: str, fence: str) -> bool:
+        """Free a claim by hand, unless it changed hands meanwhile."""
+        return bool(load("claim_free")(self.client, [self.keys.claim(name)], [owner, fence]))
 
     def names(self) -> list[str]:
         """Return the keys of all claims; walks with ``SCAN``, so it blocks nobody."""
-        with self._failing_as_scripts_do("list") as server:
-            return sorted(server.scan_iter(match=self._keys.claims_pattern(), count=500))
+        with self.reading("list") as server:
+            return sorted(server.scan_iter(match=self.keys.claims_pattern(), count=500))
 
     @contextmanager
-    def _failing_as_scripts_do(self, what: str) -> Iterator[redis.Redis]:
+    def reading(self, what: str) -> Iterator[redis.Redis]:
+        """Give the client to who reads without a script; errors are those of scripts."""
         client = self.client
         try:
             yield client.redis

@@ -44,7 +44,7 @@ if ARGV[4] == '0' and latest <= tonumber(ARGV[2]) then
         let_go()
         redis.call('HDEL', KEYS[1], 'next_attempt')
         -- No copy of it runs again.
-        redis.call('HSET', KEYS[1], 'attempt', latest + 1)
+        redis.call('HSET', KEYS[1], 'attempt', latest + 1, 'over', '1')
         redis.call('PEXPIRE', KEYS[1], left)
         return {2, owner}
     end

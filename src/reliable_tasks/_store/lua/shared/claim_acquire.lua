@@ -32,7 +32,8 @@ local function claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, tas
         redis.call('HSET', key, 'until', string.format('%.0f', now[1] * 1000 + ttl))
     end
     redis.call('HSET', key, 'owner', mine, 'attempt', my_attempt, 'token', my_token,
-        'fence', fence, 'task', task, 'since', string.format('%.0f', now[1] * 1000))
+        'fence', fence, 'task', task,
+        'since', string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000)))
     redis.call('PEXPIRE', key, lives)
     if owner then
         return {2, owner, tonumber(ttl), fence}

@@ -10,7 +10,8 @@ local function claim_continue(key, mine, my_attempt, my_token, ttl, task, my_hol
     if not owner then
         fence = string.format('%.0f', now[1] * 1000000 + now[2])
         redis.call('HSET', key, 'owner', mine, 'attempt', my_attempt - 1, 'fence', fence,
-            'task', task, 'since', string.format('%.0f', now[1] * 1000))
+            'task', task,
+            'since', string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000)))
     elseif owner == mine and token == my_token
         and tonumber(next_attempt or attempt) == tonumber(my_attempt) then
         -- This publish has continued it: its reply was lost, or it goes to several queues.
