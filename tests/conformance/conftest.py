@@ -100,6 +100,7 @@ class Store(OnAClock):
         lease: float = 30,
         ttl: float = 60,
         takes: bool = False,
+        delivery: str = "",
     ) -> Ticket[Entry]:
         """Start a copy."""
         return self.claims.enter(
@@ -111,7 +112,12 @@ class Store(OnAClock):
             ttl=ttl,
             task="shop.send_invoice",
             takes=takes,
+            delivery=delivery,
         )
+
+    def put_on_lease(self, delivery: str, seconds: float) -> None:
+        """Hold a message on lease, as its worker does."""
+        self.server.zadd(self.claims.leases, {delivery: (self.now() + seconds) * 1000})
 
     def start(self, owner: str = "one", attempt: int = 0) -> Ticket[Entry]:
         """Start a copy that gives its key up."""

@@ -235,3 +235,74 @@ def test_a_call_of_itself_that_is_not_published_gives_the_claim_back(store: Stor
     assert store.claims.abandon(NAME, owner="two", token=SECOND)
     assert "holder_owner" not in store.record
     assert store.continue_(holder="h1", token="t3").code is Publish.CLAIMED
+
+
+# -- a run whose message is on lease ---------------------------------------------------------------
+
+
+def test_a_run_is_covered_while_its_message_is_on_lease(store: Store) -> None:
+    """However long it takes: neither its lease nor its claim's time counts."""
+    store.acquire(ttl=0.2)
+    store.put_on_lease("tag", 60)
+    store.enter(lease=0.1, ttl=0.2, delivery="tag")
+    store.let_pass(0.4)
+    assert store.acquire("two", token=SECOND).code is Publish.DUPLICATE
+    assert store.enter(holder="h2").code is Entry.RUNNING
+    assert store.release()[0] is Release.FREED
+
+
+def test_the_claim_of_a_dead_run_lapses_in_time(store: Store) -> None:
+    """From the first call on that finds its worker dead: its message is in the queue again."""
+    store.acquire()
+    store.put_on_lease("tag", 60)
+    store.enter(delivery="tag")
+    assert store.acquire("two", token=SECOND, ttl=5).code is Publish.DUPLICATE
+    assert store.lapses_in > 3600
+    store.server.zrem(store.claims.leases, "tag")
+    assert store.acquire("two", token=SECOND, ttl=5).code is Publish.DUPLICATE
+    assert store.lapses_in == pytest.approx(5, abs=1)
+    store.acquire("two", token=SECOND, ttl=500)
+    assert store.lapses_in <= 5, "no later call makes it longer"
+    assert store.enter(holder="h2").code is Entry.ENTERED, "its copy that came back"
+
+
+def test_a_window_is_not_cut_short_by_a_death(store: Store) -> None:
+    """It is a window whatever happens."""
+    store.acquire(ttl=60, how="window")
+    store.put_on_lease("other", 60)
+    store.enter(delivery="other")
+    store.server.zrem(store.claims.leases, "other")
+    store.acquire("two", token=SECOND, ttl=1)
+    assert store.lapses_in == pytest.approx(60, abs=2)
+
+
+def test_a_message_that_is_on_no_lease_covers_nothing(store: Store) -> None:
+    """The worker could not renew: the run is covered for as long as it may take."""
+    store.acquire()
+    store.enter(lease=30, ttl=40, delivery="tag")
+    assert "delivery" not in store.record
+    assert store.lapses_in == pytest.approx(40, abs=2)
+    assert store.enter(holder="h2").code is Entry.RUNNING
+
+
+def test_what_goes_back_waits_as_a_call_does(store: Store) -> None:
+    """A requeued message's claim does not keep the time of a run."""
+    store.acquire()
+    store.put_on_lease("tag", 60)
+    store.enter(delivery="tag")
+    assert store.release(keep_for=30) == (Release.KEPT, "one")
+    assert store.lapses_in == pytest.approx(30, abs=2)
+
+
+def test_what_was_handed_on_waits_as_a_call_does(store: Store) -> None:
+    """From the end of the caller on."""
+    store.acquire()
+    store.put_on_lease("tag", 60)
+    store.enter(delivery="tag")
+    store.acquire("two", token=SECOND, holder="h1", ttl=20)
+    assert store.lapses_in > 3600
+    assert store.release() == (Release.KEPT, "two")
+    assert store.lapses_in == pytest.approx(20, abs=2)
+    store.put_on_lease("other", 60)
+    store.enter("two", holder="h2", delivery="other")
+    assert "allowance" not in store.record

@@ -201,6 +201,21 @@ def test_a_crash_is_counted(scene: Scene, broker: Broker) -> None:
     broker.wait_empty()
 
 
+def test_a_dead_workers_once_task_starts_again_in_seconds(scene: Scene) -> None:
+    """Its claim goes with the run that is known to be over, long before its hard limit."""
+    scene.crew(2)
+    scene.call("act", "order", "wait")
+    died_at = scene.wait_starts("order")
+    (start,) = scene.journal.events("start", name="order")
+    claim = scene.claim("order")
+    assert claim["delivery"], "the run that its worker renews covers it"
+    next(w for w in scene.workers if start.pid in w.child_pids()).kill_group()
+    again_at = scene.wait_starts("order", 2, timeout=20)
+    assert again_at - died_at < 15, scene.logs
+    scene.journal.open("order")
+    scene.wait_free("order")
+
+
 def _call_and_cut(scene: Scene, proxy: Proxy, *, seconds: float) -> tuple[dict[str, Any], int]:
     """Queue tasks, and cut all connections each second; return results, and how many were cut."""
     rng = random.Random(5)

@@ -22,15 +22,14 @@ from reliable_tasks._celery.headers import IS_COPY
 from reliable_tasks._store.claims import Claims
 from reliable_tasks._store.client import ServerAddress, connect
 from reliable_tasks._store.delivery import Copy, Delivery, Guard, Layout
+from reliable_tasks._store.keys import BESIDE, Keys
 from reliable_tasks._store.messages import Messages
 from reliable_tasks.config import ReliableConfig
 
-__all__ = ["Beside", "Run", "beside", "is_beside", "note_done", "say_unnoted"]
+__all__ = ["Beside", "Run", "beside", "note_done", "say_unnoted"]
 
 logger = logging.getLogger("reliable_tasks")
 
-#: How a tag ends, where a Redis broker's names the list.
-_LIST = "amqp"
 #: For how long the end of a task is known (s): a broker may need two heartbeats to find out that
 #: the connection is lost on which the acknowledgement was under way.
 _OVER_TTL = 300.0
@@ -72,8 +71,8 @@ class Beside(Held):
     def expect(self, headers: Mapping[str, Any], *, is_redelivered: bool) -> Run:
         """Return the run of a message, which is yet to be let in."""
         return Run(
-            tag=f"{self.next_prefix()}0:{_LIST}",
-            list=_LIST,
+            tag=f"{self.next_prefix()}0:{BESIDE}",
+            list=BESIDE,
             queue="",
             raw=b"",
             copy=Copy(Guard.HELD_ELSEWHERE, 0, 0.0),
@@ -175,15 +174,10 @@ def beside(claims: Claims, config: ReliableConfig) -> Beside:
         held.detects_deaths = config.death_detection != "lease"
         return held
 
-    identity = (_LIST, address.identity, config.key_prefix, config.lease, config.on_store_error)
+    identity = (BESIDE, address.identity, config.key_prefix, config.lease, config.on_store_error)
     held = held_for(identity, make)
     assert isinstance(held, Beside)
     return held
-
-
-def is_beside(tag: str) -> bool:
-    """Say whether a delivery's tag is of another broker's."""
-    return tag.endswith(f":0:{_LIST}")
 
 
 def note_done(task: Task[..., Any], claims: Claims, config: ReliableConfig) -> None:
@@ -208,8 +202,7 @@ def say_unnoted(task: Task[..., Any], error: Exception) -> None:
 
 
 def _messages(prefix: str, config: ReliableConfig) -> Messages:
-    # Apart from what a Redis broker on the same server keeps, whose sweeper looks for messages.
-    own = f"{config.key_prefix}{_LIST}:"
+    own = Keys(config.key_prefix).beside.prefix
     return Messages(Layout(prefix, f"{own}unacked", f"{own}unacked_index", ""), own)
 
 

@@ -11,8 +11,9 @@ from celery import Celery, Task
 from celery.exceptions import Ignore, Retry
 from kombu.exceptions import OperationalError
 
-from reliable_tasks._broker.beside import is_beside, say_unnoted
+from reliable_tasks._broker.beside import say_unnoted
 from reliable_tasks._celery.headers import DELIVERY
+from reliable_tasks._store.delivery import is_beside
 from reliable_tasks._store.messages import Messages
 from reliable_tasks._store.publication import Publication, Superseded, publishing
 

@@ -98,10 +98,11 @@ def _build(app: Celery, config: ReliableConfig) -> Locks:
     address = ServerAddress(url=url, timeout=config.store_timeout, options=options)
     # A little less than a command may take, so that the error says what was waited for.
     replicas = Replicas(config.wait_replicas, 0.8 * config.store_timeout)
-    claims = Claims(address, config.key_prefix, replicas)
     # Under another prefix they are other keys than those of the script that queues a message.
     at_broker_too = address.key_prefix == str(at_broker.get("global_keyprefix") or "")
-    return Locks(claims, config, are_at_broker=is_same_server(url, broker) and at_broker_too)
+    are_at_broker = is_same_server(url, broker) and at_broker_too
+    claims = Claims(address, config.key_prefix, replicas, is_beside=not are_at_broker)
+    return Locks(claims, config, are_at_broker=are_at_broker)
 
 
 def _options(transport_options: Any, use_ssl: Any) -> dict[str, Any]:

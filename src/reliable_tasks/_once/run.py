@@ -22,6 +22,7 @@ from reliable_tasks._once.claim import HOLDER, Claim, Run
 from reliable_tasks._once.locks import Locks, locks_of
 from reliable_tasks._once.once import Once
 from reliable_tasks._store.claims import Entry, Release, Ticket
+from reliable_tasks._store.delivery import is_beside
 from reliable_tasks.config import UNLIMITED
 from reliable_tasks.errors import DuplicateTaskError, StoreError
 from reliable_tasks.instrumentation.signals import (
@@ -250,7 +251,8 @@ def _claim_of(task: Task[..., Any], once: Once, headers: dict[str, Any]) -> Clai
 def _delivery(task: Task[..., Any], locks: Locks) -> str:
     """Return the tag of the message's delivery, where the lock Redis knows its lease."""
     # An early ack ends the delivery when the run begins.
-    return str(task.request.get(DELIVERY) or "") if locks.are_at_broker and task.acks_late else ""
+    tag = str(task.request.get(DELIVERY) or "") if task.acks_late else ""
+    return tag if locks.are_at_broker or is_beside(tag) else ""
 
 
 def _unavailable(task: Task[..., Any], locks: Locks, error: StoreError) -> None:

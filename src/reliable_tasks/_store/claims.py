@@ -78,17 +78,25 @@ class Claims:
         address: The server.
         key_prefix: ``reliable_key_prefix``.
         replicas: Those that must have a claim before it counts as made.
+        is_beside: Whether the broker is another one.
 
     Attributes:
         keys: The keys that they are kept under.
+        leases: The key of the leases that workers renew for the tasks they run.
     """
 
     def __init__(
-        self, address: ServerAddress, key_prefix: str, replicas: Replicas = NO_REPLICAS
+        self,
+        address: ServerAddress,
+        key_prefix: str,
+        replicas: Replicas = NO_REPLICAS,
+        *,
+        is_beside: bool = False,
     ) -> None:
         self._address = address
         self._replicas = replicas
         self.keys = Keys(address.key_prefix + key_prefix)
+        self.leases = self.keys.beside.leases if is_beside else self.keys.leases
 
     @property
     def address(self) -> ServerAddress:
@@ -126,7 +134,7 @@ class Claims:
             holder: Token of the run that makes the call: it hands its own claim on.
         """
         args: list[str | int] = [owner, attempt, token, ms(ttl), task, how, holder]
-        keys = [self.keys.claim(name), self.keys.replaced(name)]
+        keys = [self.keys.claim(name), self.keys.replaced(name), self.leases]
         return _ticket(Publish, self._make("claim_acquire", keys, args))
 
     def continue_(
@@ -164,14 +172,15 @@ class Claims:
     ) -> Ticket[Entry]:
         """Start a copy of the task, or learn why it must not run.
 
-        With the tag of its ``delivery`` the run is covered for as long as that is on lease. One
+        With the tag of its ``delivery`` the run is covered for as long as that is on lease, and
+        for ``lease`` (s) where that is not known. One
         that ``takes`` does not leave a claim to a task whose copy died, either.
         """
         args: list[str | int] = [
             *(owner, attempt, holder, ms(lease), ms(ttl), task, delivery),
             "takes" if takes else "",
         ]
-        keys = [*self._both(name), self.keys.leases, self.keys.replaced(name)]
+        keys = [*self._both(name), self.leases, self.keys.replaced(name)]
         return _ticket(Entry, self._make("claim_enter", keys, args))
 
     def start(self, name: str, *, owner: str, attempt: int) -> Ticket[Entry]:

@@ -12,12 +12,27 @@ from uuid import uuid4
 
 import redis
 
+from reliable_tasks._store.keys import BESIDE
 from reliable_tasks._store.scripts import Argument, load
 
-__all__ = ["UNREADABLE", "Copy", "Delivery", "FetchPlan", "Guard", "Layout", "redelivered"]
+__all__ = [
+    "UNREADABLE",
+    "Copy",
+    "Delivery",
+    "FetchPlan",
+    "Guard",
+    "Layout",
+    "is_beside",
+    "redelivered",
+]
 
 #: What a message raises that is none.
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+
+
+def is_beside(tag: str) -> bool:
+    """Say whether a delivery's tag is of another broker's."""
+    return tag.endswith(f":0:{BESIDE}")
 
 
 class Guard(IntEnum):

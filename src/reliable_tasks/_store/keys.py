@@ -26,7 +26,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Keys"]
+__all__ = ["BESIDE", "Keys"]
+
+#: What is kept beside another broker has this in its keys; and its tags end so, where those of a
+#: Redis broker name the list.
+BESIDE = "amqp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,14 @@ class Keys:
     """Builds keys behind one prefix."""
 
     prefix: str
+
+    @property
+    def beside(self) -> Keys:
+        """The keys of what is kept beside another broker.
+
+        Apart from what a Redis broker on the same server keeps, whose sweeper looks for messages.
+        """
+        return Keys(f"{self.prefix}{BESIDE}:")
 
     def claim(self, name: str) -> str:
         """Return the key of the claim called ``name``."""

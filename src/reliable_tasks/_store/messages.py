@@ -140,6 +140,7 @@ class Messages:
             self.keys.run(with_.task_id) if with_.continues else key,
             self.keys.claim(with_.claim) if with_.claim else key,
             self.keys.replaced(with_.claim) if with_.claim else key,
+            self.keys.leases,
         ]
         wish = ("continue" if with_.keeps else with_.how) if with_.claim else ""
         args: list[Argument] = [

@@ -114,7 +114,7 @@ def _read(claims: Claims, server: redis.Redis, names: Sequence[str]) -> list[Rec
     fields = checked(pipelined(server, [("HGETALL", key) for key in keys]))
     lapses = checked(pipelined(server, [("PTTL", key) for key in keys]))
     tags = [found.get("delivery", "") for found in fields]
-    leases = checked(pipelined(server, [("ZSCORE", claims.keys.leases, tag) for tag in tags]))
+    leases = checked(pipelined(server, [("ZSCORE", claims.leases, tag) for tag in tags]))
     return [
         Record.of(name, found, int(lapse) / 1000, lease_end=lease, now=now)
         for name, found, lapse, lease in zip(names, fields, lapses, leases, strict=True)

@@ -2,6 +2,7 @@
 --          Safe to repeat: a second call with the same token answers as the first did.
 -- KEYS[1]  the claim
 -- KEYS[2]  replaced: hash, task whose call was replaced -> the task that has its place
+-- KEYS[3]  leases of messages: sorted set, tag -> end of the lease, ms
 -- ARGV[1]  owner: the task's id
 -- ARGV[2]  attempt: which continuation of the task this is
 -- ARGV[3]  token: made once per publish
@@ -14,7 +15,8 @@
 -- Returns: {1, owner, ttl in ms, fence}           acquired
 --          {2, the owner before, ttl in ms, fence}  acquired from the one that had it
 --          {0, its owner, ms until it lapses, fence}  somebody else's
--- Uses: claim_acquire
+-- Uses: claim_mourn claim_acquire
 -- Commands: none
+claim_mourn(KEYS[1], KEYS[3], ARGV[4])
 return claim_acquire(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6],
     ARGV[7])

@@ -11,7 +11,8 @@
 -- ARGV[5]  ttl: how long the claim lives if nobody releases it, ms
 -- ARGV[6]  task: the task's name, for people who look
 -- ARGV[7]  tag of this copy's delivery, or '': its worker renews that lease, so a holder
---          whose delivery is over is dead, however long its run was covered
+--          whose delivery is over is dead, however long its run was covered; and one whose
+--          delivery is not lives, whatever that takes
 -- ARGV[8]  'takes' a claim over from a task whose holder is dead; '' leaves it to the copy of
 --          that task that comes back
 -- Returns: {1, owner, lease in ms, fence}             entered
@@ -21,14 +22,18 @@
 --                                                      or this task, still runs
 --          {5, owner, 0, fence}                       the call was replaced by that owner's
 --          {0, its owner, ms until it lapses, fence}  another task owns the key
+-- Uses: claim_mourn
 -- Commands: TIME HMGET HGET GET ZSCORE HDEL HSET PEXPIRE PTTL
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local owner, attempt, holder, lease_end, fence, holder_attempt, delivery, holder_owner, window =
     unpack(redis.call('HMGET', KEYS[1], 'owner', 'attempt', 'holder', 'lease_end', 'fence',
         'holder_attempt', 'delivery', 'holder_owner', 'until'))
-if delivery and tonumber(redis.call('ZSCORE', KEYS[3], delivery) or 0) <= now then
+local is_leased = tonumber(redis.call('ZSCORE', KEYS[3], ARGV[7]) or 0) > now
+if claim_mourn(KEYS[1], KEYS[3], ARGV[5]) then
     lease_end = '0'
+elseif delivery then
+    lease_end = math.max(tonumber(lease_end), tonumber(redis.call('ZSCORE', KEYS[3], delivery)))
 end
 local runs = holder and tonumber(lease_end) > now
 if owner ~= ARGV[1] then
@@ -66,12 +71,15 @@ if not owner or holder ~= ARGV[3] then
     fence = string.format('%.0f', math.max(tonumber(fence or 0) + 1, time[1] * 1000000 + time[2]))
 end
 redis.call('HDEL', KEYS[1], 'next_attempt', 'delivery', 'holder_owner', 'replaces',
-    'replaces_attempt')
-if ARGV[7] ~= '' then
+    'replaces_attempt', 'allowance')
+local lives = math.max(tonumber(ARGV[5]), tonumber(window or 0) - now)
+if is_leased then
     redis.call('HSET', KEYS[1], 'delivery', ARGV[7])
+    -- As long as the guard knows of a run.
+    lives = math.max(lives, 7 * 86400000)
 end
 redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'attempt', ARGV[2], 'fence', fence,
     'holder', ARGV[3], 'holder_attempt', ARGV[2],
     'lease_end', string.format('%.0f', now + ARGV[4]))
-redis.call('PEXPIRE', KEYS[1], math.max(tonumber(ARGV[5]), tonumber(window or 0) - now))
+redis.call('PEXPIRE', KEYS[1], lives)
 return {1, ARGV[1], tonumber(ARGV[4]), fence}

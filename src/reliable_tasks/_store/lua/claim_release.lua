@@ -14,10 +14,10 @@
 --                          has its place, or the rest of the window for which it is taken
 --          {3, ''}         it had lapsed already
 --          {0, its owner}  not ours: another task's, or another run's
--- Commands: TIME HMGET HSET HDEL SET PEXPIRE PTTL DEL
-local owner, attempt, next_attempt, holder, holder_owner, lease_end, window =
+-- Commands: TIME HMGET HGET HSET HDEL SET PEXPIRE PTTL DEL
+local owner, attempt, next_attempt, holder, holder_owner, lease_end, window, delivery =
     unpack(redis.call('HMGET', KEYS[1], 'owner', 'attempt', 'next_attempt', 'holder',
-        'holder_owner', 'lease_end', 'until'))
+        'holder_owner', 'lease_end', 'until', 'delivery'))
 if not owner then
     return {3, ''}
 end
@@ -28,6 +28,7 @@ end
 if owner ~= ARGV[1] then
     if holder == ARGV[3] and holder_owner == ARGV[1] then
         let_go()
+        redis.call('PEXPIRE', KEYS[1], redis.call('HGET', KEYS[1], 'allowance'))
         return {2, owner}
     end
     return {0, owner}
@@ -59,6 +60,10 @@ redis.call('HDEL', KEYS[1], 'next_attempt')
 if ARGV[4] == '0' then
     redis.call('HSET', KEYS[1], 'attempt', latest)
 else
-    redis.call('PEXPIRE', KEYS[1], math.max(tonumber(ARGV[4]), redis.call('PTTL', KEYS[1])))
+    local lives = math.max(tonumber(ARGV[4]), tonumber(window or 0) - now)
+    if not delivery then
+        lives = math.max(lives, redis.call('PTTL', KEYS[1]))
+    end
+    redis.call('PEXPIRE', KEYS[1], lives)
 end
 return {2, owner}

@@ -8,6 +8,7 @@
 -- KEYS[5]  the claim, or the list again
 -- KEYS[6]  replaced: hash, task whose call was replaced -> the task that has its place; or again
 --          the list
+-- KEYS[7]  leases: sorted set, tag -> end of the lease, ms
 -- ARGV[1]  message
 -- ARGV[2]  token ttl: for how long a repetition is recognised, ms
 -- ARGV[3]  tag of the delivery that publishes its continuation, or ''
@@ -26,7 +27,7 @@
 --          {2, '', 0, ''}     it was queued before, or another continuation was
 --          {3, '', 0, ''}     refused: the delivery that would continue itself is over
 --          {0, owner, ms until it lapses, fence}  refused: another task has the claim
--- Uses: ring_bell claim_acquire claim_continue
+-- Uses: ring_bell claim_mourn claim_acquire claim_continue
 -- Commands: EXISTS HGET HDEL HSET LPUSH SET PEXPIRE
 if redis.call('EXISTS', KEYS[1]) == 1 then
     -- A write, though a small one: WAIT waits for the last write of its own connection.
@@ -52,6 +53,7 @@ if ARGV[4] ~= '' then
     if ARGV[4] == 'continue' then
         ticket = claim_continue(KEYS[5], ARGV[5], ARGV[6], ARGV[11], ARGV[7], ARGV[8], ARGV[9])
     else
+        claim_mourn(KEYS[5], KEYS[7], ARGV[7])
         ticket = claim_acquire(KEYS[5], KEYS[6], ARGV[5], ARGV[6], ARGV[11], ARGV[7], ARGV[8],
             ARGV[4], ARGV[9])
     end

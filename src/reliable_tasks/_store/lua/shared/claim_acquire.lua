@@ -13,9 +13,10 @@ local function claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, tas
     if owner and (owner == mine or not (hands_on or how == 'replace')) then
         return {0, owner, redis.call('PTTL', key), fence}
     end
-    local now = redis.call('TIME')
+    local time = redis.call('TIME')
+    local now = time[1] * 1000 + math.floor(time[2] / 1000)
     -- A fence must keep growing after its claim is gone, so it starts at the server's clock.
-    fence = string.format('%.0f', math.max(tonumber(fence or 0) + 1, now[1] * 1000000 + now[2]))
+    fence = string.format('%.0f', math.max(tonumber(fence or 0) + 1, time[1] * 1000000 + time[2]))
     local lives = math.max(tonumber(ttl), redis.call('PTTL', key))
     if owner then
         -- Kept, should the message not be queued in the end.
@@ -23,17 +24,17 @@ local function claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, tas
         if holder and not holder_owner then
             redis.call('HSET', key, 'holder_owner', owner)
         end
+        redis.call('HSET', key, 'allowance', ttl)
         if not hands_on then
             redis.call('HSET', replaced, owner, mine)
             redis.call('PEXPIRE', replaced, math.max(lives, redis.call('PTTL', replaced)))
         end
         redis.call('HDEL', key, 'next_attempt')
     elseif how == 'window' then
-        redis.call('HSET', key, 'until', string.format('%.0f', now[1] * 1000 + ttl))
+        redis.call('HSET', key, 'until', string.format('%.0f', now + ttl))
     end
     redis.call('HSET', key, 'owner', mine, 'attempt', my_attempt, 'token', my_token,
-        'fence', fence, 'task', task,
-        'since', string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000)))
+        'fence', fence, 'task', task, 'since', string.format('%.0f', now))
     redis.call('PEXPIRE', key, lives)
     if owner then
         return {2, owner, tonumber(ttl), fence}

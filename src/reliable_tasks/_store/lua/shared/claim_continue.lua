@@ -5,13 +5,13 @@ local function claim_continue(key, mine, my_attempt, my_token, ttl, task, my_hol
     local owner, fence, holder, attempt, token, next_attempt, window =
         unpack(redis.call('HMGET', key, 'owner', 'fence', 'holder', 'attempt', 'token',
             'next_attempt', 'until'))
-    local now = redis.call('TIME')
-    local lives = math.max(tonumber(ttl), tonumber(window or 0) - now[1] * 1000)
+    local time = redis.call('TIME')
+    local now = time[1] * 1000 + math.floor(time[2] / 1000)
+    local lives = math.max(tonumber(ttl), tonumber(window or 0) - now)
     if not owner then
-        fence = string.format('%.0f', now[1] * 1000000 + now[2])
+        fence = string.format('%.0f', time[1] * 1000000 + time[2])
         redis.call('HSET', key, 'owner', mine, 'attempt', my_attempt - 1, 'fence', fence,
-            'task', task,
-            'since', string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000)))
+            'task', task, 'since', string.format('%.0f', now))
     elseif owner == mine and token == my_token
         and tonumber(next_attempt or attempt) == tonumber(my_attempt) then
         -- This publish has continued it: its reply was lost, or it goes to several queues.
