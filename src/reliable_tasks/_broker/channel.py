@@ -118,6 +118,11 @@ class ReliableChannel(FetchingChannel):
             )
         note_answer(message["headers"], published)
 
+    def _purge(self: Any, queue: str) -> int:
+        with self.conn_or_acquire() as client:
+            purged = [self.held.messages.purge(client, one) for one in self._lists([queue])]
+        return sum(purged)
+
     def _replicas(self: Any) -> Replicas:
         return Replicas(
             int(self.reliable.get("wait_replicas") or 0),

@@ -47,9 +47,14 @@ class Keys:
         """
         return Keys(f"{self.prefix}{BESIDE}:")
 
+    @property
+    def claims(self) -> str:
+        """What the key of a claim begins with; the name follows in braces."""
+        return f"{self.prefix}claim:"
+
     def claim(self, name: str) -> str:
         """Return the key of the claim called ``name``."""
-        return f"{self.prefix}claim:{{{name}}}"
+        return f"{self.claims}{{{name}}}"
 
     def ended(self, name: str) -> str:
         """Return the key that remembers the last attempt of the claim's last owner."""

@@ -51,6 +51,8 @@ _FETCHED_BYTES = 1_000_000
 _FOUND_BYTES = 8_000_000
 #: How many tags one renewal takes: each ZADD blocks the server for well under 1 ms.
 _RENEWED_AT_ONCE = 250
+#: How many messages are thrown away in one go.
+_PURGED_AT_ONCE = 200
 
 
 class Messages:
@@ -166,6 +168,14 @@ class Messages:
             max(int(milliseconds), 0) / 1000,
             int(text(fence) or 0),
         )
+
+    def purge(self, server: redis.Redis, list_: str) -> int:
+        """Throw away what waits in a list, and free the claims; return how many that were."""
+        args: list[Argument] = [_PURGED_AT_ONCE, _FETCHED_BYTES, self.keys.claims]
+        purged = 0
+        while count := int(load("message_purge").on(server, [self.layout.prefix + list_], args)):
+            purged += count
+        return purged
 
     def hold(self, server: redis.Redis, delivery: Delivery, lease: float) -> Copy:
         """Ask again whether a copy may run, and renew its lease (s)."""
