@@ -242,7 +242,7 @@ class ReliableTask(_Task):
             # Celery drops a task whose retry it could not publish.
             cause = rejected.args[0]
             if isinstance(cause, LockLost):
-                raise cause from None
+                raise cause from (error if isinstance(error, BaseException) else None)
             if isinstance(cause, Superseded):
                 logger.error(
                     "Task %s[%s] lost its lease and was taken over: its retry is not queued",

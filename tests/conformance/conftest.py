@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import fakeredis
 import pytest
@@ -115,13 +116,24 @@ class Store(OnAClock):
             delivery=delivery,
         )
 
+    def replace(self, owner: str = "two", token: str = SECOND, **options: Any) -> Ticket[Publish]:
+        """Publish a call that replaces the owner's; its message is queued."""
+        ticket = self.acquire(owner, token=token, how="replace", **options)
+        self.claims.confirm(NAME, owner=owner)
+        return ticket
+
+    def age(self, seconds: float) -> None:
+        """Let the claim be that much older."""
+        since = int(self.record["since"]) - round(seconds * 1000)
+        self.server.hset(self.key, "since", since)
+
     def put_on_lease(self, delivery: str, seconds: float) -> None:
         """Hold a message on lease, as its worker does."""
         self.server.zadd(self.claims.leases, {delivery: (self.now() + seconds) * 1000})
 
     def start(self, owner: str = "one", attempt: int = 0) -> Ticket[Entry]:
         """Start a copy that gives its key up."""
-        return self.claims.start(NAME, owner=owner, attempt=attempt)
+        return self.claims.start(NAME, owner=owner, attempt=attempt, remember=60)
 
     def release(
         self,

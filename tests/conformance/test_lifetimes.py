@@ -10,52 +10,14 @@ from tests.conformance.conftest import NAME, SECOND, Store
 # -- a window ----------------------------------------------------------------------------------
 
 
-def test_a_window_outlasts_its_task(store: Store) -> None:
-    """The key stays taken when the task has ended, and free it is when the window is over."""
+def test_a_window_is_as_long_as_it_was_called_for(store: Store) -> None:
+    """The key is taken until then, and says that it is taken for a window."""
     store.acquire(ttl=0.6, how="window")
-    store.enter(ttl=60)
-    assert store.release() == (Release.KEPT, "one")
-    assert store.acquire("two", token=SECOND).code is Publish.DUPLICATE
+    assert store.record["window"] == "1"
+    assert store.acquire("two", token=SECOND, how="window").code is Publish.DUPLICATE
     assert store.lapses_in <= 0.6
     store.let_pass(0.7)
-    assert store.record == {}
-    assert store.acquire("two", token=SECOND).code is Publish.CLAIMED
-
-
-def test_no_copy_runs_again_in_a_window(store: Store) -> None:
-    """A message that comes back after its task has ended is acknowledged unrun."""
-    store.acquire(ttl=60, how="window")
-    store.enter()
-    store.release()
-    assert store.enter(holder="h2").code is Entry.CONTINUED
-
-
-def test_a_run_that_outlasts_its_window_keeps_the_key(store: Store) -> None:
-    """No other task runs beside it, and its end frees the key."""
-    store.acquire(ttl=0.3, how="window")
-    store.enter(ttl=60)
-    store.let_pass(0.4)
-    assert store.acquire("two", token=SECOND).code is Publish.DUPLICATE
-    assert store.release()[0] is Release.FREED
-
-
-def test_a_start_does_not_cut_a_window_short(store: Store) -> None:
-    """A claim lives as long as its window, also where a run is covered for less."""
-    store.acquire(ttl=60, how="window")
-    store.enter(ttl=5)
-    assert store.lapses_in == pytest.approx(60, abs=2)
-
-
-def test_a_retry_goes_on_within_a_window(store: Store) -> None:
-    """The continuation starts, and its end leaves the rest of the window."""
-    store.acquire(ttl=60, how="window")
-    store.enter()
-    store.continue_(ttl=5)
-    assert store.lapses_in == pytest.approx(60, abs=2)
-    assert store.release() == (Release.KEPT, "one")
-    assert store.enter(attempt=1, holder="h2").code is Entry.ENTERED
-    assert store.release(attempt=1, holder="h2") == (Release.KEPT, "one")
-    assert store.enter(attempt=1, holder="h3").code is Entry.CONTINUED
+    assert store.acquire("two", token=SECOND, how="window").code is Publish.CLAIMED
 
 
 # -- a key that is free when its task starts -----------------------------------------------------
@@ -102,6 +64,14 @@ def test_one_has_its_turn_and_the_others_wait(store: Store) -> None:
     assert store.enter("two", holder="h2", takes=True).code is Entry.ENTERED
 
 
+def test_a_turn_knows_no_attempts(store: Store) -> None:
+    """They say nothing of whose turn it is: a replacement of a retry begins at 0 again."""
+    store.enter(attempt=1, lease=0.2, ttl=60, takes=True)
+    assert store.enter(holder="h2", takes=True).code is Entry.RUNNING
+    store.let_pass(0.3)
+    assert store.enter(holder="h2", takes=True).code is Entry.ENTERED
+
+
 def test_a_turn_whose_holder_died_is_free(store: Store) -> None:
     """Its copy that comes back waits for another one."""
     first = store.enter(lease=0.2, ttl=60, takes=True)
@@ -128,7 +98,7 @@ def test_the_claim_of_a_task_that_died_is_left_to_it(store: Store) -> None:
 def test_a_call_replaces_the_owners(store: Store) -> None:
     """It owns the key; the message before it learns, when it arrives, who has its place."""
     first = store.acquire()
-    second = store.acquire("two", token=SECOND, how="replace")
+    second = store.replace()
     assert (second.code, second.owner) == (Publish.TAKEN_OVER, "one")
     assert second.fence > first.fence
     assert store.claims.replaced_by(NAME, "one") == "two"
@@ -142,7 +112,7 @@ def test_a_call_replaces_the_owners(store: Store) -> None:
 def test_a_replaced_call_is_known_when_the_key_is_free_again(store: Store) -> None:
     """The new one has run and ended before the old message arrives."""
     store.acquire()
-    store.acquire("two", token=SECOND, how="replace")
+    store.replace()
     store.enter("two", holder="h2")
     store.release("two", holder="h2")
     assert store.record == {}
@@ -150,13 +120,71 @@ def test_a_replaced_call_is_known_when_the_key_is_free_again(store: Store) -> No
     assert store.start().code is Entry.REPLACED
 
 
-def test_a_repeated_replacement_answers_that_it_has_the_key(store: Store) -> None:
+def test_an_id_that_is_used_again_was_not_replaced(store: Store) -> None:
+    """What is known of the first call with it says nothing of the second."""
+    store.acquire()
+    store.replace()
+    store.release("two", holder="", may_be_unentered=True)
+    store.acquire(token="t3")
+    assert store.start().code is Entry.ENTERED
+    assert store.start().code is Entry.ENTERED, "a copy that comes back"
+
+
+def test_a_repeated_replacement_answers_as_the_first_did(store: Store) -> None:
     """A call whose reply was lost does not replace itself."""
     store.acquire()
     store.acquire("two", token=SECOND, how="replace")
     before = store.record
-    assert store.acquire("two", token=SECOND, how="replace").code is Publish.CLAIMED
+    again = store.acquire("two", token=SECOND, how="replace")
+    assert (again.code, again.owner) == (Publish.TAKEN_OVER, "one")
     assert store.record == before
+    store.claims.confirm(NAME, owner="two")
+    store.claims.confirm(NAME, owner="two")
+    assert store.claims.replaced_by(NAME, "one") == "two"
+
+
+def test_a_replacement_whose_caller_died_replaces_nobody(store: Store) -> None:
+    """Nobody knows whether its message is queued: the other one waits a while, and runs then."""
+    store.acquire(ttl=90)
+    store.acquire("two", token=SECOND, how="replace", ttl=90)
+    for answer in (store.enter(), store.start()):
+        assert answer.code is Entry.PREDECESSOR_RUNNING
+        assert answer.seconds == pytest.approx(30, abs=2)
+    store.age(31)
+    assert store.start().code is Entry.ENTERED
+    assert store.enter().code is Entry.ENTERED
+    assert store.record["owner"] == "one"
+    assert "replaces" not in store.record
+
+
+def test_a_replacement_that_starts_was_published(store: Store) -> None:
+    """Its caller died before it could say so."""
+    store.acquire()
+    store.acquire("two", token=SECOND, how="replace")
+    assert store.enter("two", holder="h2").code is Entry.ENTERED
+    store.release("two", holder="h2")
+    assert store.enter().code is Entry.REPLACED
+
+
+def test_replacements_that_fail_give_the_key_back_to_who_is_queued(store: Store) -> None:
+    """One of them replaced the other meanwhile, of which there is no message."""
+    store.acquire()
+    store.acquire("two", token=SECOND, how="replace")
+    store.acquire("three", token="t3", how="replace")
+    assert not store.abandon("two", token=SECOND)
+    assert store.abandon("three", token="t3")
+    assert store.enter().code is Entry.ENTERED
+
+
+def test_a_replacement_that_was_replaced_before_it_was_queued(store: Store) -> None:
+    """Its message ends unrun as well."""
+    store.acquire()
+    store.acquire("two", token=SECOND, how="replace")
+    store.acquire("three", token="t3", how="replace")
+    store.claims.confirm(NAME, owner="two")
+    store.claims.confirm(NAME, owner="three")
+    for owner in ("one", "two"):
+        assert store.claims.replaced_by(NAME, owner) == "three"
 
 
 def test_a_call_with_the_owners_id_replaces_nothing(store: Store) -> None:
@@ -169,9 +197,10 @@ def test_a_replacement_waits_for_the_one_that_runs(store: Store) -> None:
     """Two never run at once, and the end of the first lets the second in."""
     store.acquire()
     store.enter(lease=30)
-    store.acquire("two", token=SECOND, how="replace")
-    ticket = store.enter("two", holder="h2")
-    assert ticket.code is Entry.PREDECESSOR_RUNNING
+    store.replace()
+    assert store.enter("two", holder="h2").code is Entry.PREDECESSOR_RUNNING
+    assert store.enter().code is Entry.ENTERED, "the run itself, whose reply was lost"
+    assert store.enter(holder="h3").code is Entry.RUNNING, "a copy of it, which must not end it"
     assert store.release() == (Release.KEPT, "two")
     assert store.enter("two", holder="h2").code is Entry.ENTERED
     assert "holder_owner" not in store.record
@@ -192,6 +221,34 @@ def test_a_replacement_lives_as_long_as_the_run_before_it_is_covered(store: Stor
     store.enter(lease=500, ttl=500)
     store.acquire("two", token=SECOND, how="replace", ttl=5)
     assert store.lapses_in == pytest.approx(500, abs=2)
+
+
+def test_a_replacement_that_ends_unrun_gives_the_key_back_to_the_one_that_runs(
+    store: Store,
+) -> None:
+    """It was revoked, or has expired; the end of the run frees the key."""
+    store.acquire()
+    store.enter()
+    store.replace()
+    assert store.release("two", holder="other", may_be_unentered=True) == (Release.FREED, "two")
+    assert store.record["owner"] == "one"
+    assert store.claims.replaced_by(NAME, "one") is None
+    assert store.release()[0] is Release.FREED
+
+
+def test_nothing_is_given_back_to_a_task_that_has_ended(store: Store) -> None:
+    """A replacement is not published, and the one before it has ended meanwhile."""
+    store.acquire()
+    store.enter()
+    store.acquire("two", token=SECOND, how="replace")
+    store.release()
+    assert store.abandon("two", token=SECOND)
+    assert store.record == {}
+    store.acquire()
+    store.acquire("two", token=SECOND, how="replace")
+    store.release(holder="", may_be_unentered=True)
+    assert store.abandon("two", token=SECOND)
+    assert store.record == {}
 
 
 # -- handed on -----------------------------------------------------------------------------------
@@ -216,6 +273,35 @@ def test_a_second_call_of_itself_is_a_duplicate_of_the_first(store: Store) -> No
     store.acquire("two", token=SECOND, holder="h1")
     ticket = store.acquire("three", token="t3", holder="h1")
     assert (ticket.code, ticket.owner) == (Publish.DUPLICATE, "two")
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_caller_that_comes_back_before_its_successor_starts(store: Store, dies: bool) -> None:
+    """It went back to its queue, or its worker died: it runs on, and the other one waits."""
+    store.acquire()
+    store.enter(lease=0.2, ttl=60)
+    store.acquire("two", token=SECOND, holder="h1")
+    store.claims.confirm(NAME, owner="two")
+    if dies:
+        store.let_pass(0.3)
+    else:
+        assert store.release(keep_for=30) == (Release.KEPT, "two")
+    assert store.enter(holder="h3").code is Entry.ENTERED
+    assert store.enter("two", holder="h2").code is Entry.PREDECESSOR_RUNNING
+    again = store.acquire("three", token="t3", holder="h3")
+    assert (again.code, again.owner) == (Publish.DUPLICATE, "two"), "it has called itself before"
+    assert store.release(holder="h3") == (Release.KEPT, "two")
+    assert store.enter("two", holder="h2").code is Entry.ENTERED
+
+
+def test_a_caller_that_comes_back_too_late(store: Store) -> None:
+    """Its successor has started."""
+    store.acquire()
+    store.enter(lease=0.2, ttl=60)
+    store.acquire("two", token=SECOND, holder="h1")
+    store.let_pass(0.3)
+    assert store.enter("two", holder="h2").code is Entry.ENTERED
+    assert store.enter(holder="h3").code is Entry.DUPLICATE
 
 
 def test_what_is_handed_on_waits_for_no_dead_caller(store: Store) -> None:
@@ -266,16 +352,6 @@ def test_the_claim_of_a_dead_run_lapses_in_time(store: Store) -> None:
     assert store.enter(holder="h2").code is Entry.ENTERED, "its copy that came back"
 
 
-def test_a_window_is_not_cut_short_by_a_death(store: Store) -> None:
-    """It is a window whatever happens."""
-    store.acquire(ttl=60, how="window")
-    store.put_on_lease("other", 60)
-    store.enter(delivery="other")
-    store.server.zrem(store.claims.leases, "other")
-    store.acquire("two", token=SECOND, ttl=1)
-    assert store.lapses_in == pytest.approx(60, abs=2)
-
-
 def test_a_message_that_is_on_no_lease_covers_nothing(store: Store) -> None:
     """The worker could not renew: the run is covered for as long as it may take."""
     store.acquire()
@@ -306,3 +382,23 @@ def test_what_was_handed_on_waits_as_a_call_does(store: Store) -> None:
     store.put_on_lease("other", 60)
     store.enter("two", holder="h2", delivery="other")
     assert "allowance" not in store.record
+
+
+def test_a_long_run_is_freed_by_itself_alone(store: Store) -> None:
+    """Its lease is over, but that of its message is not: an end of another copy frees nothing."""
+    store.acquire()
+    store.put_on_lease("tag", 60)
+    store.enter(lease=0.1, delivery="tag")
+    store.let_pass(0.2)
+    assert store.release(holder="h2", may_be_unentered=True) == (Release.NOT_OURS, "one")
+    assert store.release()[0] is Release.FREED
+
+
+def test_a_claim_is_kept_for_who_waits_in_a_worker(store: Store) -> None:
+    """It is the owner's alone to keep, and never made shorter."""
+    store.acquire(ttl=5)
+    assert store.claims.keep(NAME, owner="one", ttl=60)
+    assert store.lapses_in == pytest.approx(60, abs=2)
+    assert store.claims.keep(NAME, owner="one", ttl=5)
+    assert not store.claims.keep(NAME, owner="two", ttl=500)
+    assert store.lapses_in == pytest.approx(60, abs=2)

@@ -147,10 +147,22 @@ def test_a_lost_reply_does_not_cost_a_call_its_claim(
     behind_proxy: Store, redis_proxy: Proxy
 ) -> None:
     """The repeated script recognises its token: the caller has the key."""
-    load("claim_acquire")(behind_proxy.claims.client, ["warm"], ["o", 0, "t", 1000, "n"])
+    behind_proxy.claims.acquire("warm", owner="o", attempt=0, token="t", ttl=1, task="n")
     redis_proxy.lose_replies(b"EVALSHA")
     assert behind_proxy.acquire().code is Publish.CLAIMED
     assert behind_proxy.record["token"] == "t1"
+
+
+def test_a_lost_reply_does_not_cost_a_start_its_place(
+    behind_proxy: Store, redis_proxy: Proxy
+) -> None:
+    """Another call has taken the key that the first try had freed."""
+    behind_proxy.claims.start("warm", owner="o", attempt=0, remember=1)
+    behind_proxy.acquire()
+    assert behind_proxy.start().code is Entry.ENTERED
+    behind_proxy.acquire("two", token="t2")
+    assert behind_proxy.start().code is Entry.ENTERED
+    assert behind_proxy.record["owner"] == "two"
 
 
 def test_lost_replies_in_the_life_of_a_task_change_nothing(

@@ -16,7 +16,7 @@ from celery import Celery
 from celery.worker.request import Request
 
 from reliable_tasks._celery.channels import held_by, is_lost
-from reliable_tasks._celery.headers import DELIVERY, TIMES_SET_ASIDE
+from reliable_tasks._celery.headers import DELIVERY, TIMES_SET_ASIDE, WAITS_FOR
 from reliable_tasks._celery.receiving import check_request
 from reliable_tasks._celery.registry import hard_limit
 
@@ -106,6 +106,7 @@ class DeliveredRequest(Request):
         self._keeps_ack = self._owes_ack = False
         self._is_accepted = False
         self._times_set_aside = 0
+        self._waits_for = ""
         self._held = held_by(message.channel)
         self._delivery: Any = None if self._held is None else self._held.get(message.delivery_tag)
         if self._delivery is not None:
@@ -116,6 +117,7 @@ class DeliveredRequest(Request):
             self._held = self._beside = getattr(self._consumer, "beside", None)
         if self._beside is not None:
             self._times_set_aside = int(self.request_dict.get(TIMES_SET_ASIDE) or 0)
+            self._waits_for = str(self.request_dict.get(WAITS_FOR) or "")
             self._delivery = self._expect()
         if self._delivery is not None:
             # Of this delivery; a retry must not inherit them. With an early ack it is over

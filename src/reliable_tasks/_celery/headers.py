@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DELIVERY", "IN_DOUBT", "IS_COPY", "OF_ONE_COPY", "TIMES_SET_ASIDE"]
+__all__ = ["DELIVERY", "IN_DOUBT", "IS_COPY", "OF_ONE_COPY", "TIMES_SET_ASIDE", "WAITS_FOR"]
 
 #: Header, of one delivery: its tag.
 DELIVERY = "reliable_delivery"
@@ -10,6 +10,8 @@ DELIVERY = "reliable_delivery"
 IN_DOUBT = "reliable_in_doubt"
 #: Headers of a copy that waits in the broker: its message was delivered before, ...
 IS_COPY = "reliable_copy"
-#: ... and so many times it was set aside.
+#: ... so many times it was set aside, ...
 TIMES_SET_ASIDE = "reliable_set_aside"
-OF_ONE_COPY = (IS_COPY, TIMES_SET_ASIDE)
+#: ... and it waits for this.
+WAITS_FOR = "reliable_waits_for"
+OF_ONE_COPY = (IS_COPY, TIMES_SET_ASIDE, WAITS_FOR)

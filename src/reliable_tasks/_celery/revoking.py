@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery import Task, states
+from celery import Task, signals, states
 from celery.exceptions import TaskRevokedError
 
 __all__ = ["end_as_revoked"]
@@ -20,4 +20,7 @@ def end_as_revoked(task: Task[..., Any], reason: str) -> None:
         # As Celery decides it for an error.
         store_result=not request.ignore_result or task.store_errors_even_if_ignored,
         state=states.REVOKED,
+    )
+    signals.task_revoked.send(
+        sender=task, request=request, terminated=False, signum=None, expired=False
     )

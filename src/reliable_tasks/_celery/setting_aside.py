@@ -17,7 +17,7 @@ from celery.worker.state import task_ready, task_reserved
 
 from reliable_tasks._celery import stock
 from reliable_tasks._celery.delivery import DeliveredRequest
-from reliable_tasks._celery.headers import DELIVERY, IN_DOUBT, IS_COPY, TIMES_SET_ASIDE
+from reliable_tasks._celery.headers import DELIVERY, IN_DOUBT, IS_COPY, TIMES_SET_ASIDE, WAITS_FOR
 
 __all__ = ["PatientRequest", "SetAside", "growing"]
 
@@ -92,8 +92,6 @@ def _call_after(consumer: Any, pause: float, function: Callable[[], None]) -> No
 class PatientRequest(DeliveredRequest):
     """A request that can be set aside."""
 
-    _waits_for = ""
-
     def _set_aside(self, answer: SetAside) -> None:
         """Run this copy again after a pause that holds no slot."""
         task_ready(self)
@@ -148,7 +146,10 @@ class PatientRequest(DeliveredRequest):
         def run_again() -> None:
             _waiting.discard(self)
             tasks = consumer.task_consumer
-            if self._held is not None and self._beside is None:
+            if not self.task.acks_late:
+                # It was acknowledged: nobody else has it.
+                pass
+            elif self._held is not None and self._beside is None:
                 if not self._held.is_open(self.message.delivery_tag):
                     if raises_prefetch:
                         consumer.qos.decrement_eventually()
@@ -180,6 +181,7 @@ class PatientRequest(DeliveredRequest):
                 **{k: v for k, v in headers.items() if k not in (DELIVERY, "crashes")},
                 IS_COPY: self._delivery.is_copy,
                 TIMES_SET_ASIDE: self._times_set_aside,
+                WAITS_FOR: self._waits_for,
             }
         try:
             Task.apply_async(self.task, copy.args, copy.kwargs, **copy.options)

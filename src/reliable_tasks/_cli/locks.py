@@ -90,7 +90,7 @@ def _ask(record: Record) -> None:
         State.QUEUED: "waits in its queue, and will run all the same",
         State.RUNNING: "runs right now, and another one can run beside it then",
         State.INTERRUPTED: "was interrupted, and will run again when its message comes back",
-        State.OVER: "has ended",
+        State.WINDOW: "was called, and has the key until its window is over",
     }
     click.echo(f"Task {record.task}[{record.owner}] {doing[record.state]}.", err=True)
     click.confirm(f"Free {record.name}?", abort=True, err=True)

@@ -98,7 +98,8 @@ class OnceOptions:
     @property
     def takes_turns(self) -> bool:
         """Whether tasks with the key wait for each other when they start."""
-        return self.lock in ("while_executing", "until_and_while_executing")
+        # One that waited for longer than its window may meet that of the next.
+        return self.lock in ("while_executing", "until_and_while_executing", "until_expired")
 
     def ttl_seconds(self, default: float) -> float:
         """Return the queue allowance in seconds."""

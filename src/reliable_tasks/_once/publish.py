@@ -76,6 +76,11 @@ def publish(
     name = carried.name if carried and is_retry else once.claim_name(task, args, kwargs)
     continued = carried if carried and carried.name == name else None
     claim = Claim(name, owner, continued.attempt + 1 if continued else retries)
+    headers[CLAIM] = claim.as_header()
+    is_own = continued is not None or retries > 0
+    if is_own and once.options.is_for_a_window:
+        # It was called in its window, which may be over.
+        return queue(owner, headers, producer)
     wish = replace(
         publication_of({"id": owner}) or Publication(),
         claim=name,
@@ -88,14 +93,15 @@ def publish(
         holder=_holder(task, once, claim, continued),
     )
     send = _one_step if _is_one_script(task, locks, options, producer) else _two_steps
-    answer = send(task, locks, wish, queue, {**headers, CLAIM: claim.as_header()}, producer)
+    answer = send(task, locks, wish, queue, headers, producer)
     if not isinstance(answer, Ticket):
         return answer
     # A retry must not end without a word as somebody's duplicate, whatever its headers say.
-    if continued is not None or retries > 0:
+    if is_own:
         if not once.options.is_freed_at_start:
             raise LockLost(claim.name, claim.owner, answer.owner)
         # It gave its key up when it started, and must run all the same.
+        del headers[CLAIM]
         return queue(owner, headers, producer)
     action = "raise" if waited_for else once.options.at_publish
     claim_conflict.send(
@@ -180,8 +186,19 @@ def _two_steps(
     except BaseException:
         _take_back(locks, wish, token)
         raise
-    before = ticket.owner if ticket.code is Publish.TAKEN_OVER else None
-    return _queued(task, wish, result, before)
+    if ticket.code is not Publish.TAKEN_OVER:
+        return _queued(task, wish, result, None)
+    try:
+        locks.claims.confirm(wish.claim, owner=wish.owner)
+    except StoreError as error:
+        logger.warning(
+            "Task %s[%s] is queued in the place of %s, which may run all the same: %s",
+            task.name,
+            wish.owner,
+            ticket.owner,
+            error,
+        )
+    return _queued(task, wish, result, ticket.owner)
 
 
 def _take(locks: Locks, wish: Publication, token: str) -> Ticket[Publish]:

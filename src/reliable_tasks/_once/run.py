@@ -21,7 +21,7 @@ from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._once.claim import HOLDER, Claim, Run
 from reliable_tasks._once.locks import Locks, locks_of
 from reliable_tasks._once.once import Once
-from reliable_tasks._store.claims import Entry, Release, Ticket
+from reliable_tasks._store.claims import Entry, Publish, Release, Ticket
 from reliable_tasks._store.delivery import is_beside
 from reliable_tasks.config import UNLIMITED
 from reliable_tasks.errors import DuplicateTaskError, StoreError
@@ -106,25 +106,45 @@ class _Copy:
             StoreError: The lock Redis does not answer, or refuses.
         """
         options = self.once.options
+        if options.is_for_a_window:
+            self._see_the_window()
         if options.takes_turns:
-            turn = self.claim.turn
-            fence = self._enter(turn, self._wait_its_turn)
-            if options.is_claimed_by_calls:
+            held = self.claim.turn
+            fence = self._enter(held, self._wait_its_turn)
+            claim_acquired.send(
+                sender=self.task, key=held.name, task_id=held.owner, replaced_id=None
+            )
+            if options.is_freed_at_start:
                 try:
                     self._start()
                 except BaseException:
-                    self.release(turn)
+                    self._release(held)
                     raise
-            claim_acquired.send(
-                sender=self.task, key=turn.name, task_id=turn.owner, replaced_id=None
-            )
-            return Run(self.once, self.claim, turn, self.holder, fence)
+            return Run(self.once, self.claim, held, self.holder, fence)
         if options.is_freed_at_start:
             return Run(self.once, self.claim, None, self.holder, self._start())
         fence = self._enter(self.claim, self._end_late)
         return Run(self.once, self.claim, self.claim, self.holder, fence)
 
-    def release(self, claim: Claim) -> None:
+    def _see_the_window(self) -> None:
+        """Have a task that was called by name take the key that its call did not."""
+        claim = self.claim
+        if Claim.from_headers(vars(self.task.request), claim.owner) is not None:
+            return
+        ticket = self.locks.claims.acquire(
+            claim.name,
+            owner=claim.owner,
+            attempt=claim.attempt,
+            # The same for each copy.
+            token=claim.owner,
+            ttl=self.once.ttl(self.locks.config),
+            task=self.task.name,
+            how="window",
+        )
+        if ticket.code is Publish.DUPLICATE:
+            self._end_late(Ticket(Entry.DUPLICATE, ticket.owner, ticket.seconds, ticket.fence))
+
+    def _release(self, claim: Claim) -> None:
         """Free what this copy has taken, or its call: it does not run."""
         with suppress(StoreError):
             self.locks.claims.release(
@@ -160,11 +180,18 @@ class _Copy:
     def _start(self) -> int:
         """Free the key of the call: the next one can be queued."""
         claim = self.claim
-        ticket = self.locks.claims.start(claim.name, owner=claim.owner, attempt=claim.attempt)
+        ticket = self.locks.claims.start(
+            claim.name,
+            owner=claim.owner,
+            attempt=claim.attempt,
+            remember=_redelivery(self.task, _lease(self.task, self.locks)),
+        )
         if ticket.code is Entry.DUPLICATE:
             # One that was started before gave its key up then.
             if not _may_have_started(self.task):
                 self._end_late(ticket)
+        elif ticket.code is Entry.PREDECESSOR_RUNNING:
+            raise _until_free("another call is taking its place", _WHILE_ENDING, ticket)
         else:
             self._check(ticket)
             claim_released.send(sender=self.task, key=claim.name, task_id=claim.owner)
@@ -204,11 +231,15 @@ class _Copy:
         if action != "reschedule" or not self.task.request.get(TIMES_SET_ASIDE):
             self._tell_conflict(self.claim.turn, ticket, action)
         if action == "reschedule":
+            if self.once.options.is_freed_at_start:
+                # It waits for longer than it might in the queue.
+                ttl = self.once.ttl(self.locks.config)
+                self.locks.claims.keep(self.claim.name, owner=self.claim.owner, ttl=ttl)
             reason = f"task {ticket.owner} runs with its key"
             raise _until_free(reason, _WHILE_OTHER_RUNS, ticket, waits_for=ticket.owner)
         # Its call is over.
         if self.once.options.is_claimed_by_calls:
-            self.release(self.claim)
+            self._release(self.claim)
         if action == "drop":
             self._revoke(f"task {ticket.owner} runs with its key")
         raise DuplicateTaskError(self.claim.name, ticket.owner, ticket.seconds)
@@ -279,6 +310,17 @@ def _leave(task: Any = None, state: str | None = None, retval: Any = None, **_: 
         goes_back = state == states.REJECTED and bool(getattr(retval, "requeue", False))
         if run.held is not None:
             _release(task, run.once, run.held, run.holder, goes_back=goes_back)
+        if state == states.RETRY and run.once.options.is_freed_at_start:
+            # The retry has taken the key again; where that is a step of its own, it counts now.
+            _release(
+                task,
+                run.once,
+                run.claim,
+                run.holder,
+                goes_back=False,
+                may_be_unentered=True,
+                is_routine=True,
+            )
     elif run is None and state in _FINAL and not task.request.is_eager:
         once = getattr(task, "reliable_once", None)
         if once is not None and not isinstance(retval, DuplicateTaskError):
@@ -333,7 +375,7 @@ def _end_unrun(
     if options.takes_turns:
         # It may not have had its turn yet.
         answered = _release(task, once, claim.turn, holder, goes_back=requeued, is_routine=True)
-    if options.is_claimed_by_calls:
+    if options.is_claimed_by_calls and not options.is_for_a_window:
         answered &= _release(
             task,
             once,

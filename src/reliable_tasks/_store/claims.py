@@ -24,7 +24,10 @@ Code = TypeVar("Code", bound=IntEnum)
 
 
 class Publish(IntEnum):
-    """Answers to a publish; the numbers are those of the scripts."""
+    """Answers to a publish; the numbers are those of the scripts.
+
+    What is taken over is to be confirmed when the message is queued.
+    """
 
     DUPLICATE = 0
     CLAIMED = 1
@@ -129,8 +132,8 @@ class Claims:
             token: Made once per publish.
             ttl: How long the message may wait (s).
             task: The task's name.
-            how: ``"acquire"`` a free one; ``"window"``, the same, and it stays taken for the
-                ``ttl`` whatever happens; or ``"replace"`` the owner's call.
+            how: ``"acquire"`` a free one; ``"window"``, the same, to be freed by nobody; or
+                ``"replace"`` the owner's call.
             holder: Token of the run that makes the call: it hands its own claim on.
         """
         args: list[str | int] = [owner, attempt, token, ms(ttl), task, how, holder]
@@ -154,8 +157,16 @@ class Claims:
 
     def abandon(self, name: str, *, owner: str, token: str) -> bool:
         """Take back a publish that failed."""
+        return bool(load("claim_abandon")(self.client, [self.keys.claim(name)], [owner, token]))
+
+    def confirm(self, name: str, *, owner: str) -> None:
+        """Note that the message is queued of a call that took a claim over."""
         keys = [self.keys.claim(name), self.keys.replaced(name)]
-        return bool(load("claim_abandon")(self.client, keys, [owner, token]))
+        load("claim_confirm")(self.client, keys, [owner])
+
+    def keep(self, name: str, *, owner: str, ttl: float) -> bool:
+        """Keep the claim of a message that waits in a worker, for another while (s)."""
+        return bool(load("claim_keep")(self.client, [self.keys.claim(name)], [owner, ms(ttl)]))
 
     def enter(
         self,
@@ -183,10 +194,14 @@ class Claims:
         keys = [*self._both(name), self.leases, self.keys.replaced(name)]
         return _ticket(Entry, self._make("claim_enter", keys, args))
 
-    def start(self, name: str, *, owner: str, attempt: int) -> Ticket[Entry]:
-        """Free the claim of a copy that starts, or learn why it must not start."""
-        keys = [self.keys.claim(name), self.keys.replaced(name)]
-        return _ticket(Entry, self._make("claim_start", keys, [owner, attempt]))
+    def start(self, name: str, *, owner: str, attempt: int, remember: float) -> Ticket[Entry]:
+        """Free the claim of a copy that starts, or learn why it must not start.
+
+        One that has started is known for ``remember`` seconds.
+        """
+        keys = [self.keys.claim(name), self.keys.replaced(name), self.keys.ended(name)]
+        args: list[str | int] = [owner, attempt, ms(remember)]
+        return _ticket(Entry, self._make("claim_start", keys, args))
 
     def release(
         self,
@@ -205,7 +220,8 @@ class Claims:
         """
         unentered = int(may_be_unentered)
         args: list[str | int] = [owner, attempt, holder, ms(keep_for), unentered, ms(remember)]
-        code, other = load("claim_release")(self.client, self._both(name), args)
+        keys = [*self._both(name), self.keys.replaced(name), self.leases]
+        code, other = load("claim_release")(self.client, keys, args)
         return Release(int(code)), str(other)
 
     def _make(self, script: str, keys: list[str], args: list[str | int]) -> list[str]:

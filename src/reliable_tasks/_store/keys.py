@@ -60,9 +60,14 @@ class Keys:
         """Return the key that remembers the last attempt of the claim's last owner."""
         return f"{self.prefix}ended:{{{name}}}"
 
+    @property
+    def replacements(self) -> str:
+        """What the key begins with of those whose calls were replaced; as `claims`."""
+        return f"{self.prefix}replaced:"
+
     def replaced(self, name: str) -> str:
         """Return the key that remembers whose calls with the claim were replaced by others."""
-        return f"{self.prefix}replaced:{{{name}}}"
+        return f"{self.replacements}{{{name}}}"
 
     def claims_pattern(self) -> str:
         """Return the ``SCAN`` pattern that finds every claim."""

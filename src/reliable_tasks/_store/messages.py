@@ -171,7 +171,8 @@ class Messages:
 
     def purge(self, server: redis.Redis, list_: str) -> int:
         """Throw away what waits in a list, and free the claims; return how many that were."""
-        args: list[Argument] = [_PURGED_AT_ONCE, _FETCHED_BYTES, self.keys.claims]
+        keys = self.keys
+        args: list[Argument] = [_PURGED_AT_ONCE, _FETCHED_BYTES, keys.claims, keys.replacements]
         purged = 0
         while count := int(load("message_purge").on(server, [self.layout.prefix + list_], args)):
             purged += count

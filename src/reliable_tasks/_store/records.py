@@ -24,7 +24,7 @@ class State(StrEnum):
     QUEUED = "queued"
     RUNNING = "running"
     INTERRUPTED = "interrupted"
-    OVER = "over"
+    WINDOW = "window"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ class Record:
         name: Its key.
         task: Name of the task that took it.
         owner: Id of the task that has it.
-        state: Whether that waits in the queue or for its turn, runs, was interrupted (its worker
-            is gone, and its message comes back), or is over and the rest of its window is left.
+        state: Whether that waits in the queue or for its turn, runs, or was interrupted (its
+            worker is gone, and its message comes back); or the key is taken for a window of time.
         attempt: The latest one that is known.
         age: Since when it has it (s).
         expires_in: Until it lapses if nobody renews or releases it (s).
@@ -63,10 +63,13 @@ class Record:
         now: float,
     ) -> Record:
         """Read a claim's fields, by the lease (ms) of the delivery that its holder runs."""
-        state = State.OVER if "over" in fields else State.QUEUED
+        state = State.WINDOW if "window" in fields else State.QUEUED
         if "holder" in fields:
-            ends = lease_end or 0 if "delivery" in fields else fields["lease_end"]
-            state = State.RUNNING if float(ends) / 1000 > now else State.INTERRUPTED
+            # As covered_until.lua has it.
+            ends = float(fields["lease_end"])
+            if "delivery" in fields:
+                ends = max(ends, lease_end or 0) if (lease_end or 0) / 1000 > now else 0
+            state = State.RUNNING if ends / 1000 > now else State.INTERRUPTED
         return cls(
             name=name,
             task=fields["task"],

@@ -395,6 +395,7 @@ class TestReplace:
                 task=self.name,
                 how="replace",
             )
+            claims_.confirm(self.claim.key, owner="other")
             seen.append(answer)
             with pytest.raises(LockLost) as lost:
                 self.claim.check()

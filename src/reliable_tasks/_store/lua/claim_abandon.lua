@@ -1,7 +1,6 @@
 -- Purpose: take back an acquire or a continuation whose message was not published.
 --          Safe to repeat.
 -- KEYS[1]  the claim
--- KEYS[2]  replaced: hash, task whose call was replaced -> the task that has its place
 -- ARGV[1]  owner: the task's id
 -- ARGV[2]  token of the publish that failed
 -- Returns: 1  taken back; who had the claim before has it again
@@ -18,9 +17,8 @@ if next_attempt then
     return 1
 end
 if replaces then
-    redis.call('HDEL', KEYS[2], replaces)
     redis.call('HSET', KEYS[1], 'owner', replaces, 'attempt', replaces_attempt)
-    redis.call('HDEL', KEYS[1], 'token', 'replaces', 'replaces_attempt')
+    redis.call('HDEL', KEYS[1], 'token', 'replaces', 'replaces_attempt', 'hands_on', 'allowance')
     if holder_owner == replaces then
         redis.call('HDEL', KEYS[1], 'holder_owner')
     end

@@ -8,12 +8,13 @@
 -- ARGV[3]  token: made once per publish
 -- ARGV[4]  ttl: how long the message may wait, ms
 -- ARGV[5]  task: the task's name, for people who look
--- ARGV[6]  how: 'acquire', if it is free; 'window', the same, and it stays taken for the ttl
---          whatever happens; 'replace', in the place of the owner, whose message ends unrun
+-- ARGV[6]  how: 'acquire', if it is free; 'window', the same, and nobody frees it before the ttl;
+--          'replace', in the place of the owner, whose message ends unrun
 -- ARGV[7]  holder: token of the run that makes this call, or ''. It hands its own claim on: the
 --          task is the owner at once, and starts when that run has ended
 -- Returns: {1, owner, ttl in ms, fence}           acquired
---          {2, the owner before, ttl in ms, fence}  acquired from the one that had it
+--          {2, the owner before, ttl in ms, fence}  acquired from the one that had it; to be
+--                                                 confirmed when the message is queued
 --          {0, its owner, ms until it lapses, fence}  somebody else's
 -- Uses: claim_mourn claim_acquire
 -- Commands: none

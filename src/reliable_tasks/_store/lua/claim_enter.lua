@@ -17,69 +17,89 @@
 --          that task that comes back
 -- Returns: {1, owner, lease in ms, fence}             entered
 --          {2, owner, 0, fence}                       a later attempt exists, or it has ended
---          {3, owner, ms until its lease ends, fence}  another copy of this attempt runs
---          {4, owner, ms until its lease ends, fence}  what had the claim before this attempt,
---                                                      or this task, still runs
+--          {3, owner, ms until its lease ends, fence}  another copy of this task runs
+--          {4, owner, ms to wait, fence}              what had the claim before still runs; or it
+--                                                     is not known yet who has it
 --          {5, owner, 0, fence}                       the call was replaced by that owner's
 --          {0, its owner, ms until it lapses, fence}  another task owns the key
--- Uses: claim_mourn
+-- Uses: claim_mourn covered_until claim_confirm
 -- Commands: TIME HMGET HGET GET ZSCORE HDEL HSET PEXPIRE PTTL
+claim_mourn(KEYS[1], KEYS[3], ARGV[5])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local owner, attempt, holder, lease_end, fence, holder_attempt, delivery, holder_owner, window =
-    unpack(redis.call('HMGET', KEYS[1], 'owner', 'attempt', 'holder', 'lease_end', 'fence',
-        'holder_attempt', 'delivery', 'holder_owner', 'until'))
-local is_leased = tonumber(redis.call('ZSCORE', KEYS[3], ARGV[7]) or 0) > now
-if claim_mourn(KEYS[1], KEYS[3], ARGV[5]) then
-    lease_end = '0'
-elseif delivery then
-    lease_end = math.max(tonumber(lease_end), tonumber(redis.call('ZSCORE', KEYS[3], delivery)))
-end
-local runs = holder and tonumber(lease_end) > now
+local owner, attempt, holder, fence, holder_attempt, holder_owner, replaces, since, delivery, ends =
+    unpack(redis.call('HMGET', KEYS[1], 'owner', 'attempt', 'holder', 'fence', 'holder_attempt',
+        'holder_owner', 'replaces', 'since', 'delivery', 'lease_end'))
+local covered = covered_until(KEYS[3], delivery, ends, now)
+local runs = holder and covered > now
+local hands_on = false
 if owner ~= ARGV[1] then
+    if holder_owner == ARGV[1] and runs then
+        if holder == ARGV[3] then
+            return {1, owner, covered - now, fence}
+        end
+        return {3, owner, covered - now, fence}
+    end
     local replaced_by = redis.call('HGET', KEYS[4], ARGV[1])
     if replaced_by then
         return {5, replaced_by, 0, fence or 0}
     end
-    local ended, last = string.match(redis.call('GET', KEYS[2]) or '', '^(.*):(%d+)$')
-    if ended == ARGV[1] and tonumber(last) >= tonumber(ARGV[2]) then
-        return {2, ended, 0, fence or 0}
+    if holder_owner == ARGV[1] then
+        -- It has handed its claim on and was interrupted; its successor has not started yet.
+        hands_on = true
+    elseif replaces == ARGV[1] then
+        -- Who would have its place may still be about to publish, or has died.
+        local left = tonumber(since) + 30000 - now
+        if left > 0 then
+            return {4, owner, left, fence}
+        end
+        redis.call('HDEL', KEYS[1], 'replaces', 'replaces_attempt', 'hands_on')
+        owner, attempt = ARGV[1], ARGV[2]
+    else
+        local ended, last = string.match(redis.call('GET', KEYS[2]) or '', '^(.*):(%d+)$')
+        if ended == ARGV[1] and tonumber(last) >= tonumber(ARGV[2]) then
+            return {2, ended, 0, fence or 0}
+        end
     end
 end
-if owner and owner ~= ARGV[1] then
+if owner and owner ~= ARGV[1] and not hands_on then
     if ARGV[8] == '' then
         return {0, owner, redis.call('PTTL', KEYS[1]), fence}
     elseif runs then
-        return {0, owner, tonumber(lease_end) - now, fence}
+        return {0, owner, covered - now, fence}
     end
     owner = nil
 end
 if not owner then
     -- Never claimed (published by name), lapsed in a long queue, or a dead task's: it is free.
-    redis.call('HDEL', KEYS[1], 'token', 'until')
+    redis.call('HDEL', KEYS[1], 'token')
     redis.call('HSET', KEYS[1], 'task', ARGV[6], 'since', string.format('%.0f', now))
-elseif tonumber(attempt) > tonumber(ARGV[2]) then
+elseif ARGV[8] == '' and not hands_on and tonumber(attempt) > tonumber(ARGV[2]) then
     return {2, owner, 0, fence}
 elseif holder ~= ARGV[3] and runs then
     local code = 3
     if holder_owner or tonumber(holder_attempt) < tonumber(ARGV[2]) then
         code = 4
     end
-    return {code, owner, tonumber(lease_end) - now, fence}
+    return {code, owner, covered - now, fence}
 end
 if not owner or holder ~= ARGV[3] then
     fence = string.format('%.0f', math.max(tonumber(fence or 0) + 1, time[1] * 1000000 + time[2]))
 end
-redis.call('HDEL', KEYS[1], 'next_attempt', 'delivery', 'holder_owner', 'replaces',
-    'replaces_attempt', 'allowance')
-local lives = math.max(tonumber(ARGV[5]), tonumber(window or 0) - now)
-if is_leased then
+if not hands_on then
+    -- It was published, for it is here.
+    claim_confirm(KEYS[1], KEYS[4])
+    redis.call('HDEL', KEYS[1], 'next_attempt', 'holder_owner', 'allowance')
+    redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'attempt', ARGV[2])
+end
+local lives = tonumber(ARGV[5])
+redis.call('HDEL', KEYS[1], 'delivery')
+if tonumber(redis.call('ZSCORE', KEYS[3], ARGV[7]) or 0) > now then
     redis.call('HSET', KEYS[1], 'delivery', ARGV[7])
     -- As long as the guard knows of a run.
     lives = math.max(lives, 7 * 86400000)
 end
-redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'attempt', ARGV[2], 'fence', fence,
-    'holder', ARGV[3], 'holder_attempt', ARGV[2],
+redis.call('HSET', KEYS[1], 'fence', fence, 'holder', ARGV[3], 'holder_attempt', ARGV[2],
     'lease_end', string.format('%.0f', now + ARGV[4]))
 redis.call('PEXPIRE', KEYS[1], lives)
 return {1, ARGV[1], tonumber(ARGV[4]), fence}

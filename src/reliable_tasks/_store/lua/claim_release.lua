@@ -2,6 +2,8 @@
 --          follows (a continuation that is published already, or the same copy again).
 -- KEYS[1]  the claim
 -- KEYS[2]  where to remember '<owner>:<attempt>' of a task that was continued
+-- KEYS[3]  replaced: hash, task whose call was replaced -> the task that has its place
+-- KEYS[4]  leases of messages: sorted set, tag -> end of the lease, ms
 -- ARGV[1]  owner: the task's id
 -- ARGV[2]  attempt of the copy that ends
 -- ARGV[3]  holder: its token
@@ -10,45 +12,54 @@
 --          is its own too; '0' if only the holder may release
 -- ARGV[6]  ttl of that memory, ms: as long as a copy of an earlier attempt can come back; or 0
 -- Returns: {1, owner}      freed
---          {2, owner}      kept for what follows: its copy, its continuation, the task that
---                          has its place, or the rest of the window for which it is taken
+--          {2, owner}      kept for what follows: its copy, its continuation, or the task that
+--                          has its place
 --          {3, ''}         it had lapsed already
 --          {0, its owner}  not ours: another task's, or another run's
--- Commands: TIME HMGET HGET HSET HDEL SET PEXPIRE PTTL DEL
-local owner, attempt, next_attempt, holder, holder_owner, lease_end, window, delivery =
+-- Uses: covered_until claim_give_back
+-- Commands: TIME HMGET HSET HDEL SET PEXPIRE PTTL DEL
+local owner, attempt, next_attempt, holder, holder_owner, ends, delivery, replaces, allowance =
     unpack(redis.call('HMGET', KEYS[1], 'owner', 'attempt', 'next_attempt', 'holder',
-        'holder_owner', 'lease_end', 'until', 'delivery'))
+        'holder_owner', 'lease_end', 'delivery', 'replaces', 'allowance'))
 if not owner then
     return {3, ''}
 end
+local is_over, may_be_unentered = ARGV[4] == '0', ARGV[5] == '1'
 local function let_go()
     redis.call('HDEL', KEYS[1], 'holder', 'holder_attempt', 'holder_owner', 'lease_end',
         'delivery')
 end
 if owner ~= ARGV[1] then
-    if holder == ARGV[3] and holder_owner == ARGV[1] then
-        let_go()
-        redis.call('PEXPIRE', KEYS[1], redis.call('HGET', KEYS[1], 'allowance'))
-        return {2, owner}
+    local is_holder = holder == ARGV[3] and holder_owner == ARGV[1]
+    if is_over and replaces == ARGV[1] and (is_holder or may_be_unentered) then
+        -- Nothing could be given back to it any more.
+        redis.call('HDEL', KEYS[1], 'replaces', 'replaces_attempt', 'hands_on')
     end
-    return {0, owner}
+    if not is_holder then
+        return {0, owner}
+    end
+    if is_over then
+        let_go()
+    else
+        -- It may come back before its successor starts.
+        redis.call('HSET', KEYS[1], 'lease_end', '0')
+        redis.call('HDEL', KEYS[1], 'delivery')
+    end
+    redis.call('PEXPIRE', KEYS[1], allowance or redis.call('PTTL', KEYS[1]))
+    return {2, owner}
 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-if holder ~= ARGV[3] and (ARGV[5] ~= '1' or (holder and tonumber(lease_end) > now)) then
+local runs = holder and covered_until(KEYS[4], delivery, ends, now) > now
+if holder ~= ARGV[3] and (runs or not may_be_unentered) then
+    if holder_owner and may_be_unentered and is_over then
+        claim_give_back(KEYS[1], KEYS[3])
+        return {1, owner}
+    end
     return {0, owner}
 end
 local latest = math.max(tonumber(attempt), tonumber(next_attempt or 0))
-if ARGV[4] == '0' and latest <= tonumber(ARGV[2]) then
-    local left = tonumber(window or 0) - now
-    if left > 0 then
-        let_go()
-        redis.call('HDEL', KEYS[1], 'next_attempt')
-        -- No copy of it runs again.
-        redis.call('HSET', KEYS[1], 'attempt', latest + 1, 'over', '1')
-        redis.call('PEXPIRE', KEYS[1], left)
-        return {2, owner}
-    end
+if is_over and latest <= tonumber(ARGV[2]) then
     redis.call('DEL', KEYS[1])
     if latest > 0 and ARGV[6] ~= '0' then
         redis.call('SET', KEYS[2], owner .. ':' .. string.format('%.0f', latest), 'PX', ARGV[6])
@@ -57,10 +68,10 @@ if ARGV[4] == '0' and latest <= tonumber(ARGV[2]) then
 end
 let_go()
 redis.call('HDEL', KEYS[1], 'next_attempt')
-if ARGV[4] == '0' then
+if is_over then
     redis.call('HSET', KEYS[1], 'attempt', latest)
 else
-    local lives = math.max(tonumber(ARGV[4]), tonumber(window or 0) - now)
+    local lives = tonumber(ARGV[4])
     if not delivery then
         lives = math.max(lives, redis.call('PTTL', KEYS[1]))
     end

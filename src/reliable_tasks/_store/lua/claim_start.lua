@@ -2,26 +2,41 @@
 --          Safe to repeat.
 -- KEYS[1]  the claim
 -- KEYS[2]  replaced: hash, task whose call was replaced -> the task that has its place
+-- KEYS[3]  where to remember '<owner>:<attempt>' of the one that started last
 -- ARGV[1]  owner: the task's id
 -- ARGV[2]  attempt of this copy
--- Returns: {1, owner, 0, fence or 0}  free: it starts
+-- ARGV[3]  ttl of that memory, ms
+-- Returns: {1, owner, 0, fence or 0}  free: it starts, or it had started before
 --          {2, owner, 0, fence}      a later attempt exists
+--          {4, owner, ms to wait, fence}  it is not known yet who has the claim
 --          {5, owner, 0, fence}      the call was replaced by that owner's
 --          {0, its owner, ms until it lapses, fence}  another task owns the key
--- Commands: HMGET HGET PTTL DEL
-local owner, attempt, fence = unpack(redis.call('HMGET', KEYS[1], 'owner', 'attempt', 'fence'))
+-- Commands: TIME HMGET HGET GET SET PTTL DEL
+local owner, attempt, fence, replaces, since = unpack(redis.call('HMGET', KEYS[1], 'owner',
+    'attempt', 'fence', 'replaces', 'since'))
+local started = ARGV[1] .. ':' .. ARGV[2]
 if owner ~= ARGV[1] then
     local replaced_by = redis.call('HGET', KEYS[2], ARGV[1])
     if replaced_by then
         return {5, replaced_by, 0, fence or 0}
     end
-    if owner then
-        return {0, owner, redis.call('PTTL', KEYS[1]), fence}
+    if not owner or redis.call('GET', KEYS[3]) == started then
+        return {1, ARGV[1], 0, fence or 0}
     end
-    return {1, ARGV[1], 0, 0}
+    if replaces == ARGV[1] then
+        -- Who would have its place may still be about to publish, or has died.
+        local time = redis.call('TIME')
+        local left = tonumber(since) + 30000 - time[1] * 1000 - math.floor(time[2] / 1000)
+        if left > 0 then
+            return {4, owner, left, fence}
+        end
+        return {1, ARGV[1], 0, fence}
+    end
+    return {0, owner, redis.call('PTTL', KEYS[1]), fence}
 end
 if tonumber(attempt) > tonumber(ARGV[2]) then
     return {2, owner, 0, fence}
 end
 redis.call('DEL', KEYS[1])
+redis.call('SET', KEYS[3], started, 'PX', ARGV[3])
 return {1, owner, 0, fence}

@@ -27,7 +27,7 @@
 --          {2, '', 0, ''}     it was queued before, or another continuation was
 --          {3, '', 0, ''}     refused: the delivery that would continue itself is over
 --          {0, owner, ms until it lapses, fence}  refused: another task has the claim
--- Uses: ring_bell claim_mourn claim_acquire claim_continue
+-- Uses: ring_bell claim_mourn claim_acquire claim_continue claim_confirm
 -- Commands: EXISTS HGET HDEL HSET LPUSH SET PEXPIRE
 if redis.call('EXISTS', KEYS[1]) == 1 then
     -- A write, though a small one: WAIT waits for the last write of its own connection.
@@ -64,8 +64,9 @@ if ARGV[4] ~= '' then
         before = ticket[2]
     end
     -- What is queued in the same step counts as published at once.
-    redis.call('HDEL', KEYS[5], 'next_attempt', 'replaces', 'replaces_attempt')
+    redis.call('HDEL', KEYS[5], 'next_attempt')
     redis.call('HSET', KEYS[5], 'attempt', ARGV[6])
+    claim_confirm(KEYS[5], KEYS[6])
 end
 redis.call('LPUSH', KEYS[2], ARGV[1])
 redis.call('SET', KEYS[1], '1', 'PX', ARGV[2])

@@ -5,18 +5,20 @@
 -- ARGV[1]  count: at most so many messages
 -- ARGV[2]  bytes: after so many no more, for reading a message blocks the server
 -- ARGV[3]  claims: what the key of a claim begins with; the name follows in braces
+-- ARGV[4]  replaced: the same of the tasks whose calls were replaced
 -- Returns: how many there were
--- Commands: RPOP HMGET HSET HDEL DEL
+-- Uses: claim_give_back
+-- Commands: RPOP HMGET DEL
 local function free(claim)
-    local key = ARGV[3] .. '{' .. claim.key .. '}'
-    local owner, attempt, window, holder, holder_owner, holder_attempt = unpack(redis.call('HMGET',
-        key, 'owner', 'attempt', 'until', 'holder', 'holder_owner', 'holder_attempt'))
+    local name = '{' .. claim.key .. '}'
+    local key = ARGV[3] .. name
+    local owner, attempt, window, holder = unpack(redis.call('HMGET', key, 'owner', 'attempt',
+        'window', 'holder'))
     if owner ~= claim.owner or tonumber(attempt) ~= claim.attempt or window then
         return
     end
     if holder then
-        redis.call('HSET', key, 'owner', holder_owner or owner, 'attempt', holder_attempt)
-        redis.call('HDEL', key, 'holder_owner', 'next_attempt', 'allowance')
+        claim_give_back(key, ARGV[4] .. name)
     else
         redis.call('DEL', key)
     end

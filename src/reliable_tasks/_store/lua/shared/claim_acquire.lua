@@ -2,11 +2,16 @@
 -- Defines: claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, task, how, my_holder)
 -- Commands: TIME HMGET HSET HDEL PEXPIRE PTTL
 local function claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, task, how, my_holder)
-    local owner, token, fence, attempt, holder, holder_owner = unpack(redis.call('HMGET', key,
-        'owner', 'token', 'fence', 'attempt', 'holder', 'holder_owner'))
+    local owner, token, fence, attempt, holder, holder_owner, replaces =
+        unpack(redis.call('HMGET', key, 'owner', 'token', 'fence', 'attempt', 'holder',
+            'holder_owner', 'replaces'))
+    local lives = math.max(tonumber(ttl), redis.call('PTTL', key))
     if owner == mine and token == my_token then
         -- A write, though a small one: WAIT waits for the last write of its own connection.
-        redis.call('PEXPIRE', key, ttl)
+        redis.call('PEXPIRE', key, lives)
+        if replaces then
+            return {2, replaces, tonumber(ttl), fence}
+        end
         return {1, owner, tonumber(ttl), fence}
     end
     local hands_on = owner and my_holder ~= '' and holder == my_holder and not holder_owner
@@ -17,25 +22,26 @@ local function claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, tas
     local now = time[1] * 1000 + math.floor(time[2] / 1000)
     -- A fence must keep growing after its claim is gone, so it starts at the server's clock.
     fence = string.format('%.0f', math.max(tonumber(fence or 0) + 1, time[1] * 1000000 + time[2]))
-    local lives = math.max(tonumber(ttl), redis.call('PTTL', key))
     if owner then
-        -- Kept, should the message not be queued in the end.
-        redis.call('HSET', key, 'replaces', owner, 'replaces_attempt', attempt)
+        -- Until it is certain that the message is queued. One that is not may have come between.
+        if not replaces then
+            redis.call('HSET', key, 'replaces', owner, 'replaces_attempt', attempt)
+            if hands_on then
+                redis.call('HSET', key, 'hands_on', '1')
+            end
+        end
         if holder and not holder_owner then
             redis.call('HSET', key, 'holder_owner', owner)
         end
         redis.call('HSET', key, 'allowance', ttl)
-        if not hands_on then
-            redis.call('HSET', replaced, owner, mine)
-            redis.call('PEXPIRE', replaced, math.max(lives, redis.call('PTTL', replaced)))
-        end
         redis.call('HDEL', key, 'next_attempt')
     elseif how == 'window' then
-        redis.call('HSET', key, 'until', string.format('%.0f', now + ttl))
+        redis.call('HSET', key, 'window', '1')
     end
     redis.call('HSET', key, 'owner', mine, 'attempt', my_attempt, 'token', my_token,
         'fence', fence, 'task', task, 'since', string.format('%.0f', now))
     redis.call('PEXPIRE', key, lives)
+    redis.call('HDEL', replaced, mine)
     if owner then
         return {2, owner, tonumber(ttl), fence}
     end
