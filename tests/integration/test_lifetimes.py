@@ -65,6 +65,22 @@ def test_tasks_take_turns(shop: Scene, name: str) -> None:
     shop.wait_free(name, task="while_executing")
 
 
+def test_tasks_that_are_acknowledged_early_take_turns(shop: Scene, name: str) -> None:
+    """The broker does not have them any more: the worker that lets them wait does."""
+    results = [shop.call("while_executing, early ack", name, "take_a_while") for _ in range(4)]
+    for result in results:
+        assert result.get(timeout=20) == name
+    assert (shop.starts(name), most_at_once(shop, name)) == (4, 1)
+
+
+def test_a_successor_that_expires_leaves_no_claim(shop: Scene, name: str) -> None:
+    """It has its caller's claim, and does not live to see its end."""
+    first = shop.call("act", name, "call_itself_in_vain")
+    assert first.get(timeout=10) == name
+    shop.wait_free(name)
+    assert shop.starts(name) == 1
+
+
 def test_one_that_may_not_wait_is_dropped(shop: Scene, name: str) -> None:
     """Its result says for whom."""
     first = shop.call("while_executing, drop", name, "wait")

@@ -16,9 +16,9 @@ from reliable_tasks._store.client import ServerAddress
 from reliable_tasks._store.publication import How
 from reliable_tasks.testing import fake_redis
 
-NAME, TTL, LEASE, MEMORY = "name", 100, 30, 50
+NAME, TTL, LEASE, MEMORY, DOUBT = "name", 100, 30, 50, 30
 
-owners = st.sampled_from(["one", "two"])
+owners = st.sampled_from(["one", "two", "three"])
 attempts = st.integers(0, 2)
 tokens = st.sampled_from(["t1", "t2", "t3"])
 holders = st.sampled_from(["h1", "h2", "h3"])
@@ -33,13 +33,14 @@ class Record:
     attempt: int
     token: str
     expires: float
+    since: float
     holder: str | None = None
     holder_attempt: int = -1
     lease_end: float = 0.0
     holder_owner: str | None = None
     next_attempt: int | None = None
-    replaces: tuple[str, int] | None = None
-    until: float = 0.0
+    replaces: tuple[str, int, bool] | None = None
+    allowance: float | None = None
 
     def let_go(self) -> None:
         """Nobody holds it any more."""
@@ -117,32 +118,53 @@ class Machine(RuleBasedStateMachine):
         )
         claim, expires = self.claim, self.now + TTL
         if claim is None:
-            self.claim = Record(owner, attempt, token, expires)
-            self.claim.until = expires if how == "window" else 0.0
+            self.claim = Record(owner, attempt, token, expires, self.now)
+            self.replaced.pop(owner, None)
             assert answer.code is Publish.CLAIMED
             self.saw(answer.fence, new=True)
             return
-        assert answer.owner == claim.owner
+        expires = max(expires, claim.expires)
         hands_on = bool(holder) and claim.holder == holder and claim.holder_owner is None
         if (claim.owner, claim.token) == (owner, token):
-            assert answer.code is Publish.CLAIMED
+            assert answer.code is (Publish.TAKEN_OVER if claim.replaces else Publish.CLAIMED)
+            assert answer.owner == (claim.replaces[0] if claim.replaces else owner)
             claim.expires = expires
         elif claim.owner != owner and (hands_on or how == "replace"):
-            assert answer.code is Publish.TAKEN_OVER
+            assert (answer.code, answer.owner) == (Publish.TAKEN_OVER, claim.owner)
             self.saw(answer.fence, new=True)
-            expires = max(expires, claim.expires)
-            if not hands_on:
-                self.replaced[claim.owner] = owner
-                self.replaced_until = max(self.replaced_until, expires)
+            claim.replaces = claim.replaces or (claim.owner, claim.attempt, hands_on)
             if claim.holder and claim.holder_owner is None:
                 claim.holder_owner = claim.owner
-            claim.replaces, claim.next_attempt = (claim.owner, claim.attempt), None
             claim.owner, claim.attempt, claim.token = owner, attempt, token
-            claim.expires = expires
+            claim.next_attempt, claim.allowance = None, TTL
+            claim.expires, claim.since = expires, self.now
+            self.replaced.pop(owner, None)
             return
         else:
-            assert answer.code is Publish.DUPLICATE
+            assert (answer.code, answer.owner) == (Publish.DUPLICATE, claim.owner)
         self.saw(answer.fence, new=False)
+
+    def is_confirmed(self) -> None:
+        """The message of the owner is queued."""
+        claim = self.claim
+        assert claim is not None
+        if claim.replaces is not None:
+            replaced, _, hands_on = claim.replaces
+            if not hands_on:
+                self.replaced[replaced] = claim.owner
+                self.replaced_until = max(self.replaced_until, claim.expires)
+            claim.replaces = None
+
+    @rule(owner=owners)
+    def confirm(self, owner: str) -> None:
+        """A message that took the claim over is queued."""
+        self.tick()
+        self.claims.confirm(NAME, owner=owner)
+        if self.claim is not None and self.claim.owner == owner:
+            self.is_confirmed()
+        elif self.claim is not None:
+            self.replaced[owner] = self.claim.owner
+            self.replaced_until = max(self.replaced_until, self.claim.expires)
 
     @rule(owner=owners, attempt=attempts, token=tokens, holder=holders | st.just(""))
     def continue_(self, owner: str, attempt: int, token: str, holder: str) -> None:
@@ -153,7 +175,8 @@ class Machine(RuleBasedStateMachine):
         )
         claim = self.claim
         if claim is None:
-            self.claim = Record(owner, attempt - 1, token, self.now + TTL, next_attempt=attempt)
+            self.claim = Record(owner, attempt - 1, token, self.now + TTL, self.now)
+            self.claim.next_attempt = attempt
             assert answer.code is Publish.CLAIMED
             self.saw(answer.fence, new=True)
             return
@@ -161,7 +184,7 @@ class Machine(RuleBasedStateMachine):
         published = claim.attempt if claim.next_attempt is None else claim.next_attempt
         if (claim.owner, claim.token, published) == (owner, token, attempt):
             assert answer.code is Publish.CLAIMED
-            claim.expires = max(self.now + TTL, claim.until)
+            claim.expires = self.now + TTL
             return
         if (
             claim.owner != owner
@@ -172,27 +195,48 @@ class Machine(RuleBasedStateMachine):
             return
         assert answer.code is Publish.CLAIMED
         claim.next_attempt, claim.token = attempt, token
-        claim.expires = max(self.now + TTL, claim.until)
+        claim.expires = self.now + TTL
 
     def is_replaced(self, owner: str) -> bool:
         """Say whether a task finds another one in its place."""
         return owner in self.replaced and (self.claim is None or self.claim.owner != owner)
 
+    def waits_for_replacement(self, owner: str) -> bool:
+        """Say whether it is not known yet if a task has been replaced."""
+        claim = self.claim
+        if claim is None or claim.owner == owner or claim.replaces is None:
+            return False
+        return claim.replaces[0] == owner and self.now - claim.since < DOUBT
+
     @rule(owner=owners, attempt=attempts)
     def start(self, owner: str, attempt: int) -> None:
         """A copy starts and gives its key up."""
         self.tick()
-        answer = self.claims.start(NAME, owner=owner, attempt=attempt)
+        answer = self.claims.start(NAME, owner=owner, attempt=attempt, remember=MEMORY)
         claim = self.claim
         if self.is_replaced(owner):
             assert (answer.code, answer.owner) == (Entry.REPLACED, self.replaced[owner])
-        elif claim and claim.owner != owner:
+        elif claim is None or (claim.owner != owner and self.has_started(owner, attempt)):
+            assert answer.code is Entry.ENTERED
+        elif self.waits_for_replacement(owner):
+            assert (answer.code, answer.owner) == (Entry.PREDECESSOR_RUNNING, claim.owner)
+        elif claim.owner != owner and claim.replaces and claim.replaces[0] == owner:
+            assert answer.code is Entry.ENTERED
+        elif claim.owner != owner:
             assert (answer.code, answer.owner) == (Entry.DUPLICATE, claim.owner)
-        elif claim and claim.attempt > attempt:
+        elif claim.attempt > attempt:
             assert answer.code is Entry.CONTINUED
         else:
             assert answer.code is Entry.ENTERED
+            self.ended = (owner, attempt, self.now + MEMORY)
             self.claim = None
+
+    def has_started(self, owner: str, attempt: int) -> bool:
+        """Say whether this very attempt is the one that is known to have started last."""
+        if self.ended is None:
+            return False
+        started, last, until = self.ended
+        return (started, last) == (owner, attempt) and until > self.now
 
     @rule(owner=owners, attempt=attempts, holder=holders, takes=st.booleans())
     def enter(self, owner: str, attempt: int, holder: str, takes: bool) -> None:
@@ -208,29 +252,48 @@ class Machine(RuleBasedStateMachine):
             task="t",
             takes=takes,
         )
-        claim = self.claim
+        claim, runs = self.claim, self.holder_lives()
+        is_other = claim is None or claim.owner != owner
+        hands_on = False
+        if claim and is_other and runs and claim.holder_owner == owner:
+            assert answer.code is (Entry.ENTERED if claim.holder == holder else Entry.RUNNING)
+            self.saw(answer.fence, new=False)
+            return
         if self.is_replaced(owner):
             assert (answer.code, answer.owner) == (Entry.REPLACED, self.replaced[owner])
             return
-        if (claim is None or claim.owner != owner) and self.remembers(owner, attempt):
+        if claim and is_other and claim.holder_owner == owner:
+            hands_on = True
+        elif self.waits_for_replacement(owner):
+            assert answer.code is Entry.PREDECESSOR_RUNNING
+            return
+        elif claim and is_other and claim.replaces and claim.replaces[0] == owner:
+            claim.owner, claim.attempt, claim.replaces = owner, attempt, None
+        elif is_other and self.remembers(owner, attempt):
             assert (answer.code, answer.owner) == (Entry.CONTINUED, owner)
             return
-        if claim and claim.owner != owner and takes and not self.holder_lives():
+        is_other = claim is None or claim.owner != owner
+        if claim and is_other and not hands_on and takes and not runs:
             claim = None
-        if claim and claim.owner != owner:
+        if claim and is_other and not hands_on:
             assert (answer.code, answer.owner) == (Entry.DUPLICATE, claim.owner)
-        elif claim and claim.attempt > attempt:
+        elif claim and not takes and not hands_on and claim.attempt > attempt:
             assert answer.code is Entry.CONTINUED
-        elif claim and claim.holder != holder and self.holder_lives():
+        elif claim and claim.holder != holder and runs:
             before = bool(claim.holder_owner) or claim.holder_attempt < attempt
             assert answer.code is (Entry.PREDECESSOR_RUNNING if before else Entry.RUNNING)
         else:
-            assert answer.code is Entry.ENTERED
+            assert (answer.code, answer.owner) == (Entry.ENTERED, owner)
             self.saw(answer.fence, new=claim is None or claim.holder != holder)
-            token, until = (claim.token, claim.until) if claim else ("", 0.0)
-            self.claim = Record(owner, attempt, token, max(self.now + TTL, until), until=until)
-            self.claim.holder, self.claim.holder_attempt = holder, attempt
-            self.claim.lease_end = self.now + LEASE
+            if claim is None:
+                claim = self.claim = Record(owner, attempt, "", 0.0, self.now)
+            if not hands_on:
+                self.is_confirmed()
+                claim.owner, claim.attempt = owner, attempt
+                claim.next_attempt = claim.holder_owner = claim.allowance = None
+            claim.expires = self.now + TTL
+            claim.holder, claim.holder_attempt = holder, attempt
+            claim.lease_end = self.now + LEASE
             return
         self.saw(answer.fence, new=False)
 
@@ -259,29 +322,40 @@ class Machine(RuleBasedStateMachine):
         if claim is None:
             assert code is Release.LAPSED
             return
-        assert other == claim.owner
-        is_ours = claim.holder == holder or (may_be_unentered and not self.holder_lives())
-        if claim.owner != owner and (claim.holder, claim.holder_owner) == (holder, owner):
-            assert code is Release.KEPT
-            claim.let_go()
-        elif claim.owner != owner or not is_ours:
+        assert other == (claim.owner if claim.owner != owner else owner)
+        if claim.owner != owner:
+            is_holder = (claim.holder, claim.holder_owner) == (holder, owner)
+            ends = not keep_for and (is_holder or may_be_unentered)
+            if claim.replaces and claim.replaces[0] == owner and ends:
+                claim.replaces = None
+            assert code is (Release.KEPT if is_holder else Release.NOT_OURS)
+            if is_holder and keep_for:
+                claim.lease_end = 0.0
+            elif is_holder:
+                claim.let_go()
+            if is_holder and claim.allowance is not None:
+                claim.expires = self.now + claim.allowance
+            return
+        latest = max(claim.attempt, claim.next_attempt or 0)
+        if claim.holder != holder and (self.holder_lives() or not may_be_unentered):
+            if claim.holder_owner and may_be_unentered and not keep_for:
+                assert code is Release.FREED
+                self.replaced.pop(claim.holder_owner, None)
+                claim.owner, claim.attempt = claim.holder_owner, claim.holder_attempt
+                claim.holder_owner = claim.next_attempt = claim.replaces = None
+                claim.token, claim.allowance = "", None
+                return
             assert code is Release.NOT_OURS
-        elif keep_for or max(claim.attempt, claim.next_attempt or 0) > attempt:
+        elif keep_for or latest > attempt:
             assert code is Release.KEPT
             if keep_for:
                 claim.expires = max(claim.expires, self.now + keep_for)
             else:
-                claim.attempt = max(claim.attempt, claim.next_attempt or 0)
+                claim.attempt = latest
             claim.let_go()
             claim.next_attempt = None
-        elif claim.until > self.now:
-            assert code is Release.KEPT
-            claim.attempt = max(claim.attempt, claim.next_attempt or 0) + 1
-            claim.expires, claim.next_attempt = claim.until, None
-            claim.let_go()
         else:
             assert code is Release.FREED
-            latest = max(claim.attempt, claim.next_attempt or 0)
             if latest > 0:
                 self.ended = (owner, latest, self.now + MEMORY)
             self.claim = None
@@ -299,9 +373,8 @@ class Machine(RuleBasedStateMachine):
             claim.next_attempt, claim.token = None, ""
         elif claim.replaces is not None:
             assert answer
-            claim.owner, claim.attempt = claim.replaces
-            self.replaced.pop(claim.owner, None)
-            claim.token, claim.replaces = "", None
+            claim.owner, claim.attempt, _ = claim.replaces
+            claim.token, claim.replaces, claim.allowance = "", None, None
             if claim.holder_owner == claim.owner:
                 claim.holder_owner = None
         elif claim.holder:

@@ -38,6 +38,7 @@ LIFETIMES: dict[str, Any] = {
     "until_expired": {"lock": "until_expired", "ttl": 6},
     "while_executing": {"lock": "while_executing"},
     "while_executing, drop": {"lock": "while_executing", "on_conflict": "drop"},
+    "while_executing, early ack": {"lock": "while_executing"},
     "until_and_while_executing": {"lock": "until_and_while_executing"},
     "replace": {"on_conflict": "replace"},
 }
@@ -186,6 +187,12 @@ def _call_itself(task: Task, name: str) -> None:
         time.sleep(0.5)
 
 
+def _call_itself_in_vain(task: Task, name: str) -> None:
+    if _is_first(name):
+        task.apply_async((name,), expires=0.5)
+        time.sleep(2)
+
+
 def _leave(task: Task, name: str) -> None:
     raise SystemExit(3)
 
@@ -228,7 +235,7 @@ _ACTIONS = {
             _wait_and_retry,
         ),
         *(_retry_and_die, _retry_and_take_worker_down, _replace_same, _replace_other),
-        *(_sleep, _sleep_on, _exit, _die, _call_itself, _take_a_while),
+        *(_sleep, _sleep_on, _exit, _die, _call_itself, _call_itself_in_vain, _take_a_while),
         _replace_and_take_worker_down,
         *(_leave, _interrupt, _cancel, _run_out_of_memory, _hold_gil, _spin),
     )
@@ -274,7 +281,14 @@ def build(
 
     for kind, options in LIFETIMES.items():
 
-        @app.task(shared=False, name=kind, base=ReliableTask, bind=True, **limits)
+        @app.task(
+            shared=False,
+            name=kind,
+            base=ReliableTask,
+            bind=True,
+            acks_late="early ack" not in kind,
+            **limits,
+        )
         @once(key="{name}", **options)
         def lives(self: Task, name: str, what: str = "succeed", text: str = "") -> str:
             with told(self, name):

@@ -11,6 +11,7 @@ import pytest
 from celery import Celery, chain
 from celery._state import _task_stack
 from celery.exceptions import Reject, TaskRevokedError
+from celery.signals import task_revoked
 
 from reliable_tasks import (
     DuplicateTaskError,
@@ -122,6 +123,17 @@ class TestUntilExecuting:
         assert owners(app) == [other], "the second retry has replaced nobody, either"
         assert run(app, again).value == "retried"
 
+    def test_a_late_copy_leaves_the_key_to_the_retry(self, app: Celery, make: Any) -> None:
+        """It was continued, and is not run again."""
+        task = make(_retry_once, lock="until_executing")
+        first = task.delay(7)
+        message = take(app)
+        run(app, message)
+        (claim,) = claims(app)
+        assert (claim["attempt"], "next_attempt" in claim) == ("1", False)
+        assert run(app, message, redelivered=True).state == "IGNORED"
+        assert owners(app) == [first.id]
+
     def test_a_killed_child_costs_nobody_a_key(self, app: Celery, make: Any) -> None:
         """What the main process frees is the key of a copy that never started."""
         task = make(lambda self: self.delay(7).id, lock="until_executing")
@@ -156,6 +168,26 @@ class TestUntilExpired:
         task = make(lambda self: self.delay(7).duplicate, lock="until_expired", ttl=60)
         task.delay(7)
         assert run(app, take(app)).value is True
+
+    def test_one_that_waited_for_longer_than_its_window_runs(self, app: Celery, make: Any) -> None:
+        """It was the one call of its window, whoever called in the next."""
+        task = make(lambda self: self.claim.key, lock="until_expired", ttl=60)
+        task.delay(7)
+        message = take(app)
+        _forget_claims(app)
+        second = task.delay(7)
+        assert run(app, message).value.endswith(":turn")
+        assert owners(app) == [second.id]
+
+    def test_calls_by_name_have_windows_too(self, app: Celery, make: Any) -> None:
+        """The worker takes the key for them, and lets a copy that comes back run."""
+        task = make(lambda self: "ran", lock="until_expired", ttl=60)
+        first, second = app.send_task(task.name, (7,)), app.send_task(task.name, (7,))
+        message = take(app)
+        assert run(app, message).value == "ran"
+        assert run(app, message, redelivered=True).value == "ran"
+        assert isinstance(run(app, take(app)).value, DuplicateTaskError)
+        assert task.delay(7).id == first.id != second.id
 
     def test_a_retry_runs_in_its_window(self, app: Celery, make: Any) -> None:
         """It is the same task."""
@@ -242,6 +274,14 @@ class TestWhileExecuting:
         assert run(app, message).state == "REJECTED"
         assert owners(app) == []
         assert run(app, message, redelivered=True).value == "ran"
+
+    def test_a_retry_that_is_replaced_takes_its_turn(self, app: Celery, make: Any) -> None:
+        """Its replacement has the same id, and begins at attempt 0."""
+        bodies: list[Any] = [lambda _: "replaced", _replace, _retry]
+        task = make(lambda self: bodies.pop()(self), lock="while_executing")
+        task.delay(7)
+        states = [ended.state for ended in run_all(app)]
+        assert states == ["RETRY", "IGNORED", "SUCCESS"]
 
     def test_a_killed_child_gives_its_turn_to_others(self, app: Celery, make: Any) -> None:
         """The main process frees what its child held."""
@@ -346,6 +386,37 @@ class TestReplace:
         assert run(app, take(app)).value == "b"
         assert run(app, old).state == "IGNORED"
         assert owners(app) == []
+
+    def test_it_is_revoked_as_celery_revokes(self, app: Celery, make: Any) -> None:
+        """With its signal."""
+        told: list[Any] = []
+
+        def receive(sender: Any, request: Any, **_: Any) -> None:
+            told.append((sender.name, request.id))
+
+        task_revoked.connect(receive, weak=False)
+        try:
+            task = make(on_conflict="replace")
+            first = task.delay(7)
+            task.delay(7)
+            run_all(app)
+        finally:
+            task_revoked.disconnect(receive)
+        assert told == [(task.name, first.id)]
+
+    def test_a_call_whose_replacement_may_not_be_queued_waits(self, app: Celery, make: Any) -> None:
+        """Its caller is about to queue it, or has died."""
+        task = make(lambda self: "ran", on_conflict="replace")
+        task.delay(7)
+        message = take(app)
+        store = locks_of(app).claims
+        (claim,) = claims(app)
+        name = task.reliable_once.claim_name(task, (7,), {})
+        store.acquire(name, owner="other", attempt=0, token="t", ttl=60, task="t", how="replace")
+        assert isinstance(run(app, message).value, SetAside)
+        store.abandon(name, owner="other", token="t")
+        assert owners(app) == [claim["owner"]]
+        assert run(app, message).value == "ran"
 
     def test_the_rest_of_a_replaced_chain_is_told(self, app: Celery, make: Any) -> None:
         """Who waits for its end does not wait for ever."""
@@ -468,6 +539,37 @@ class TestItself:
         assert run(app, message).value == "second"
         assert owners(app) == []
 
+    def test_a_caller_that_goes_back_runs_on_before_its_successor(
+        self, app: Celery, make: Any
+    ) -> None:
+        """It has not ended."""
+
+        def body(self: Any) -> str:
+            if self.request.delivery_info["redelivered"]:
+                return "again"
+            self.delay(7)
+            raise Reject("later", requeue=True)
+
+        task = make(body)
+        task.delay(7)
+        message = take(app)
+        assert run(app, message).state == "REJECTED"
+        assert run(app, message, redelivered=True).value == "again"
+
+    def test_a_retry_after_it_says_what_was_retried(self, app: Celery) -> None:
+        """The error of the task is not lost behind that of its claim."""
+
+        @app.task(base=ReliableTask, name="auto", bind=True, autoretry_for=(ValueError,))
+        @once
+        def auto(self: Any) -> None:
+            self.delay()
+            raise ValueError("the cause")
+
+        auto.delay()
+        ended = run(app, take(app))
+        assert isinstance(ended.value, LockLost)
+        assert isinstance(ended.value.__cause__, ValueError)
+
     def test_another_task_does_not_get_the_callers_claim(self, app: Celery, make: Any) -> None:
         """A key is of one task."""
         other = make()
@@ -542,6 +644,14 @@ def _outside_of_tasks() -> Iterator[None]:
         yield
     finally:
         _task_stack.push(running)
+
+
+def _retry(self: Any) -> None:
+    raise self.retry(countdown=0)
+
+
+def _replace(self: Any) -> None:
+    raise self.replace(self.si(7))
 
 
 def _retry_once(self: Any) -> str:

@@ -72,7 +72,7 @@ if owner and owner ~= ARGV[1] and not hands_on then
 end
 if not owner then
     -- Never claimed (published by name), lapsed in a long queue, or a dead task's: it is free.
-    redis.call('HDEL', KEYS[1], 'token')
+    redis.call('HDEL', KEYS[1], 'token', 'replaces', 'replaces_attempt', 'hands_on')
     redis.call('HSET', KEYS[1], 'task', ARGV[6], 'since', string.format('%.0f', now))
 elseif ARGV[8] == '' and not hands_on and tonumber(attempt) > tonumber(ARGV[2]) then
     return {2, owner, 0, fence}
