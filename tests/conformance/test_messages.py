@@ -11,6 +11,8 @@ import pytest
 import redis
 from kombu.transport.redis import PrefixedStrictRedis
 
+from reliable_tasks._store.claims import Claims
+from reliable_tasks._store.client import ServerAddress
 from reliable_tasks._store.delivery import Delivery, Guard
 from reliable_tasks._store.publication import (
     ClaimTaken,
@@ -21,6 +23,7 @@ from reliable_tasks._store.publication import (
     publication_of,
     publishing,
 )
+from reliable_tasks._store.scripts import load
 from tests.conformance.broker import Broker, list_of, message, task_ids
 
 FullBroker = tuple[Broker, Callable[[], None]]
@@ -1475,3 +1478,66 @@ def test_one_that_cannot_be_put_back_does_not_keep_the_others(broker: Broker) ->
     with pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"):
         broker.messages.requeue_lapsed(broker.server, deliveries, 600.0)
     assert set(broker.waiting_ids()) == {"one", "three"}
+
+
+def put_once(broker: Broker, owner: str, *, attempt: int = 0, **options: Any) -> None:
+    """Queue the message of a once-task, with its claim."""
+    carried = {"key": "key", "owner": owner, "attempt": attempt}
+    broker.publish(
+        owner,
+        raw=message(owner, reliable_claim=carried),
+        publication=Publication(claim="key", owner=owner, ttl=60, task="t", **options),
+    )
+
+
+def claim_of(broker: Broker) -> dict[bytes, bytes]:
+    """Return the claim's record."""
+    found: Any = broker.server.hgetall(broker.keys.claim("key"))
+    return dict(found)
+
+
+def test_a_purge_frees_the_claims_of_what_it_throws_away(broker: Broker) -> None:
+    """All messages are counted, also those that nobody can read."""
+    put_once(broker, "one")
+    put(broker, "two")
+    broker.server.lpush("celery", "no message", '{"headers": {"reliable_claim": 7}}', "[]")
+    assert broker.messages.purge(broker.server, "celery") == 5
+    assert claim_of(broker) == {}
+    assert broker.waiting_ids() == []
+    assert broker.messages.purge(broker.server, "celery") == 0
+
+
+def test_a_purge_of_many(broker: Broker) -> None:
+    """It takes more than one step."""
+    put(broker, *(f"t{n}" for n in range(450)))
+    assert broker.messages.purge(broker.server, "celery") == 450
+
+
+@pytest.mark.parametrize("differs", ["owner", "attempt", "window"])
+def test_a_purge_leaves_the_claims_of_others(broker: Broker, differs: str) -> None:
+    """Another task has the key by now, or a later attempt, or it is taken for a window."""
+    put_once(broker, "one", how="window" if differs == "window" else "acquire")
+    if differs != "window":
+        broker.server.hset(broker.keys.claim("key"), differs, 1)
+    before = claim_of(broker)
+    assert broker.messages.purge(broker.server, "celery") == 1
+    assert claim_of(broker) == before
+
+
+def test_a_purge_gives_a_claim_back_to_the_run_that_handed_it_on(broker: Broker) -> None:
+    """Its end frees the key, and not the purge beside it."""
+    put_once(broker, "one")
+    (delivery,) = broker.fetch()
+    claims = Claims(ServerAddress("redis://unused/0", 5.0), "reliable:")
+    enter = [claims.keys.claim("key"), claims.keys.ended("key"), claims.keys.leases]
+    load("claim_enter").on(
+        broker.server,
+        [*enter, claims.keys.replaced("key")],
+        ["one", 0, "h1", 30_000, 60_000, "t", delivery.tag, ""],
+    )
+    put_once(broker, "two", holder="h1")
+    assert claim_of(broker)[b"owner"] == b"two"
+    assert broker.messages.purge(broker.server, "celery") == 1
+    record = claim_of(broker)
+    assert (record[b"owner"], record[b"holder"]) == (b"one", b"h1")
+    assert b"holder_owner" not in record

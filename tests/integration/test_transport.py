@@ -231,12 +231,16 @@ class TestQueues:
         assert scene.wait_starts(f"{name} 2") - asked_at < 2
 
     def test_purge(self, shop: Shop, redis_client: redis.Redis, name: str) -> None:
-        """Purge counts and removes what waits, of all priorities."""
+        """Purge counts and removes what waits, of all priorities, and frees its claims."""
         scene = shop()
         for priority in (0, 3, 9):
             scene.call("show", name, priority=priority)
-        assert scene.app.control.purge() == 3
+        once = scene.call("act", name)
+        assert scene.app.control.purge() == 4
         assert not any(redis_client.exists(f"celery{step}") for step in ("", "\x06\x163"))
+        again = scene.call("act", name)
+        assert (again.duplicate, again.id == once.id) == (False, False)
+        assert scene.app.control.purge() == 1
         scene.worker()
         assert scene.call("show", f"{name} later").get(timeout=10)
         assert _runs(scene) == [f"{name} later"]
