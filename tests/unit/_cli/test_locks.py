@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -131,10 +132,12 @@ def test_the_states(app: Celery, invoke: Invoke, task: Any) -> None:
     store = locks_of(app).claims
     claim: dict[str, Any] = {"owner": "o", "attempt": 0, "task": "t"}
     store.enter("n", **claim, holder="h", lease=0.001, ttl=60)
+    time.sleep(0.01)
     assert state() == "interrupted"
     store.release("n", owner="o", attempt=0, holder="h")
     store.client.redis.zadd(store.leases, {"tag": 2e12})
     store.enter("n", **claim, holder="h", lease=0.001, ttl=60, delivery="tag")
+    time.sleep(0.01)
     assert state() == "running", "its delivery is on lease"
     store.client.redis.zrem(store.leases, "tag")
     assert state() == "interrupted"
