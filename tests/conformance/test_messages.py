@@ -1541,3 +1541,40 @@ def test_a_purge_gives_a_claim_back_to_the_run_that_handed_it_on(broker: Broker)
     record = claim_of(broker)
     assert (record[b"owner"], record[b"holder"]) == (b"one", b"h1")
     assert b"holder_owner" not in record
+
+
+def test_a_message_that_is_laid_aside_comes_back_in_time(broker: Broker) -> None:
+    """Nobody renews it, and nobody was at fault; its task was not started in vain."""
+    put(broker, "one")
+    delivery = broker.fetch_one()
+    broker.start(delivery)
+    assert broker.messages.lay_aside(broker.server, delivery, 0.3)
+    assert broker.messages.lay_aside(broker.server, delivery, 0.3), "its reply was lost"
+    assert not broker.requeue(delivery, if_lapsed=True)
+    broker.let_pass(0.4)
+    assert broker.messages.requeue_lapsed(broker.server, [delivery], 600.0) == [delivery]
+    assert delivery.was_aside
+    again = broker.fetch_one()
+    assert (again.copy.may_run, again.copy.crashes) == (True, 0)
+
+
+def test_another_copy_runs_while_one_is_laid_aside(broker: Broker) -> None:
+    """It is not alive; and when it comes back its other copy is."""
+    put(broker, "one", "one")
+    first, second = broker.fetch(count=2)
+    assert not broker.hold(second).may_run
+    broker.messages.lay_aside(broker.server, first, 0.3)
+    assert broker.hold(second).may_run
+    broker.let_pass(0.4)
+    (back,) = broker.messages.requeue_lapsed(broker.server, [first], 600.0)
+    assert not back.was_aside, "it is not known any more, for the other one runs"
+    assert not broker.fetch_one().copy.may_run
+
+
+def test_a_delivery_that_is_over_is_not_laid_aside(broker: Broker) -> None:
+    """Its message is somebody else's, or nobody's."""
+    put(broker, "one")
+    delivery = broker.fetch_one()
+    broker.settle(delivery)
+    assert not broker.messages.lay_aside(broker.server, delivery, 60)
+    assert broker.leases == {}

@@ -178,6 +178,23 @@ def test_a_task_that_calls_itself(shop: Scene, name: str) -> None:
     assert (shop.starts(name), most_at_once(shop, name)) == (2, 1)
 
 
+def test_many_that_wait_leave_room_for_others(
+    redis_server: EmbeddedServer, scenes: StartScene, name: str
+) -> None:
+    """The broker keeps those that are too many for the worker."""
+    scene = scenes(redis_server.url, other_database(redis_server), limit=60)
+    worker = scene.worker(pool="threads", concurrency=3)
+    results = [scene.call("while_executing", name, "wait") for _ in range(120)]
+    worker.wait_log("waits in the broker for")
+    for n in range(6):
+        assert scene.call("act", f"{name}, other {n}").get(timeout=5)
+    scene.journal.open(name)
+    for result in results:
+        assert result.get(timeout=60) == name
+    assert (scene.starts(name), most_at_once(scene, name)) == (120, 1)
+    assert "put back" not in worker.log, "nobody is at fault"
+
+
 @pytest.mark.parametrize("task", ["while_executing", "until_and_while_executing", "replace"])
 def test_a_killed_worker_leaves_its_turn_to_others(
     redis_server: EmbeddedServer, scenes: StartScene, name: str, task: str

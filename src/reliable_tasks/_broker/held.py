@@ -150,6 +150,15 @@ class Held:
                 lambda server, _: self.messages.requeue(server, delivery, to_back=to_back),
             )
 
+    def lay_aside(self, tag: str, seconds: float) -> None:
+        """Let go of a delivery whose task waits; its message comes back when the time is over."""
+        delivery = self._deliveries.get(tag)
+        if delivery is not None:
+            self._say(
+                delivery,
+                lambda server, _: self.messages.lay_aside(server, delivery, seconds),
+            )
+
     def set_apart(self, delivery: Delivery) -> None:
         """End a delivery whose message is no task's, and keep the message."""
         self._say(

@@ -71,6 +71,8 @@ def _put_back(held: Held, server: redis.Redis, tags: list[str]) -> int:
             lapsed.append(found)
     put_back = held.messages.requeue_lapsed(server, lapsed, _LONGEST_LEASE)
     for delivery in put_back:
+        if delivery.was_aside:
+            continue
         say(
             logging.WARNING,
             "Task %s is put back into %s: the worker that had it no longer renews its lease",

@@ -6,6 +6,7 @@ It waits in the worker where the prefetch can be raised for it, and else in the 
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import weakref
 from collections.abc import Callable
@@ -28,6 +29,9 @@ _MOST_DOUBLINGS = 20
 
 #: So many copies may wait in a worker beyond its prefetch.
 _MOST_WAITING = 100
+
+#: So long (s) a copy waits for its turn in the broker, when there are as many in the worker.
+_ASIDE = (10.0, 20.0)
 
 #: So long (s) is too long to wait in a worker whose prefetch stands: the broker keeps the copy.
 _SHORTEST_IN_BROKER = 1.0
@@ -142,6 +146,8 @@ class PatientRequest(DeliveredRequest):
         if raises_prefetch:
             _waiting.add(self)
             consumer.qos.increment_eventually()
+        elif self._waits_for and self._lay_aside():
+            return
 
         def run_again() -> None:
             _waiting.discard(self)
@@ -163,6 +169,22 @@ class PatientRequest(DeliveredRequest):
                 consumer.qos.decrement_eventually()
 
         _call_after(consumer, pause, run_again)
+
+    def _lay_aside(self) -> bool:
+        """Have the broker keep a copy that waits for its turn, where many wait here already.
+
+        In the worker it would take the room of tasks that wait for nothing.
+        """
+        held, tag = self._held, self.message.delivery_tag
+        if held is None or self._beside is not None or not held.is_open(tag):
+            return False
+        # Not all at the same time.
+        seconds = random.uniform(*_ASIDE)
+        logger.info("Task %s[%s] waits in the broker for %.0f s", self.name, self.id, seconds)
+        self._delivery.is_ended = True
+        held.lay_aside(tag, seconds)
+        self.message.channel.qos._quick_ack(tag)
+        return True
 
     def _send_again(self, pause: float) -> bool:
         """Publish the same copy with a delay and acknowledge this one.

@@ -102,6 +102,7 @@ class Delivery:
         has_crashed: Whether that crash stands, for the child that ran it is dead.
         is_received: Whether a request of ours was made of it.
         is_ended: Whether its acknowledgement or rejection is under way.
+        was_aside: Whether it waited in the broker for its turn when it was put back.
         renew_until: When to stop renewing its lease (monotonic s): the run has hung.
     """
 
@@ -116,6 +117,7 @@ class Delivery:
     has_crashed: bool = False
     is_received: bool = False
     is_ended: bool = False
+    was_aside: bool = False
     renew_until: float = math.inf
 
     def describe(self, message: Mapping[str, Any]) -> None:

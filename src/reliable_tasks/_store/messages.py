@@ -51,6 +51,8 @@ _FETCHED_BYTES = 1_000_000
 _FOUND_BYTES = 8_000_000
 #: How many tags one renewal takes: each ZADD blocks the server for well under 1 ms.
 _RENEWED_AT_ONCE = 250
+#: Answers of ``message_requeue.lua``.
+_PUT_BACK, _WAS_ASIDE = 1, 3
 #: How many messages are thrown away in one go.
 _PURGED_AT_ONCE = 200
 
@@ -240,7 +242,7 @@ class Messages:
             to_back: Behind all that wait, not in front of them.
         """
         keys, args = self._requeue(delivery, to_back=to_back)
-        return int(load("message_requeue").on(server, keys, args)) == 1
+        return int(load("message_requeue").on(server, keys, args)) == _PUT_BACK
 
     def requeue_lapsed(
         self, server: redis.Redis, deliveries: Sequence[Delivery], longest: float
@@ -252,7 +254,19 @@ class Messages:
         """
         calls = [self._requeue(delivery, if_lapsed_of=longest) for delivery in deliveries]
         answers = load("message_requeue").on_each(server, calls)
-        return [one for one, code in zip(deliveries, answers, strict=True) if int(code) == 1]
+        put_back = []
+        for delivery, code in zip(deliveries, answers, strict=True):
+            delivery.was_aside = int(code) == _WAS_ASIDE
+            if int(code) in (_PUT_BACK, _WAS_ASIDE):
+                put_back.append(delivery)
+        return put_back
+
+    def lay_aside(self, server: redis.Redis, delivery: Delivery, seconds: float) -> bool:
+        """Let go of a delivery whose task waits; its message is put back when the time is over."""
+        keys = [*self._held, self.keys.leases, self.keys.run(delivery.task_id)]
+        is_started = int(delivery.is_started and not delivery.has_crashed)
+        args: list[Argument] = [delivery.tag, ms(seconds), is_started]
+        return bool(load("message_lay_aside").on(server, keys, args))
 
     def _requeue(
         self, delivery: Delivery, *, to_back: bool = False, if_lapsed_of: float = 0.0

@@ -12,10 +12,11 @@
 -- ARGV[4]  started: '1' to take back the crash that was counted ahead
 -- ARGV[5]  longest: '0', or to do it only if the lease has ended: how long one can be, ms
 -- Returns: 1  put back
+--          3  put back: it had been laid aside for so long
 --          2  not put back: the copy had published a continuation of its task
 --          0  the delivery is over already, or its lease has not ended
 -- Uses: release_run ring_bell admit_writes
--- Commands: TIME ZSCORE HEXISTS HDEL ZREM RPUSH LPUSH
+-- Commands: TIME ZSCORE HEXISTS HGET HDEL ZREM RPUSH LPUSH
 if ARGV[5] ~= '0' then
     local time = redis.call('TIME')
     local lease_end = redis.call('ZSCORE', KEYS[3], ARGV[1])
@@ -31,6 +32,7 @@ if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then
     return 0
 end
 admit_writes(KEYS[3])
+local was_aside = redis.call('HGET', KEYS[4], 'tag') == 'aside:' .. ARGV[1]
 local has_continued = release_run(KEYS[4], ARGV[1], ARGV[4], false, 0)
 if not has_continued then
     -- Before it is taken away: what is refused here, for want of a right, must not be lost.
@@ -47,4 +49,7 @@ if has_continued then
     return 2
 end
 ring_bell(KEYS[6])
+if was_aside then
+    return 3
+end
 return 1
