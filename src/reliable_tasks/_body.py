@@ -15,7 +15,7 @@ from reliable_tasks._celery.exits import ends_more_than_the_task, is_told_to_end
 from reliable_tasks._celery.headers import IN_DOUBT
 from reliable_tasks._celery.registry import hard_limit
 from reliable_tasks._celery.setting_aside import SetAside
-from reliable_tasks._once.run import enter
+from reliable_tasks._once.entering import enter
 from reliable_tasks._retrying import RETRYING, GiveUp, Policy, RetryIn
 from reliable_tasks.errors import TaskExited
 

@@ -23,12 +23,13 @@ from reliable_tasks._celery.versions import check_versions
 from reliable_tasks._once.claim import CLAIM, OF_ONE_DELIVERY, Claim, Run
 from reliable_tasks._once.decorator import OPTIONS, once_options
 from reliable_tasks._once.held import HeldClaim, held_claim
+from reliable_tasks._once.leaving import end_unrun
 from reliable_tasks._once.locks import locks_of, read_config
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.options import OnceOptions
 from reliable_tasks._once.publish import publish
+from reliable_tasks._once.received import mark_copy
 from reliable_tasks._once.result import ReliableResult
-from reliable_tasks._once.run import end_unrun, mark_copy
 from reliable_tasks._retrying import Policy, Retrying
 from reliable_tasks._store.publication import Superseded
 from reliable_tasks.errors import ConfigError, DuplicateTaskError, LockLost, StoreError

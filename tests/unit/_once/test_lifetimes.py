@@ -22,8 +22,8 @@ from reliable_tasks import (
 )
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._once.claim import CLAIM, HOLDER
+from reliable_tasks._once.leaving import end_unrun
 from reliable_tasks._once.locks import locks_of
-from reliable_tasks._once.run import end_unrun
 from tests.unit.harness import claims, run, run_all, take
 
 Body = Callable[[Any], Any]

@@ -11,8 +11,8 @@ from celery.exceptions import Ignore, Reject
 from reliable_tasks import DuplicateTaskError, ReliableTask, StoreUnavailable, once
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._once.claim import CLAIM, HOLDER, Run
+from reliable_tasks._once.leaving import end_unrun
 from reliable_tasks._once.locks import locks_of
-from reliable_tasks._once.run import end_unrun
 from reliable_tasks._store.claims import Claims
 from tests.unit.harness import claims, run, take
 

@@ -1,0 +1,168 @@
+"""The end of a once-task: its claim is released, by its child or for it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from celery import Task, states
+from celery.signals import task_postrun
+
+from reliable_tasks._once.claim import HOLDER, Claim, Run
+from reliable_tasks._once.locks import locks_of
+from reliable_tasks._once.once import Once
+from reliable_tasks._once.received import claim_of, lease_of, redelivery_of
+from reliable_tasks._store.claims import Release
+from reliable_tasks.errors import DuplicateTaskError, StoreError
+from reliable_tasks.instrumentation.signals import claim_lost, claim_released
+
+__all__ = ["end_unrun"]
+
+logger = logging.getLogger("reliable_tasks")
+
+#: After the lock Redis did not answer, a worker's main process lets claims lapse for so long (s):
+#: it cannot wait for each of them, for it has heartbeats to send.
+_MAIN_PROCESS_PAUSE = 30.0
+
+#: Trace states that end a run for good. Without one (SystemExit) the child is about to die, and
+#: the main process decides, for it knows whether the message goes back.
+_ENDED = frozenset({states.SUCCESS, states.FAILURE, states.IGNORED, states.REJECTED, states.RETRY})
+_FINAL = frozenset({states.SUCCESS, states.FAILURE})
+
+
+@task_postrun.connect(weak=False)
+def _leave(task: Any = None, state: str | None = None, retval: Any = None, **_: Any) -> None:
+    run = Run.of(task)
+    if run is not None and state in _ENDED:
+        goes_back = state == states.REJECTED and bool(getattr(retval, "requeue", False))
+        if run.held is not None:
+            _release(task, run.once, run.held, run.holder, goes_back=goes_back)
+        if state == states.RETRY and run.once.options.is_freed_at_start:
+            # The retry has taken the key again; where that is a step of its own, it counts now.
+            _release(
+                task,
+                run.once,
+                run.claim,
+                run.holder,
+                goes_back=False,
+                may_be_unentered=True,
+                is_routine=True,
+            )
+    elif run is None and state in _FINAL and not task.request.is_eager:
+        once = getattr(task, "reliable_once", None)
+        if once is not None and not isinstance(retval, DuplicateTaskError):
+            # It failed before its body began, or ran without the lock Redis.
+            _end_unrun(task, once, vars(task.request), requeued=False)
+
+
+def end_unrun(
+    task: Task[..., Any],
+    once: Once,
+    headers: dict[str, Any],
+    *,
+    requeued: bool,
+    is_routine: bool = False,
+) -> None:
+    """End a copy whose child did not: it was killed, timed out, revoked or never started.
+
+    With ``is_routine`` nothing is said if the claim turns out to be released already.
+    """
+    global _unavailable_until
+    if time.monotonic() < _unavailable_until and not requeued:
+        logger.warning("The claim of task %s[%s] stays until it lapses", task.name, headers["id"])
+        return
+    # An error here would end the worker.
+    try:
+        answered = _end_unrun(task, once, headers, requeued=requeued, is_routine=is_routine)
+        if not answered and not is_routine:
+            _unavailable_until = time.monotonic() + _MAIN_PROCESS_PAUSE
+    except Exception:
+        logger.exception("The claim of task %s[%s] is not released", task.name, headers.get("id"))
+
+
+_unavailable_until = 0.0
+
+
+def _end_unrun(
+    task: Task[..., Any],
+    once: Once,
+    headers: dict[str, Any],
+    *,
+    requeued: bool,
+    is_routine: bool = False,
+) -> bool:
+    try:
+        claim = claim_of(task, once, headers)
+    except (TypeError, LookupError, AttributeError):
+        # Arguments that do not fit the task: no copy of it ever had a claim.
+        return True
+    holder = str(headers.get(HOLDER) or "")
+    options = once.options
+    answered = True
+    if options.takes_turns:
+        # It may not have had its turn yet.
+        answered = _release(task, once, claim.turn, holder, goes_back=requeued, is_routine=True)
+    if options.is_claimed_by_calls and not options.is_for_a_window:
+        answered &= _release(
+            task,
+            once,
+            claim,
+            holder,
+            goes_back=requeued,
+            may_be_unentered=True,
+            is_routine=is_routine or options.is_freed_at_start,
+        )
+    return answered
+
+
+def _release(
+    task: Task[..., Any],
+    once: Once,
+    claim: Claim,
+    holder: str,
+    *,
+    goes_back: bool,
+    may_be_unentered: bool = False,
+    is_routine: bool = False,
+) -> bool:
+    """Release a claim; return whether the lock Redis answered."""
+    locks = locks_of(task.app)
+    is_turn = once.options.takes_turns and not may_be_unentered
+    try:
+        outcome, owner = locks.claims.release(
+            claim.name,
+            owner=claim.owner,
+            attempt=claim.attempt,
+            holder=holder,
+            # A task that goes back leaves its turn to others, and takes another one later.
+            keep_for=once.ttl(locks.config) if goes_back and not is_turn else 0.0,
+            may_be_unentered=may_be_unentered,
+            remember=0.0 if is_turn else redelivery_of(task, lease_of(task, locks)),
+        )
+    except StoreError as error:
+        logger.warning("A claim on %s may stay until it lapses: %s", claim.name, error)
+        return False
+    if outcome is Release.FREED:
+        claim_released.send(sender=task, key=claim.name, task_id=claim.owner)
+    if is_routine or outcome in (Release.FREED, Release.KEPT):
+        return True
+    claim_lost.send(
+        sender=task,
+        key=claim.name,
+        task_id=claim.owner,
+        owner=owner if outcome is Release.NOT_OURS else None,
+    )
+    if outcome is Release.LAPSED:
+        logger.warning(
+            "Task %s[%s] ended after its claim on %s had lapsed", task.name, claim.owner, claim.name
+        )
+    else:
+        logger.warning(
+            "Task %s[%s] ended when %s owned %s already",
+            task.name,
+            claim.owner,
+            owner if owner != claim.owner else "a later run of it",
+            claim.name,
+        )
+    return True
