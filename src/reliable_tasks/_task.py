@@ -23,7 +23,7 @@ from reliable_tasks._celery.versions import check_versions
 from reliable_tasks._once.claim import CLAIM, OF_ONE_DELIVERY, Claim, Run
 from reliable_tasks._once.decorator import OPTIONS, once_options
 from reliable_tasks._once.held import HeldClaim, held_claim
-from reliable_tasks._once.leaving import end_unrun
+from reliable_tasks._once.leaving import end_unrun, uncover
 from reliable_tasks._once.locks import locks_of, read_config
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.options import OnceOptions
@@ -298,6 +298,10 @@ class ReliableTask(_Task):
     def _reliable_unfinished(self, headers: dict[str, Any], *, requeued: bool) -> None:
         if self.reliable_once is not None:
             end_unrun(self, self.reliable_once, headers, requeued=requeued)
+
+    def _reliable_uncovered(self, headers: dict[str, Any]) -> None:
+        if self.reliable_once is not None:
+            uncover(self, self.reliable_once, headers)
 
     def _reliable_repeated(self, headers: dict[str, Any]) -> None:
         if self.reliable_once is not None:

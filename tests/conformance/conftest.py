@@ -116,10 +116,14 @@ class Store(OnAClock):
             delivery=delivery,
         )
 
+    def confirm(self, owner: str = "two", attempt: int = 0) -> None:
+        """Say that the message of a call is queued."""
+        self.claims.confirm(NAME, owner=owner, attempt=attempt)
+
     def replace(self, owner: str = "two", token: str = SECOND, **options: Any) -> Ticket[Publish]:
         """Publish a call that replaces the owner's; its message is queued."""
         ticket = self.acquire(owner, token=token, how="replace", **options)
-        self.claims.confirm(NAME, owner=owner)
+        self.confirm(owner)
         return ticket
 
     def age(self, seconds: float) -> None:

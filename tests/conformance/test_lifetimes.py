@@ -13,6 +13,7 @@ from tests.conformance.conftest import NAME, SECOND, Store
 def test_a_window_is_as_long_as_it_was_called_for(store: Store) -> None:
     """The key is taken until then, and says that it is taken for a window."""
     store.acquire(ttl=0.6, how="window")
+    assert store.acquire(ttl=60, how="window").code is Publish.CLAIMED, "the same, repeated"
     assert store.record["window"] == "1"
     assert store.acquire("two", token=SECOND, how="window").code is Publish.DUPLICATE
     assert store.lapses_in <= 0.6
@@ -138,8 +139,8 @@ def test_a_repeated_replacement_answers_as_the_first_did(store: Store) -> None:
     again = store.acquire("two", token=SECOND, how="replace")
     assert (again.code, again.owner) == (Publish.TAKEN_OVER, "one")
     assert store.record == before
-    store.claims.confirm(NAME, owner="two")
-    store.claims.confirm(NAME, owner="two")
+    store.confirm("two")
+    store.confirm("two")
     assert store.claims.replaced_by(NAME, "one") == "two"
 
 
@@ -181,10 +182,35 @@ def test_a_replacement_that_was_replaced_before_it_was_queued(store: Store) -> N
     store.acquire()
     store.acquire("two", token=SECOND, how="replace")
     store.acquire("three", token="t3", how="replace")
-    store.claims.confirm(NAME, owner="two")
-    store.claims.confirm(NAME, owner="three")
-    for owner in ("one", "two"):
-        assert store.claims.replaced_by(NAME, owner) == "three"
+    store.confirm("two")
+    store.confirm("three")
+    assert store.claims.replaced_by(NAME, "one") == "two"
+    assert store.claims.replaced_by(NAME, "two") == "three"
+
+
+def test_a_replacement_that_fails_gives_the_key_back_to_the_last_that_is_queued(
+    store: Store,
+) -> None:
+    """Not to the one which that one has replaced."""
+    store.acquire()
+    store.acquire("two", token=SECOND, how="replace")
+    store.acquire("three", token="t3", how="replace")
+    store.confirm("two")
+    assert store.abandon("three", token="t3")
+    assert store.record["owner"] == "two"
+    assert store.enter().code is Entry.REPLACED
+    assert store.enter("two", holder="h2").code is Entry.ENTERED
+
+
+def test_a_replacement_that_starts_before_it_is_confirmed(store: Store) -> None:
+    """It was published, for it is here; and its caller's word comes too late to mean it."""
+    store.acquire()
+    store.acquire("two", token=SECOND, how="replace")
+    assert store.start("two").code is Entry.ENTERED
+    store.acquire("three", token="t3")
+    store.confirm("two")
+    assert store.start().code is Entry.REPLACED
+    assert store.start("two").code is Entry.ENTERED, "its copy that comes back"
 
 
 def test_a_call_with_the_owners_id_replaces_nothing(store: Store) -> None:
@@ -281,7 +307,7 @@ def test_a_caller_that_comes_back_before_its_successor_starts(store: Store, dies
     store.acquire()
     store.enter(lease=0.2, ttl=60)
     store.acquire("two", token=SECOND, holder="h1")
-    store.claims.confirm(NAME, owner="two")
+    store.confirm("two")
     if dies:
         store.let_pass(0.3)
     else:
@@ -292,6 +318,29 @@ def test_a_caller_that_comes_back_before_its_successor_starts(store: Store, dies
     assert (again.code, again.owner) == (Publish.DUPLICATE, "two"), "it has called itself before"
     assert store.release(holder="h3") == (Release.KEPT, "two")
     assert store.enter("two", holder="h2").code is Entry.ENTERED
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_successor_that_ends_unrun_gives_the_claim_back(store: Store, dies: bool) -> None:
+    """To its caller that runs, or that was interrupted and comes back."""
+    store.acquire()
+    store.enter(lease=0.2, ttl=60)
+    store.acquire("two", token=SECOND, holder="h1")
+    store.confirm("two")
+    if dies:
+        store.let_pass(0.3)
+    assert store.release("two", holder="other", may_be_unentered=True) == (Release.FREED, "two")
+    assert store.acquire("three", token="t3").code is Publish.DUPLICATE
+    assert store.enter(holder="h1" if not dies else "h3").code is Entry.ENTERED
+
+
+def test_a_successor_that_goes_back_keeps_its_claim(store: Store) -> None:
+    """Its child was killed before it had begun."""
+    store.acquire()
+    store.enter()
+    store.acquire("two", token=SECOND, holder="h1")
+    answer = store.release("two", holder="other", may_be_unentered=True, keep_for=30)
+    assert answer == (Release.KEPT, "two")
 
 
 def test_a_caller_that_comes_back_too_late(store: Store) -> None:
@@ -350,6 +399,35 @@ def test_the_claim_of_a_dead_run_lapses_in_time(store: Store) -> None:
     store.acquire("two", token=SECOND, ttl=500)
     assert store.lapses_in <= 5, "no later call makes it longer"
     assert store.enter(holder="h2").code is Entry.ENTERED, "its copy that came back"
+
+
+def test_a_copy_that_only_asks_does_not_shorten_a_claim(store: Store) -> None:
+    """What a worker may take to come back is not what a message may wait."""
+    store.acquire()
+    store.put_on_lease("tag", 60)
+    store.enter(delivery="tag")
+    store.replace(ttl=4200)
+    store.server.zrem(store.claims.leases, "tag")
+    assert store.enter(holder="h3", ttl=40).code is Entry.REPLACED
+    store.acquire("three", token="t3", ttl=40)
+    assert store.lapses_in == pytest.approx(4200, abs=5), "as was allowed to who waits"
+
+
+def test_a_run_whose_message_is_acknowledged_is_covered_until_it_is_dead(store: Store) -> None:
+    """A revoke acknowledges first, and the child may take its time."""
+    store.acquire()
+    store.put_on_lease("tag", 60)
+    store.enter(lease=30, delivery="tag")
+    assert store.claims.uncover(NAME, holder="h1", grace=5)
+    assert not store.claims.uncover(NAME, holder="other", grace=500)
+    store.server.zrem(store.claims.leases, "tag")
+    assert store.enter(holder="h2").code is Entry.RUNNING
+    assert store.lapses_in == pytest.approx(30, abs=2)
+    assert store.release()[0] is Release.FREED
+    store.enter(lease=0.1, delivery="tag")
+    store.let_pass(0.2)
+    store.claims.uncover(NAME, holder="h1", grace=5)
+    assert store.enter(holder="h2").code is Entry.RUNNING, "for as long as a kill may take"
 
 
 def test_a_message_that_is_on_no_lease_covers_nothing(store: Store) -> None:

@@ -1524,8 +1524,9 @@ def test_a_purge_leaves_the_claims_of_others(broker: Broker, differs: str) -> No
     assert claim_of(broker) == before
 
 
-def test_a_purge_gives_a_claim_back_to_the_run_that_handed_it_on(broker: Broker) -> None:
-    """Its end frees the key, and not the purge beside it."""
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_purge_and_a_run_that_handed_its_claim_on(broker: Broker, lives: bool) -> None:
+    """The end of the run frees the key, and not the purge beside it; unless it is dead."""
     put_once(broker, "one")
     (delivery,) = broker.fetch()
     claims = Claims(ServerAddress("redis://unused/0", 5.0), "reliable:")
@@ -1537,7 +1538,12 @@ def test_a_purge_gives_a_claim_back_to_the_run_that_handed_it_on(broker: Broker)
     )
     put_once(broker, "two", holder="h1")
     assert claim_of(broker)[b"owner"] == b"two"
+    if not lives:
+        broker.end_lease(delivery)
     assert broker.messages.purge(broker.server, "celery") == 1
+    if not lives:
+        assert claim_of(broker) == {}
+        return
     record = claim_of(broker)
     assert (record[b"owner"], record[b"holder"]) == (b"one", b"h1")
     assert b"holder_owner" not in record

@@ -178,6 +178,22 @@ def test_a_task_that_calls_itself(shop: Scene, name: str) -> None:
     assert (shop.starts(name), most_at_once(shop, name)) == (2, 1)
 
 
+@pytest.mark.parametrize("task", ["while_executing", "replace"])
+def test_a_terminated_task_is_dead_before_the_next_one_starts(
+    redis_server: EmbeddedServer, scenes: StartScene, name: str, task: str
+) -> None:
+    """Celery acknowledges its message at once, and its child may take its time."""
+    scene = scenes(redis_server.url, other_database(redis_server), limit=60)
+    scene.worker(concurrency=2)
+    first = scene.call(task, name, "clean_up")
+    scene.wait_starts(name)
+    second = scene.call(task, name, "clean_up", "second")
+    scene.app.control.revoke(first.id, terminate=True, signal="SIGUSR1")
+    assert second.get(timeout=20) == "second"
+    assert (scene.starts(name), most_at_once(scene, name)) == (2, 1)
+    scene.wait_free(name, task=task)
+
+
 def test_many_that_wait_leave_room_for_others(
     redis_server: EmbeddedServer, scenes: StartScene, name: str
 ) -> None:

@@ -60,8 +60,7 @@ class Machine(RuleBasedStateMachine):
         self.claims = Claims(ServerAddress("redis://fake/0", 5.0), "p:")
         self.claim: Record | None = None
         self.ended: tuple[str, int, float] | None = None
-        self.replaced: dict[str, str] = {}
-        self.replaced_until = 0.0
+        self.replaced: dict[str, tuple[str, float]] = {}
         self.fence = 0
         self.last_holder: str | None = None
 
@@ -75,8 +74,7 @@ class Machine(RuleBasedStateMachine):
         self.clock.shift(seconds)
         if self.claim and self.now >= self.claim.expires:
             self.claim = None
-        if self.now >= self.replaced_until:
-            self.replaced = {}
+        self.replaced = {one: by for one, by in self.replaced.items() if self.now < by[1]}
 
     def saw(self, fence: int, *, new: bool) -> None:
         """A claim that changed hands has a greater fence, any other the same."""
@@ -128,7 +126,7 @@ class Machine(RuleBasedStateMachine):
         if (claim.owner, claim.token) == (owner, token):
             assert answer.code is (Publish.TAKEN_OVER if claim.replaces else Publish.CLAIMED)
             assert answer.owner == (claim.replaces[0] if claim.replaces else owner)
-            claim.expires = expires
+            claim.expires = claim.expires if how == "window" else expires
         elif claim.owner != owner and (hands_on or how == "replace"):
             assert (answer.code, answer.owner) == (Publish.TAKEN_OVER, claim.owner)
             self.saw(answer.fence, new=True)
@@ -151,20 +149,27 @@ class Machine(RuleBasedStateMachine):
         if claim.replaces is not None:
             replaced, _, hands_on = claim.replaces
             if not hands_on:
-                self.replaced[replaced] = claim.owner
-                self.replaced_until = max(self.replaced_until, claim.expires)
+                self.replaced[replaced] = (claim.owner, claim.expires)
             claim.replaces = None
 
-    @rule(owner=owners)
-    def confirm(self, owner: str) -> None:
+    @rule(owner=owners, attempt=attempts)
+    def confirm(self, owner: str, attempt: int) -> None:
         """A message that took the claim over is queued."""
         self.tick()
-        self.claims.confirm(NAME, owner=owner)
-        if self.claim is not None and self.claim.owner == owner:
+        self.claims.confirm(NAME, owner=owner, attempt=attempt)
+        claim = self.claim
+        has_started = self.ended and self.ended[0] == owner and self.ended[2] > self.now
+        if claim is not None and claim.owner == owner:
             self.is_confirmed()
-        elif self.claim is not None:
-            self.replaced[owner] = self.claim.owner
-            self.replaced_until = max(self.replaced_until, self.claim.expires)
+        elif claim is None or has_started:
+            return
+        elif claim.replaces is None:
+            self.replaced[owner] = (claim.owner, claim.expires)
+        elif claim.replaces[0] != owner:
+            replaced, _, hands_on = claim.replaces
+            if not hands_on:
+                self.replaced[replaced] = (owner, claim.expires)
+            claim.replaces = (owner, attempt, False)
 
     @rule(owner=owners, attempt=attempts, token=tokens, holder=holders | st.just(""))
     def continue_(self, owner: str, attempt: int, token: str, holder: str) -> None:
@@ -215,7 +220,7 @@ class Machine(RuleBasedStateMachine):
         answer = self.claims.start(NAME, owner=owner, attempt=attempt, remember=MEMORY)
         claim = self.claim
         if self.is_replaced(owner):
-            assert (answer.code, answer.owner) == (Entry.REPLACED, self.replaced[owner])
+            assert (answer.code, answer.owner) == (Entry.REPLACED, self.replaced[owner][0])
         elif claim is None or (claim.owner != owner and self.has_started(owner, attempt)):
             assert answer.code is Entry.ENTERED
         elif self.waits_for_replacement(owner):
@@ -228,6 +233,7 @@ class Machine(RuleBasedStateMachine):
             assert answer.code is Entry.CONTINUED
         else:
             assert answer.code is Entry.ENTERED
+            self.is_confirmed()
             self.ended = (owner, attempt, self.now + MEMORY)
             self.claim = None
 
@@ -260,7 +266,7 @@ class Machine(RuleBasedStateMachine):
             self.saw(answer.fence, new=False)
             return
         if self.is_replaced(owner):
-            assert (answer.code, answer.owner) == (Entry.REPLACED, self.replaced[owner])
+            assert (answer.code, answer.owner) == (Entry.REPLACED, self.replaced[owner][0])
             return
         if claim and is_other and claim.holder_owner == owner:
             hands_on = True
@@ -337,15 +343,16 @@ class Machine(RuleBasedStateMachine):
                 claim.expires = self.now + claim.allowance
             return
         latest = max(claim.attempt, claim.next_attempt or 0)
-        if claim.holder != holder and (self.holder_lives() or not may_be_unentered):
-            if claim.holder_owner and may_be_unentered and not keep_for:
-                assert code is Release.FREED
-                self.replaced.pop(claim.holder_owner, None)
-                claim.owner, claim.attempt = claim.holder_owner, claim.holder_attempt
-                claim.holder_owner = claim.next_attempt = claim.replaces = None
-                claim.token, claim.allowance = "", None
-                return
-            assert code is Release.NOT_OURS
+        runner = claim.holder_owner
+        is_last = claim.holder != holder and may_be_unentered and not keep_for
+        if runner and is_last and (self.holder_lives() or runner not in self.replaced):
+            assert code is Release.FREED
+            self.replaced.pop(runner, None)
+            claim.owner, claim.attempt = runner, claim.holder_attempt
+            claim.holder_owner = claim.next_attempt = claim.replaces = None
+            claim.token, claim.allowance = "", None
+        elif claim.holder != holder and (self.holder_lives() or not may_be_unentered):
+            assert code is (Release.KEPT if runner and keep_for else Release.NOT_OURS)
         elif keep_for or latest > attempt:
             assert code is Release.KEPT
             if keep_for:
@@ -374,9 +381,9 @@ class Machine(RuleBasedStateMachine):
         elif claim.replaces is not None:
             assert answer
             claim.owner, claim.attempt, _ = claim.replaces
-            claim.token, claim.replaces, claim.allowance = "", None, None
-            if claim.holder_owner == claim.owner:
-                claim.holder_owner = None
+            claim.token, claim.replaces = "", None
+            if claim.holder_owner in (None, claim.owner):
+                claim.holder_owner = claim.allowance = None
         elif claim.holder:
             assert not answer
         else:

@@ -79,6 +79,9 @@ class GuardedTask(Protocol):
     def _reliable_unfinished(self, headers: dict[str, Any], *, requeued: bool) -> None:
         """A copy ended without its child having said so, or before it could start."""
 
+    def _reliable_uncovered(self, headers: dict[str, Any]) -> None:
+        """The message of a run is about to be acknowledged whose child may be alive."""
+
     def _reliable_repeated(self, headers: dict[str, Any]) -> None:
         """A redelivered copy is about to be acknowledged; perhaps it did not run."""
 

@@ -196,6 +196,8 @@ class ReliableRequest(GuardedRequest):
             if is_repetition and not self.acknowledged and not self._ends_here:
                 # A copy whose result was stored already is not run, so its child ends nothing.
                 self._guard._reliable_repeated(self.request_dict)
+            if self._ends_here and self._is_accepted and not self.acknowledged:
+                self._guard._reliable_uncovered(self.request_dict)
             self._leave(goes_back=False)
             self._note_end()
             if not self._is_left_to_broker():

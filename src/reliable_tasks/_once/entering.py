@@ -115,7 +115,8 @@ class _Copy:
     def _see_the_window(self) -> None:
         """Have a task that was called by name take the key that its call did not."""
         claim = self.claim
-        if Claim.from_headers(vars(self.task.request), claim.owner) is not None:
+        is_by_name = Claim.from_headers(vars(self.task.request), claim.owner) is None
+        if not is_by_name or may_have_started(self.task):
             return
         ticket = self.locks.claims.acquire(
             claim.name,
@@ -219,8 +220,7 @@ class _Copy:
         if action == "reschedule":
             if self.once.options.is_freed_at_start:
                 # It waits for longer than it might in the queue.
-                ttl = self.once.ttl(self.locks.config)
-                self.locks.claims.keep(self.claim.name, owner=self.claim.owner, ttl=ttl)
+                self._keep_waiting()
             reason = f"task {ticket.owner} runs with its key"
             raise _until_free(reason, _WHILE_OTHER_RUNS, ticket, waits_for=ticket.owner)
         # Its call is over.
@@ -229,6 +229,14 @@ class _Copy:
         if action == "drop":
             self._revoke(f"task {ticket.owner} runs with its key")
         raise DuplicateTaskError(self.claim.name, ticket.owner, ticket.seconds)
+
+    def _keep_waiting(self) -> None:
+        """Keep the key of a call that waits for longer than it might in the queue."""
+        store, claim = self.locks.claims, self.claim
+        if not store.keep(claim.name, owner=claim.owner, ttl=self.once.ttl(self.locks.config)):
+            successor = store.replaced_by(claim.name, claim.owner)
+            if successor is not None:
+                self._revoke(f"task {successor} has taken its place")
 
     def _revoke(self, reason: str) -> NoReturn:
         logger.warning("Task %s[%s] is not run: %s", self.task.name, self.claim.owner, reason)

@@ -12,12 +12,12 @@ from celery.signals import task_postrun
 from reliable_tasks._once.claim import HOLDER, Claim, Run
 from reliable_tasks._once.locks import locks_of
 from reliable_tasks._once.once import Once
-from reliable_tasks._once.received import claim_of, lease_of, redelivery_of
+from reliable_tasks._once.received import KILL_GRACE, claim_of, lease_of, redelivery_of
 from reliable_tasks._store.claims import Release
 from reliable_tasks.errors import DuplicateTaskError, StoreError
 from reliable_tasks.instrumentation.signals import claim_lost, claim_released
 
-__all__ = ["end_unrun"]
+__all__ = ["end_unrun", "uncover"]
 
 logger = logging.getLogger("reliable_tasks")
 
@@ -114,6 +114,21 @@ def _end_unrun(
             is_routine=is_routine or options.is_freed_at_start,
         )
     return answered
+
+
+def uncover(task: Task[..., Any], once: Once, headers: dict[str, Any]) -> None:
+    """Cover a run whose message is about to be acknowledged, though its child may be alive."""
+    options = once.options
+    if options.is_freed_at_start and not options.takes_turns:
+        return
+    try:
+        claim = claim_of(task, once, headers)
+        held = claim.turn if options.takes_turns else claim
+        holder = str(headers.get(HOLDER) or "")
+        locks_of(task.app).claims.uncover(held.name, holder=holder, grace=KILL_GRACE)
+    except Exception:
+        # An error here would end the worker.
+        logger.exception("The claim of task %s[%s] may be free early", task.name, headers["id"])
 
 
 def _release(

@@ -189,7 +189,7 @@ def _two_steps(
     if ticket.code is not Publish.TAKEN_OVER:
         return _queued(task, wish, result, None)
     try:
-        locks.claims.confirm(wish.claim, owner=wish.owner)
+        locks.claims.confirm(wish.claim, owner=wish.owner, attempt=wish.claim_attempt)
     except StoreError as error:
         logger.warning(
             "Task %s[%s] is queued in the place of %s, which may run all the same: %s",

@@ -16,6 +16,7 @@ from reliable_tasks._store.delivery import is_beside
 from reliable_tasks.config import UNLIMITED
 
 __all__ = [
+    "KILL_GRACE",
     "claim_of",
     "delivery_of",
     "lease_of",
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 #: The lease outlives the hard limit by what the kill may take (s).
-_KILL_GRACE = 5.0
+KILL_GRACE = 5.0
 
 
 def mark_copy(headers: dict[str, Any]) -> None:
@@ -52,13 +53,13 @@ def delivery_of(task: Task[..., Any], locks: Locks) -> str:
 def lease_of(task: Task[..., Any], locks: Locks) -> float:
     """Return for how long a run is covered where nobody renews its lease (s)."""
     limit = hard_limit(task, task.request.timelimit)
-    return (limit or locks.config.longest_task or UNLIMITED) + _KILL_GRACE
+    return (limit or locks.config.longest_task or UNLIMITED) + KILL_GRACE
 
 
 def redelivery_of(task: Task[..., Any], lease: float) -> float:
     """Return within how many seconds a copy of a message comes back if it comes back at all."""
     options = task.app.conf.broker_transport_options or {}
-    return max(lease, float(options.get("visibility_timeout") or 0)) + _KILL_GRACE
+    return max(lease, float(options.get("visibility_timeout") or 0)) + KILL_GRACE
 
 
 def may_have_started(task: Task[..., Any]) -> bool:

@@ -159,10 +159,15 @@ class Claims:
         """Take back a publish that failed."""
         return bool(load("claim_abandon")(self.client, [self.keys.claim(name)], [owner, token]))
 
-    def confirm(self, name: str, *, owner: str) -> None:
+    def confirm(self, name: str, *, owner: str, attempt: int) -> None:
         """Note that the message is queued of a call that took a claim over."""
-        keys = [self.keys.claim(name), self.keys.replaced(name)]
-        load("claim_confirm")(self.client, keys, [owner])
+        keys = [self.keys.claim(name), self.keys.replaced(name), self.keys.ended(name)]
+        load("claim_confirm")(self.client, keys, [owner, attempt])
+
+    def uncover(self, name: str, *, holder: str, grace: float) -> bool:
+        """Cover a run by its own lease alone, and for ``grace`` (s) at least."""
+        args: list[str | int] = [holder, ms(grace)]
+        return bool(load("claim_uncover")(self.client, [self.keys.claim(name)], args))
 
     def keep(self, name: str, *, owner: str, ttl: float) -> bool:
         """Keep the claim of a message that waits in a worker, for another while (s)."""
@@ -240,7 +245,7 @@ class Claims:
     def replaced_by(self, name: str, task_id: str) -> str | None:
         """Return the task whose call has replaced that of another one, or ``None``."""
         with self.reading("read") as server:
-            found: str | None = server.hget(self.keys.replaced(name), task_id)  # type: ignore[assignment]
+            found: str | None = server.get(self.keys.replaced(name, task_id))  # type: ignore[assignment]
             return found
 
     def free(self, name: str, *, owner: str, fence: str) -> bool:

@@ -5,7 +5,7 @@ key                                       type  what
 ========================================  ====  =================================================
 ``<prefix>claim:{<claim name>}``          hash  who owns a ``@once`` key; see ``lua/README.md``
 ``<prefix>ended:{<claim name>}``          str   the last attempt of a task that was retried
-``<prefix>replaced:{<claim name>}``       hash  task whose call was replaced -> by which task
+``<prefix>replaced:{<claim name>}:<id>``  str   by which task the call of that one was replaced
 ``<prefix>leases``                        zset  delivery tag -> when its lease ends (ms)
 ``<prefix>run:{<task id>}``               hash  which copy of a task may run, and its crashes
 ``<prefix>sent:<token>``                  str   a message that was queued in the last minutes
@@ -62,12 +62,12 @@ class Keys:
 
     @property
     def replacements(self) -> str:
-        """What the key begins with of those whose calls were replaced; as `claims`."""
+        """What the key begins with of a task whose call was replaced; as `claims`."""
         return f"{self.prefix}replaced:"
 
-    def replaced(self, name: str) -> str:
-        """Return the key that remembers whose calls with the claim were replaced by others."""
-        return f"{self.replacements}{{{name}}}"
+    def replaced(self, name: str, task_id: str = "") -> str:
+        """Return the key that remembers who has the place of a task whose call was replaced."""
+        return f"{self.replacements}{{{name}}}:{task_id}"
 
     def claims_pattern(self) -> str:
         """Return the ``SCAN`` pattern that finds every claim."""

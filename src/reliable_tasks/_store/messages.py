@@ -173,10 +173,11 @@ class Messages:
 
     def purge(self, server: redis.Redis, list_: str) -> int:
         """Throw away what waits in a list, and free the claims; return how many that were."""
-        keys = self.keys
-        args: list[Argument] = [_PURGED_AT_ONCE, _FETCHED_BYTES, keys.claims, keys.replacements]
+        begins = (self.keys.claims, self.keys.replacements)
+        args: list[Argument] = [_PURGED_AT_ONCE, _FETCHED_BYTES, *begins]
+        keys = [self.layout.prefix + list_, self.keys.leases]
         purged = 0
-        while count := int(load("message_purge").on(server, [self.layout.prefix + list_], args)):
+        while count := int(load("message_purge").on(server, keys, args)):
             purged += count
         return purged
 

@@ -64,7 +64,8 @@ class Record:
     ) -> Record:
         """Read a claim's fields, by the lease (ms) of the delivery that its holder runs."""
         state = State.WINDOW if "window" in fields else State.QUEUED
-        if "holder" in fields:
+        # The holder of another task's run says nothing of the one that waits for its end.
+        if "holder" in fields and "holder_owner" not in fields:
             # As covered_until.lua has it.
             ends = float(fields["lease_end"])
             if "delivery" in fields:

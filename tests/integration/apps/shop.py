@@ -181,6 +181,19 @@ def _die(task: Task, name: str) -> None:
         _kill_own_child()
 
 
+def _clean_up(task: Task, name: str) -> None:
+    if not _is_first(name):
+        return
+
+    def clean_up(*_: Any) -> None:
+        time.sleep(3)
+        journal.write("end", name=name)
+        os._exit(1)
+
+    signal.signal(signal.SIGUSR1, clean_up)
+    time.sleep(30)
+
+
 def _call_itself(task: Task, name: str) -> None:
     if _is_first(name):
         task.apply_async((name,))
@@ -235,7 +248,16 @@ _ACTIONS = {
             _wait_and_retry,
         ),
         *(_retry_and_die, _retry_and_take_worker_down, _replace_same, _replace_other),
-        *(_sleep, _sleep_on, _exit, _die, _call_itself, _call_itself_in_vain, _take_a_while),
+        *(
+            _sleep,
+            _sleep_on,
+            _exit,
+            _die,
+            _call_itself,
+            _call_itself_in_vain,
+            _take_a_while,
+            _clean_up,
+        ),
         _replace_and_take_worker_down,
         *(_leave, _interrupt, _cancel, _run_out_of_memory, _hold_gil, _spin),
     )

@@ -347,6 +347,29 @@ class TestUntilAndWhileExecuting:
         assert left == [first.id], "its turn alone"
         assert owners(app) == []
 
+    def test_one_that_is_replaced_while_it_waits_ends(self, app: Celery, make: Any) -> None:
+        """At once, however long the one before it takes."""
+        results: list[Any] = []
+
+        def body(self: Any) -> None:
+            if results:
+                return
+            back: list[Any] = []
+            results.append(self.delay(7, "draft"))
+            run(app, take(app), redeliver_to=back)
+            results.append(self.delay(7, "final"))
+            assert run(app, back.pop()).state == "IGNORED"
+
+        task = make(
+            body, lock="until_and_while_executing", on_conflict={"publish": "replace"}, ttl=60
+        )
+        task.delay(7)
+        assert run(app, take(app)).state == "SUCCESS"
+        draft, final = results
+        assert (draft.state, final.replaced_id) == ("REVOKED", draft.id)
+        assert run(app, take(app)).state == "SUCCESS"
+        assert owners(app) == []
+
     def test_a_duplicate_in_the_queue_takes_no_turn(self, app: Celery, make: Any) -> None:
         """It ends, and nobody waits for it."""
         task = make(lock="until_and_while_executing", ttl=60)
@@ -466,7 +489,7 @@ class TestReplace:
                 task=self.name,
                 how="replace",
             )
-            claims_.confirm(self.claim.key, owner="other")
+            claims_.confirm(self.claim.key, owner="other", attempt=0)
             seen.append(answer)
             with pytest.raises(LockLost) as lost:
                 self.claim.check()

@@ -18,9 +18,12 @@ if next_attempt then
 end
 if replaces then
     redis.call('HSET', KEYS[1], 'owner', replaces, 'attempt', replaces_attempt)
-    redis.call('HDEL', KEYS[1], 'token', 'replaces', 'replaces_attempt', 'hands_on', 'allowance')
+    redis.call('HDEL', KEYS[1], 'token', 'replaces', 'replaces_attempt', 'hands_on')
     if holder_owner == replaces then
         redis.call('HDEL', KEYS[1], 'holder_owner')
+    end
+    if not holder_owner or holder_owner == replaces then
+        redis.call('HDEL', KEYS[1], 'allowance')
     end
     return 1
 end

@@ -1,7 +1,7 @@
 -- Purpose: take a claim for a task that is about to be published.
 --          Safe to repeat: a second call with the same token answers as the first did.
 -- KEYS[1]  the claim
--- KEYS[2]  replaced: hash, task whose call was replaced -> the task that has its place
+-- KEYS[2]  replaced: what the key begins with of a task whose call was replaced; its id follows
 -- KEYS[3]  leases of messages: sorted set, tag -> end of the lease, ms
 -- ARGV[1]  owner: the task's id
 -- ARGV[2]  attempt: which continuation of the task this is

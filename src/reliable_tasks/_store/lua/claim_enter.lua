@@ -3,7 +3,7 @@
 -- KEYS[1]  the claim
 -- KEYS[2]  '<owner>:<attempt>' of the task that ended last, if it was ever continued
 -- KEYS[3]  leases of messages: sorted set, tag -> end of the lease, ms
--- KEYS[4]  replaced: hash, task whose call was replaced -> the task that has its place
+-- KEYS[4]  replaced: what the key begins with of a task whose call was replaced; its id follows
 -- ARGV[1]  owner: the task's id
 -- ARGV[2]  attempt of this copy
 -- ARGV[3]  holder: this copy's token
@@ -22,9 +22,8 @@
 --                                                     is not known yet who has it
 --          {5, owner, 0, fence}                       the call was replaced by that owner's
 --          {0, its owner, ms until it lapses, fence}  another task owns the key
--- Uses: claim_mourn covered_until claim_confirm
--- Commands: TIME HMGET HGET GET ZSCORE HDEL HSET PEXPIRE PTTL
-claim_mourn(KEYS[1], KEYS[3], ARGV[5])
+-- Uses: covered_until claim_confirm
+-- Commands: TIME HMGET GET ZSCORE HDEL HSET PEXPIRE PTTL
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local owner, attempt, holder, fence, holder_attempt, holder_owner, replaces, since, delivery, ends =
@@ -40,7 +39,7 @@ if owner ~= ARGV[1] then
         end
         return {3, owner, covered - now, fence}
     end
-    local replaced_by = redis.call('HGET', KEYS[4], ARGV[1])
+    local replaced_by = redis.call('GET', KEYS[4] .. ARGV[1])
     if replaced_by then
         return {5, replaced_by, 0, fence or 0}
     end

@@ -2,7 +2,7 @@
 --          follows (a continuation that is published already, or the same copy again).
 -- KEYS[1]  the claim
 -- KEYS[2]  where to remember '<owner>:<attempt>' of a task that was continued
--- KEYS[3]  replaced: hash, task whose call was replaced -> the task that has its place
+-- KEYS[3]  replaced: what the key begins with of a task whose call was replaced; its id follows
 -- KEYS[4]  leases of messages: sorted set, tag -> end of the lease, ms
 -- ARGV[1]  owner: the task's id
 -- ARGV[2]  attempt of the copy that ends
@@ -17,7 +17,7 @@
 --          {3, ''}         it had lapsed already
 --          {0, its owner}  not ours: another task's, or another run's
 -- Uses: covered_until claim_give_back
--- Commands: TIME HMGET HSET HDEL SET PEXPIRE PTTL DEL
+-- Commands: TIME HMGET EXISTS HSET HDEL SET PEXPIRE PTTL DEL
 local owner, attempt, next_attempt, holder, holder_owner, ends, delivery, replaces, allowance =
     unpack(redis.call('HMGET', KEYS[1], 'owner', 'attempt', 'next_attempt', 'holder',
         'holder_owner', 'lease_end', 'delivery', 'replaces', 'allowance'))
@@ -55,8 +55,16 @@ if holder ~= ARGV[3] and (runs or not may_be_unentered) then
     if holder_owner and may_be_unentered and is_over then
         claim_give_back(KEYS[1], KEYS[3])
         return {1, owner}
+    elseif holder_owner and not is_over then
+        return {2, owner}
     end
     return {0, owner}
+end
+if holder_owner and holder ~= ARGV[3] and is_over
+    and redis.call('EXISTS', KEYS[3] .. holder_owner) == 0 then
+    -- Who handed it on was interrupted, and comes back.
+    claim_give_back(KEYS[1], KEYS[3])
+    return {1, owner}
 end
 local latest = math.max(tonumber(attempt), tonumber(next_attempt or 0))
 if is_over and latest <= tonumber(ARGV[2]) then

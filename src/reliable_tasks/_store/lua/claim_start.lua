@@ -1,7 +1,7 @@
 -- Purpose: free the claim of a task that starts, or say why it must not start.
 --          Safe to repeat.
 -- KEYS[1]  the claim
--- KEYS[2]  replaced: hash, task whose call was replaced -> the task that has its place
+-- KEYS[2]  replaced: what the key begins with of a task whose call was replaced; its id follows
 -- KEYS[3]  where to remember '<owner>:<attempt>' of the one that started last
 -- ARGV[1]  owner: the task's id
 -- ARGV[2]  attempt of this copy
@@ -11,12 +11,13 @@
 --          {4, owner, ms to wait, fence}  it is not known yet who has the claim
 --          {5, owner, 0, fence}      the call was replaced by that owner's
 --          {0, its owner, ms until it lapses, fence}  another task owns the key
--- Commands: TIME HMGET HGET GET SET PTTL DEL
+-- Uses: claim_confirm
+-- Commands: TIME HMGET GET SET PTTL DEL
 local owner, attempt, fence, replaces, since = unpack(redis.call('HMGET', KEYS[1], 'owner',
     'attempt', 'fence', 'replaces', 'since'))
 local started = ARGV[1] .. ':' .. ARGV[2]
 if owner ~= ARGV[1] then
-    local replaced_by = redis.call('HGET', KEYS[2], ARGV[1])
+    local replaced_by = redis.call('GET', KEYS[2] .. ARGV[1])
     if replaced_by then
         return {5, replaced_by, 0, fence or 0}
     end
@@ -37,6 +38,8 @@ end
 if tonumber(attempt) > tonumber(ARGV[2]) then
     return {2, owner, 0, fence}
 end
+-- It was published, for it is here.
+claim_confirm(KEYS[1], KEYS[2])
 redis.call('DEL', KEYS[1])
 redis.call('SET', KEYS[3], started, 'PX', ARGV[3])
 return {1, owner, 0, fence}

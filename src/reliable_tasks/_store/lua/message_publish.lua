@@ -6,8 +6,8 @@
 -- KEYS[3]  the bell of its queue
 -- KEYS[4]  the run of the task that the message continues, or the list again
 -- KEYS[5]  the claim, or the list again
--- KEYS[6]  replaced: hash, task whose call was replaced -> the task that has its place; or again
---          the list
+-- KEYS[6]  replaced: what the key begins with of a task whose call was replaced, or the list
+--          again; its id follows
 -- KEYS[7]  leases: sorted set, tag -> end of the lease, ms
 -- ARGV[1]  message
 -- ARGV[2]  token ttl: for how long a repetition is recognised, ms

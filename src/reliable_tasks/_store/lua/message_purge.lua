@@ -2,23 +2,26 @@
 --          run. A claim whose run goes on is that run's again, and ends with it.
 --          A repetition throws more away.
 -- KEYS[1]  the list
+-- KEYS[2]  leases: sorted set, tag -> end of the lease, ms
 -- ARGV[1]  count: at most so many messages
 -- ARGV[2]  bytes: after so many no more, for reading a message blocks the server
 -- ARGV[3]  claims: what the key of a claim begins with; the name follows in braces
--- ARGV[4]  replaced: the same of the tasks whose calls were replaced
+-- ARGV[4]  replaced: the same of tasks whose calls were replaced; a colon and the id follow
 -- Returns: how many there were
--- Uses: claim_give_back
--- Commands: RPOP HMGET DEL
+-- Uses: covered_until claim_give_back
+-- Commands: TIME RPOP HMGET DEL
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local function free(claim)
     local name = '{' .. claim.key .. '}'
     local key = ARGV[3] .. name
-    local owner, attempt, window, holder = unpack(redis.call('HMGET', key, 'owner', 'attempt',
-        'window', 'holder'))
+    local owner, attempt, window, holder, delivery, ends = unpack(redis.call('HMGET', key, 'owner',
+        'attempt', 'window', 'holder', 'delivery', 'lease_end'))
     if owner ~= claim.owner or tonumber(attempt) ~= claim.attempt or window then
         return
     end
-    if holder then
-        claim_give_back(key, ARGV[4] .. name)
+    if holder and covered_until(KEYS[2], delivery, ends, now) > now then
+        claim_give_back(key, ARGV[4] .. name .. ':')
     else
         redis.call('DEL', key)
     end

@@ -1,6 +1,6 @@
 -- Purpose: what the script claim_acquire does; its header is the contract.
 -- Defines: claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, task, how, my_holder)
--- Commands: TIME HMGET HSET HDEL PEXPIRE PTTL
+-- Commands: TIME HMGET HSET HDEL PEXPIRE PTTL DEL
 local function claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, task, how, my_holder)
     local owner, token, fence, attempt, holder, holder_owner, replaces =
         unpack(redis.call('HMGET', key, 'owner', 'token', 'fence', 'attempt', 'holder',
@@ -8,6 +8,9 @@ local function claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, tas
     local lives = math.max(tonumber(ttl), redis.call('PTTL', key))
     if owner == mine and token == my_token then
         -- A write, though a small one: WAIT waits for the last write of its own connection.
+        if how == 'window' then
+            lives = redis.call('PTTL', key)
+        end
         redis.call('PEXPIRE', key, lives)
         if replaces then
             return {2, replaces, tonumber(ttl), fence}
@@ -41,7 +44,7 @@ local function claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, tas
     redis.call('HSET', key, 'owner', mine, 'attempt', my_attempt, 'token', my_token,
         'fence', fence, 'task', task, 'since', string.format('%.0f', now))
     redis.call('PEXPIRE', key, lives)
-    redis.call('HDEL', replaced, mine)
+    redis.call('DEL', replaced .. mine)
     if owner then
         return {2, owner, tonumber(ttl), fence}
     end

@@ -1,7 +1,7 @@
 -- Purpose: note that a message is queued whose task took the claim over from another one. If that
 --          one's call was replaced, its message ends unrun when it arrives.
 -- Defines: claim_confirm(key, replaced)
--- Commands: HMGET HSET HDEL PEXPIRE PTTL
+-- Commands: HMGET SET HDEL PTTL
 local function claim_confirm(key, replaced)
     local owner, replaces, hands_on = unpack(redis.call('HMGET', key, 'owner', 'replaces',
         'hands_on'))
@@ -9,9 +9,8 @@ local function claim_confirm(key, replaced)
         return
     end
     if not hands_on then
-        redis.call('HSET', replaced, replaces, owner)
-        redis.call('PEXPIRE', replaced, math.max(redis.call('PTTL', key),
-            redis.call('PTTL', replaced)))
+        -- The message waits for no longer than its claim would have.
+        redis.call('SET', replaced .. replaces, owner, 'PX', math.max(redis.call('PTTL', key), 1))
     end
     redis.call('HDEL', key, 'replaces', 'replaces_attempt', 'hands_on')
 end
