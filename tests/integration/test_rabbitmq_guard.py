@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import threading
@@ -23,6 +24,8 @@ from tests.support import Proxy, RabbitMQServer, wait_until
 Record = Callable[[str, object], None]
 
 #: What a worker says when the second copy of a task that runs has come.
+#: For how long connections are cut (s): ``RT_CUT_SECONDS=60`` is the whole of it.
+SECONDS = int(os.environ.get("RT_CUT_SECONDS", "12"))
 _COPY_CAME = r"{id}\] (is set aside|runs here)"
 
 
@@ -253,7 +256,7 @@ def test_nothing_is_lost_or_doubled_while_connections_die(
     record_testsuite_property: Record,
     producer: str,
 ) -> None:
-    """All connections cut each second for 20 s under load: every task runs, never two at once.
+    """All connections cut each second under load: every task runs, never two at once.
 
     A producer that lost the answer to a publish has to repeat it: RabbitMQ cannot tell, so then
     a task may run twice, one after the other.
@@ -262,7 +265,7 @@ def test_nothing_is_lost_or_doubled_while_connections_die(
         through = rabbitmq_url.replace(f":{rabbitmq_server.port}/", f":{proxy.port}/")
         scene = scenes(through if producer == "cut off" else rabbitmq_url, redis_url, limit=60)
         scene.crew(2, concurrency=2, broker_url=through)
-        results, cuts = _call_and_cut(scene, proxy, seconds=20)
+        results, cuts = _call_and_cut(scene, proxy, seconds=SECONDS)
         for name, result in results.items():
             assert result.get(timeout=60) == name, scene.logs
         broker.wait_empty()
@@ -272,7 +275,7 @@ def test_nothing_is_lost_or_doubled_while_connections_die(
         about = f"RabbitMQ with a guard, producer {producer}"
         record_testsuite_property(f"{about}: connections cut", cuts)
         record_testsuite_property(f"{about}: tasks run again, of {len(results)}", len(twice))
-        assert cuts > 20
+        assert cuts > SECONDS
         assert producer == "cut off" or not twice, scene.logs
         scene.stop_workers()
 
