@@ -23,9 +23,9 @@ from tests.support import Proxy, RabbitMQServer, wait_until
 
 Record = Callable[[str, object], None]
 
-#: What a worker says when the second copy of a task that runs has come.
 #: For how long connections are cut (s): ``RT_CUT_SECONDS=60`` is the whole of it.
 SECONDS = int(os.environ.get("RT_CUT_SECONDS", "12"))
+#: What a worker says when the second copy of a task that runs has come.
 _COPY_CAME = r"{id}\] (is set aside|runs here)"
 
 
