@@ -22,7 +22,7 @@
 --                                                     is not known yet who has it
 --          {5, owner, 0, fence}                       the call was replaced by that owner's
 --          {0, its owner, ms until it lapses, fence}  another task owns the key
--- Uses: covered_until claim_confirm
+-- Uses: covered_until claim_confirm in_doubt
 -- Commands: TIME HMGET GET ZSCORE HDEL HSET PEXPIRE PTTL
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -47,8 +47,7 @@ if owner ~= ARGV[1] then
         -- It has handed its claim on and was interrupted; its successor has not started yet.
         hands_on = true
     elseif replaces == ARGV[1] then
-        -- Who would have its place may still be about to publish, or has died.
-        local left = tonumber(since) + 30000 - now
+        local left = in_doubt(since)
         if left > 0 then
             return {4, owner, left, fence}
         end

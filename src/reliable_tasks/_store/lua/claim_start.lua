@@ -11,8 +11,8 @@
 --          {4, owner, ms to wait, fence}  it is not known yet who has the claim
 --          {5, owner, 0, fence}      the call was replaced by that owner's
 --          {0, its owner, ms until it lapses, fence}  another task owns the key
--- Uses: claim_confirm
--- Commands: TIME HMGET GET SET PTTL DEL
+-- Uses: claim_confirm in_doubt
+-- Commands: HMGET GET SET PTTL DEL
 local owner, attempt, fence, replaces, since = unpack(redis.call('HMGET', KEYS[1], 'owner',
     'attempt', 'fence', 'replaces', 'since'))
 local started = ARGV[1] .. ':' .. ARGV[2]
@@ -25,9 +25,7 @@ if owner ~= ARGV[1] then
         return {1, ARGV[1], 0, fence or 0}
     end
     if replaces == ARGV[1] then
-        -- Who would have its place may still be about to publish, or has died.
-        local time = redis.call('TIME')
-        local left = tonumber(since) + 30000 - time[1] * 1000 - math.floor(time[2] / 1000)
+        local left = in_doubt(since)
         if left > 0 then
             return {4, owner, left, fence}
         end
