@@ -76,6 +76,10 @@ def free(context: click.Context, key: str, yes: bool) -> None:
     """
     with _claims(context) as claims:
         record = _find(claims, key)
+        if record.state is State.UNREADABLE:
+            raise click.ClickException(
+                f"{key} is no claim of this library: look at it with redis-cli, and delete it there"
+            )
         if not yes:
             _ask(record)
         if not claims.free(record.name, owner=record.owner, fence=record.fence):

@@ -25,6 +25,7 @@ class State(StrEnum):
     RUNNING = "running"
     INTERRUPTED = "interrupted"
     WINDOW = "window"
+    UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Record:
         owner: Id of the task that has it.
         state: Whether that waits in the queue or for its turn, runs, or was interrupted (its
             worker is gone, and its message comes back); or the key is taken for a window of time.
+            One that is unreadable was written by somebody else.
         attempt: The latest one that is known.
         age: Since when it has it (s).
         expires_in: Until it lapses if nobody renews or releases it (s).
@@ -115,12 +117,24 @@ def _read(claims: Claims, server: redis.Redis, names: Sequence[str]) -> list[Rec
     seconds, micros = execute(server, "TIME")
     now = int(seconds) + int(micros) / 1_000_000
     keys = [claims.keys.claim(name) for name in names]
-    fields = checked(pipelined(server, [("HGETALL", key) for key in keys]))
+    # One that is no hash must not hide the others.
+    fields = pipelined(server, [("HGETALL", key) for key in keys])
     lapses = checked(pipelined(server, [("PTTL", key) for key in keys]))
-    tags = [found.get("delivery", "") for found in fields]
+    tags = ["" if isinstance(found, Exception) else found.get("delivery", "") for found in fields]
     leases = checked(pipelined(server, [("ZSCORE", claims.leases, tag) for tag in tags]))
     return [
-        Record.of(name, found, int(lapse) / 1000, lease_end=lease, now=now)
+        _record(name, found, int(lapse) / 1000, lease_end=lease, now=now)
         for name, found, lapse, lease in zip(names, fields, lapses, leases, strict=True)
         if found
     ]
+
+
+def _record(
+    name: str, found: Any, expires_in: float, *, lease_end: float | None, now: float
+) -> Record:
+    if isinstance(found, Exception) and not str(found).startswith("WRONGTYPE"):
+        raise found
+    try:
+        return Record.of(name, found, expires_in, lease_end=lease_end, now=now)
+    except (TypeError, LookupError, ValueError):
+        return Record(name, "", "", State.UNREADABLE, 0, 0.0, max(expires_in, 0.0), "")

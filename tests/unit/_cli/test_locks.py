@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import redis
 from celery import Celery
 from click.testing import CliRunner, Result
 
@@ -17,6 +18,7 @@ from reliable_tasks import ReliableTask, StoreUnavailable, once
 from reliable_tasks._cli import reliable
 from reliable_tasks._cli.locks import _duration
 from reliable_tasks._once.locks import locks_of
+from reliable_tasks._store import records
 from reliable_tasks._store.claims import Claims
 from tests.unit.harness import claims, run, take
 
@@ -146,6 +148,29 @@ def test_the_states(app: Celery, invoke: Invoke, task: Any) -> None:
     assert state() == "window"
 
 
+def test_what_is_no_claim_hides_no_other(app: Celery, invoke: Invoke, task: Any) -> None:
+    """Somebody wrote to such keys; they are listed too, and left alone."""
+    first = task.delay(7)
+    server = locks_of(app).claims.client.redis
+    server.set("reliable:claim:{a string}", "x")
+    server.hset("reliable:claim:{a half}", "owner", "o")
+    server.hset(f"reliable:claim:{{{key_of(task, 8)}}}", mapping={"owner": "o", "fence": "x"})
+    listed = [json.loads(line) for line in invoke("list", "--json").output.splitlines()]
+    states = {record["name"]: record["state"] for record in listed}
+    assert states == {
+        key_of(task, 7): "queued",
+        key_of(task, 8): "unreadable",
+        "a string": "unreadable",
+        "a half": "unreadable",
+    }
+    assert first.id in invoke().output
+    for name in ("a string", "a half"):
+        result = invoke("free", "--yes", name)
+        assert result.exit_code == 1
+        assert f"{name} is no claim of this library" in result.output
+        assert server.exists(f"reliable:claim:{{{name}}}")
+
+
 def test_one_key(invoke: Invoke, task: Any) -> None:
     """All that is known, one fact a line."""
     result = task.delay(7)
@@ -208,6 +233,21 @@ def test_a_key_that_changed_hands_is_not_freed(
     assert result.exit_code == 1
     assert "it has changed hands since" in result.output
     assert len(claims(app)) == 1
+
+
+def test_a_refused_command_is_an_error(
+    invoke: Invoke, task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user without the right to read sees no keys that are unreadable."""
+
+    def refuse(server: Any, commands: Any) -> list[Any]:
+        return [redis.exceptions.NoPermissionError("NOPERM no rights") for _ in commands]
+
+    task.delay(7)
+    monkeypatch.setattr(records, "pipelined", refuse)
+    result = invoke("list")
+    assert result.exit_code == 1
+    assert "the lock Redis refused to list claims: NOPERM no rights" in result.output
 
 
 @pytest.mark.parametrize("command", [("list",), ("show", "k"), ("free", "k")])
