@@ -21,6 +21,8 @@ from reliable_tasks.config import ReliableConfig
 from reliable_tasks.errors import (
     ConfigError,
     DuplicateTaskError,
+    FollowedTaskFailed,
+    FollowTimeout,
     LockError,
     LockLost,
     MissingExtra,
@@ -39,6 +41,8 @@ __all__ = [
     "Concern",
     "ConfigError",
     "DuplicateTaskError",
+    "FollowTimeout",
+    "FollowedTaskFailed",
     "HeldClaim",
     "LockError",
     "LockLost",

@@ -70,7 +70,9 @@ def _start(
     else:
         body = _ending_alone(task, body)
         if task.reliable_once is not None:
-            enter(task, task.reliable_once)
+            followed = enter(task, task.reliable_once)
+            if followed is not None:
+                return followed.take()
     if policy is None:
         return body(*args, **kwargs)
     return _run_with(policy, task, body, args, kwargs)

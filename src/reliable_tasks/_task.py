@@ -22,6 +22,7 @@ from reliable_tasks._celery.settings import explicit
 from reliable_tasks._celery.versions import check_versions
 from reliable_tasks._once.claim import CLAIM, OF_ONE_DELIVERY, Claim, Run
 from reliable_tasks._once.decorator import OPTIONS, once_options
+from reliable_tasks._once.following import is_follower, pause_of
 from reliable_tasks._once.held import HeldClaim, held_claim
 from reliable_tasks._once.leaving import end_unrun, uncover
 from reliable_tasks._once.locks import locks_of, read_config
@@ -151,12 +152,13 @@ class ReliableTask(_Task):
         """Queue the task; takes what Celery's `apply_async` takes.
 
         Returns:
-            The result, with ``.duplicate`` true where a `@once` key was taken already and
-            nothing was queued.
+            The result, with ``.duplicate`` true where a `@once` key was taken already. Then
+            nothing was queued; or, for a part of a canvas and a call with callbacks, a task that
+            waits for the owner of the key and ends as it does.
 
         Raises:
-            DuplicateTaskError: The `@once` key is taken, and ``on_conflict`` is ``"raise"`` or
-                the call is part of a canvas or has callbacks, which would wait for ever.
+            DuplicateTaskError: The `@once` key is taken, and ``on_conflict`` is ``"raise"``, or
+                a callback or the next task of a chain needs a value that no backend keeps.
             kombu.exceptions.OperationalError: The broker cannot be reached. No claim stays.
             StoreUnavailable: The lock Redis cannot be reached.
         """
@@ -192,6 +194,7 @@ class ReliableTask(_Task):
             task_id=task_id,
             producer=producer,
             options=options,
+            link=link,
             waited_for=bool(waited_for),
         )
 
@@ -223,9 +226,10 @@ class ReliableTask(_Task):
         """
         run = Run.of(self)
         error = options.get("exc")
-        if isinstance(error, DuplicateTaskError) and self.reliable_once is not None and not run:
+        is_answer = is_follower(self) or (isinstance(error, DuplicateTaskError) and not run)
+        if isinstance(error, Exception) and self.reliable_once is not None and is_answer:
             # With autoretry_for=(Exception,) Celery takes for an error of the task what is an
-            # answer to a copy that may not run: its "retry" would count as a later attempt.
+            # answer to a copy that does not run: its "retry" would count as a later attempt.
             raise error
         claim = run.claim if run else Claim.from_headers(self.request.headers, self.request.id)
         given = options.get("headers", self.request.headers) or {}
@@ -233,7 +237,7 @@ class ReliableTask(_Task):
         if claim is not None:
             # A message published by name has no claim in its headers, and a caller's own headers
             # replace those that it has.
-            headers[CLAIM] = claim.as_header()
+            headers[CLAIM] = claim.as_owner.as_header()
         if headers != given:
             options["headers"] = headers
         try:
@@ -307,6 +311,10 @@ class ReliableTask(_Task):
         if self.reliable_once is not None:
             end_unrun(self, self.reliable_once, headers, requeued=False, is_routine=True)
 
+    def _reliable_pause(self, headers: dict[str, Any]) -> SetAside | None:
+        once = self.reliable_once
+        return None if once is None else pause_of(self, once, headers)
+
     def _reliable_slack(self, visibility_timeout: float) -> float:
         # One half of the margin is for waiting, the other for clocks that differ.
         return min(self._visibility_margin, visibility_timeout) / 2
@@ -317,5 +325,6 @@ def _as_reliable(result: Any) -> ReliableResult:
         # An eager call has run when it returns: there is nothing it could be a duplicate of.
         result.duplicate = False  # type: ignore[attr-defined]
         result.replaced_id = None  # type: ignore[attr-defined]
+        result.followed_id = None  # type: ignore[attr-defined]
         result.ignored_id = None  # type: ignore[attr-defined]
     return cast(ReliableResult, result)

@@ -12,6 +12,8 @@
     ├── LockError
     │   └── LockLost
     ├── DuplicateTaskError
+    ├── FollowTimeout
+    ├── FollowedTaskFailed
     ├── RetriesExhausted
     └── TaskExited
 
@@ -26,6 +28,8 @@ from __future__ import annotations
 __all__ = [
     "ConfigError",
     "DuplicateTaskError",
+    "FollowTimeout",
+    "FollowedTaskFailed",
     "LockError",
     "LockLost",
     "MissingExtra",
@@ -151,6 +155,41 @@ class DuplicateTaskError(ReliableError):
             f"task {self.owner} owns {self.key} already; "
             f"its claim lapses in {self.expires_in:g} s at the latest"
         )
+
+
+class FollowTimeout(ReliableError):
+    """A duplicate followed the task that owns its key for its ``ttl``, and that has not ended.
+
+    Attributes:
+        key: The claim's key.
+        owner: Id of the task that owns it.
+    """
+
+    def __init__(self, key: str, owner: str) -> None:
+        super().__init__(key, owner)
+        self.key = key
+        self.owner = owner
+
+    def __str__(self) -> str:
+        return (
+            f"task {self.owner} owns {self.key} and has not ended in time: give @once a ttl= that "
+            "is longer than it waits in the queue and runs"
+        )
+
+
+class FollowedTaskFailed(ReliableError):
+    """The task that a duplicate followed has failed, and no result backend keeps its error.
+
+    Attributes:
+        task_id: Id of that task.
+    """
+
+    def __init__(self, task_id: str) -> None:
+        super().__init__(task_id)
+        self.task_id = task_id
+
+    def __str__(self) -> str:
+        return f"task {self.task_id} failed, and no result backend says of what"
 
 
 class RetriesExhausted(ReliableError):

@@ -539,19 +539,35 @@ def test_a_body_that_calls_itself_is_guarded_once(app: Celery) -> None:
 
 
 def test_a_duplicate_breaks_no_canvas(app: Celery) -> None:
-    """A step that would wait for ever is an error at the call."""
+    """A step is queued all the same, unless it is to raise: then the call does."""
 
     @app.task(base=ReliableTask, name="t")
     @once
-    def t() -> None:
+    def t() -> str:
+        return "done"
+
+    @app.task(base=ReliableTask, name="strict")
+    @once(on_conflict="raise")
+    def strict() -> None:
         pass
 
     t.delay()
-    for canvas in (group(t.si(), t.si()), chain(t.si(), t.si())):
-        with pytest.raises(DuplicateTaskError):
-            canvas.apply_async()
+    results = [
+        canvas.apply_async()
+        for canvas in (group(t.si(), t.si()), chain(t.si(), t.si()), t.s().set(link=t.si()))
+    ]
+    run_all(app)
+    for result in results:
+        assert result.get(timeout=1) in ("done", ["done", "done"])
+    strict.delay()
     with pytest.raises(DuplicateTaskError):
-        t.apply_async(link=t.si())
+        chain(strict.si(), t.si()).apply_async()
+    with pytest.raises(DuplicateTaskError):
+        strict.apply_async(link=t.si())
+    refused, other = group(strict.si(), t.si()).apply_async()
+    run_all(app)
+    assert isinstance(refused.result, DuplicateTaskError)
+    assert other.get(timeout=1) == "done"
 
 
 def test_a_result_is_found_by_its_id(app: Celery) -> None:

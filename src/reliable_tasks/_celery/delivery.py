@@ -85,6 +85,9 @@ class GuardedTask(Protocol):
     def _reliable_repeated(self, headers: dict[str, Any]) -> None:
         """A redelivered copy is about to be acknowledged; perhaps it did not run."""
 
+    def _reliable_pause(self, headers: dict[str, Any]) -> Any:
+        """Say why a copy must not take a slot yet, by a `SetAside`, or ``None``."""
+
     def _reliable_slack(self, visibility_timeout: float) -> float:
         """How many seconds of a visibility timeout must not be counted on."""
 

@@ -70,7 +70,13 @@ class ReliableRequest(GuardedRequest):
             return True
         self._ends_here = False
         # A task that can expire is asked about when it is received, too.
-        return self in reserved_requests and not self._may_start()
+        if self not in reserved_requests:
+            return False
+        pause = self._guard._reliable_pause(self.request_dict)
+        if pause is not None:
+            self._set_aside(pause)
+            return True
+        return not self._may_start()
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
         """Kill a task that was revoked while it runs; its claim is released when it is dead."""

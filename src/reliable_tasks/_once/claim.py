@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from celery import Task
 
 from reliable_tasks._celery.headers import DELIVERY
 from reliable_tasks._once.once import Once
 
-__all__ = ["CLAIM", "HOLDER", "OF_ONE_DELIVERY", "Claim", "Run"]
+__all__ = ["CLAIM", "HOLDER", "OF_ONE_DELIVERY", "Claim", "Follows", "Run", "Then"]
 
 #: Header: the claim that a message carries.
 CLAIM = "reliable_claim"
@@ -18,30 +18,70 @@ CLAIM = "reliable_claim"
 HOLDER = "reliable_holder"
 #: Headers that a worker adds to what it received: a retry must not inherit them.
 OF_ONE_DELIVERY = (HOLDER, DELIVERY, "crashes", "x-delivery-count", "redelivered")
+#: What becomes of a duplicate that somebody waits for: it ends as the task that it follows, runs
+#: when that one has ended, or fails.
+Then = Literal["join", "run", "fail"]
+
+
+@dataclass(frozen=True, slots=True)
+class Follows:
+    """Whom a duplicate follows that was queued all the same, for somebody waits for it.
+
+    Attributes:
+        owner: Id of the task that owned the key when it was called.
+        until: Until when it follows (ms by the clock of the lock Redis).
+        then: What becomes of it.
+        expires_in: In how many seconds the owner's claim would have lapsed.
+    """
+
+    owner: str
+    until: int
+    then: Then
+    expires_in: float
+
+    @classmethod
+    def from_header(cls, header: Any) -> Follows | None:
+        """Return what a message carries, or ``None``."""
+        try:
+            owner, until, then, expires_in = header
+            return cls(str(owner), int(until), then, float(expires_in))
+        except (TypeError, ValueError):
+            return None
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Which key a message owns, and as which attempt.
+    """Which key a message owns, or would like to, and as which attempt.
 
     Attributes:
         name: The claim's name.
         owner: The task's id.
         attempt: Which continuation of the task the message is, from 0.
+        follows: Who had the key when the task was called, where it was queued all the same.
     """
 
     name: str
     owner: str
     attempt: int
+    follows: Follows | None = None
 
     def as_header(self) -> dict[str, Any]:
         """Return what the message carries."""
-        return {"key": self.name, "owner": self.owner, "attempt": self.attempt}
+        header: dict[str, Any] = {"key": self.name, "owner": self.owner, "attempt": self.attempt}
+        if self.follows is not None:
+            follows = self.follows
+            header["follows"] = [follows.owner, follows.until, follows.then, follows.expires_in]
+        return header
+
+    @property
+    def as_owner(self) -> Claim:
+        """The claim of a task that follows nobody, or nobody any more."""
+        return replace(self, follows=None)
 
     @property
     def turn(self) -> Claim:
         """The claim of the one that runs, where tasks with the key wait for each other."""
-        return replace(self, name=f"{self.name}:turn")
+        return replace(self.as_owner, name=f"{self.name}:turn")
 
     @classmethod
     def from_headers(cls, headers: dict[str, Any] | None, task_id: str | None) -> Claim | None:
@@ -55,7 +95,7 @@ class Claim:
         name, attempt = header.get("key"), header.get("attempt")
         if not isinstance(name, str) or not isinstance(attempt, int):
             return None
-        return cls(name, task_id, attempt)
+        return cls(name, task_id, attempt, Follows.from_header(header.get("follows")))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The start of a once-task: a copy is let in, is set aside, or ends unrun."""
+"""The start of a once-task: a copy is let in, follows another task, is set aside, or ends unrun."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from reliable_tasks._celery.headers import TIMES_SET_ASIDE
 from reliable_tasks._celery.revoking import end_as_revoked
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._once.claim import HOLDER, Claim, Run
+from reliable_tasks._once.following import Outcome, begin_to_follow, outcome_of
 from reliable_tasks._once.locks import Locks, locks_of
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.received import (
@@ -48,24 +49,32 @@ _WHILE_ENDING = (0.1, 5.0)
 _WHILE_UNAVAILABLE = (1.0, 5.0)
 
 
-def enter(task: Task[..., Any], once: Once) -> None:
+def enter(task: Task[..., Any], once: Once) -> Outcome | None:
     """Take the claim for this run.
+
+    Returns:
+        The outcome of the task that this one followed, if it is to end as that and not run.
 
     Raises:
         Ignore: A later attempt exists, the call was replaced, or it is dropped for another task
             that runs; this copy is acknowledged unrun.
         SetAside: Another copy or another task runs, or the lock Redis does not answer; this copy
             tries again.
-        DuplicateTaskError: Another task owns the key.
+        DuplicateTaskError: Another task owns the key, and the conflict setting is ``"raise"``.
+        FollowTimeout: It follows another task, which has not ended in time.
     """
     locks = locks_of(task.app)
     copy = _Copy(task, once, locks, claim_of(task, once, vars(task.request)))
     try:
+        outcome = outcome_of(task, once, locks, copy.claim)
+        if outcome is not None:
+            return outcome
         run = copy.let_in()
     except StoreError as error:
         _unavailable(task, locks, error)
-        return
+        return None
     run.begin(task)
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +115,20 @@ class _Copy:
                 except BaseException:
                     self._release(held)
                     raise
-            return Run(self.once, self.claim, held, self.holder, fence)
+            return self._run(held, fence)
         if options.is_freed_at_start:
-            return Run(self.once, self.claim, None, self.holder, self._start())
+            return self._run(None, self._start())
         fence = self._enter(self.claim, self._end_late)
-        return Run(self.once, self.claim, self.claim, self.holder, fence)
+        return self._run(self.claim.as_owner, fence)
+
+    def _run(self, held: Claim | None, fence: int) -> Run:
+        return Run(self.once, self.claim.as_owner, held, self.holder, fence)
 
     def _see_the_window(self) -> None:
-        """Have a task that was called by name take the key that its call did not."""
+        """Have a task take the key that its call did not: by name, or while another one had it."""
         claim = self.claim
         is_by_name = Claim.from_headers(vars(self.task.request), claim.owner) is None
-        if not is_by_name or may_have_started(self.task):
+        if claim.follows is None and (not is_by_name or may_have_started(self.task)):
             return
         ticket = self.locks.claims.acquire(
             claim.name,
@@ -198,6 +210,9 @@ class _Copy:
 
     def _end_late(self, ticket: Ticket[Entry]) -> None:
         """End a copy that starts when another task has the key that its call had taken."""
+        if self.claim.follows is not None or self.once.options.at_publish == "existing":
+            self._tell_conflict(self.claim, ticket, "follow")
+            raise begin_to_follow(self.task, self.once, self.locks, self.claim)
         self._tell_conflict(self.claim, ticket, "late")
         if self.once.options.at_publish == "replace":
             self._revoke(f"task {ticket.owner} has taken its place")

@@ -10,10 +10,11 @@ from celery import Task, states
 from celery.signals import task_postrun
 
 from reliable_tasks._once.claim import HOLDER, Claim, Run
+from reliable_tasks._once.following import is_follower
 from reliable_tasks._once.locks import locks_of
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.received import KILL_GRACE, claim_of, lease_of, redelivery_of
-from reliable_tasks._store.claims import Release
+from reliable_tasks._store.claims import End, Release
 from reliable_tasks.errors import DuplicateTaskError, StoreError
 from reliable_tasks.instrumentation.signals import claim_lost, claim_released
 
@@ -37,7 +38,10 @@ def _leave(task: Any = None, state: str | None = None, retval: Any = None, **_: 
     if run is not None and state in _ENDED:
         goes_back = state == states.REJECTED and bool(getattr(retval, "requeue", False))
         if run.held is not None:
-            _release(task, run.once, run.held, run.holder, goes_back=goes_back)
+            end = _end(task, run, state)
+            _release(task, run.once, run.held, run.holder, goes_back=goes_back, end=end)
+        elif state in _FINAL:
+            _note_end(task, run.claim, state)
         if state == states.RETRY and run.once.options.is_freed_at_start:
             # The retry has taken the key again; where that is a step of its own, it counts now.
             _release(
@@ -49,11 +53,28 @@ def _leave(task: Any = None, state: str | None = None, retval: Any = None, **_: 
                 may_be_unentered=True,
                 is_routine=True,
             )
-    elif run is None and state in _FINAL and not task.request.is_eager:
+    elif run is None and state in _FINAL and not task.request.is_eager and not is_follower(task):
         once = getattr(task, "reliable_once", None)
         if once is not None and not isinstance(retval, DuplicateTaskError):
             # It failed before its body began, or ran without the lock Redis.
             _end_unrun(task, once, vars(task.request), requeued=False)
+
+
+def _end(task: Task[..., Any], run: Run, state: str) -> End | None:
+    """Return what those that follow a task are told of its end."""
+    if state not in _FINAL or not run.once.options.is_claimed_by_calls:
+        return None
+    # Where the key stays taken, somebody can begin to follow when it has ended.
+    is_kept = run.once.options.is_for_a_window
+    ttl = run.once.ttl(locks_of(task.app).config) if is_kept else None
+    return End(run.claim.name, state, ttl)
+
+
+def _note_end(task: Task[..., Any], claim: Claim, state: str) -> None:
+    try:
+        locks_of(task.app).claims.note_end(claim.name, owner=claim.owner, state=state)
+    except StoreError as error:
+        logger.warning("Who follows task %s[%s] may wait: %s", task.name, claim.owner, error)
 
 
 def end_unrun(
@@ -100,6 +121,8 @@ def _end_unrun(
     holder = str(headers.get(HOLDER) or "")
     options = once.options
     answered = True
+    # Who follows another task may not have got the key yet.
+    is_routine = is_routine or claim.follows is not None
     if options.takes_turns:
         # It may not have had its turn yet.
         answered = _release(task, once, claim.turn, holder, goes_back=requeued, is_routine=True)
@@ -140,6 +163,7 @@ def _release(
     goes_back: bool,
     may_be_unentered: bool = False,
     is_routine: bool = False,
+    end: End | None = None,
 ) -> bool:
     """Release a claim; return whether the lock Redis answered."""
     locks = locks_of(task.app)
@@ -154,6 +178,7 @@ def _release(
             keep_for=once.ttl(locks.config) if goes_back and not is_turn else 0.0,
             may_be_unentered=may_be_unentered,
             remember=0.0 if is_turn else redelivery_of(task, lease_of(task, locks)),
+            end=end,
         )
     except StoreError as error:
         logger.warning("A claim on %s may stay until it lapses: %s", claim.name, error)

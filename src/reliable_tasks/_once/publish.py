@@ -12,7 +12,9 @@ from celery import Task
 from kombu.exceptions import OperationalError
 
 from reliable_tasks._celery.delays import delay_of
-from reliable_tasks._once.claim import CLAIM, OF_ONE_DELIVERY, Claim, Run
+from reliable_tasks._once.claim import CLAIM, OF_ONE_DELIVERY, Claim, Follows, Run
+from reliable_tasks._once.duplicate import follows, is_refused, needs_value
+from reliable_tasks._once.following import keeps_results
 from reliable_tasks._once.locks import BrokerUnavailable, Locks, locks_of
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.result import ReliableResult
@@ -51,13 +53,17 @@ def publish(
     task_id: str | None,
     producer: Any,
     options: Mapping[str, Any],
+    link: Any,
     waited_for: bool,
 ) -> ReliableResult:
     """Claim a call's key and queue it, or answer as the conflict setting says.
 
+    A duplicate that is ``waited_for``, by the rest of a chain or a callback, is queued all the
+    same, and follows the task that has the key.
+
     Raises:
-        DuplicateTaskError: The key is taken, and the conflict setting is ``"raise"`` or
-            something is ``waited_for`` that would never come: the rest of a chain, a callback.
+        DuplicateTaskError: The key is taken, and the conflict setting is ``"raise"``, or what
+            waits needs a value that no backend keeps.
         LockLost: A retry or a replacement found that another task owns the key by now.
         StoreUnavailable: The lock Redis does not answer and ``reliable_on_store_error`` is
             ``"raise"``; a kombu ``OperationalError`` where the lock Redis is the broker.
@@ -93,6 +99,11 @@ def publish(
         holder=_holder(task, once, claim, continued),
     )
     send = _one_step if _is_one_script(task, locks, options, producer) else _two_steps
+    action = once.options.at_publish
+    may_follow = action != "raise" and (
+        not needs_value(link, options)
+        or keeps_results(task, is_ignored=bool(options.get("ignore_result", task.ignore_result)))
+    )
     answer = send(task, locks, wish, queue, headers, producer)
     if not isinstance(answer, Ticket):
         return answer
@@ -103,13 +114,46 @@ def publish(
         # It gave its key up when it started, and must run all the same.
         del headers[CLAIM]
         return queue(owner, headers, producer)
-    action = "raise" if waited_for else once.options.at_publish
+    is_raised = not may_follow and is_refused(task, task_id, options)
+    if not waited_for or is_raised:
+        _tell_conflict(task, claim, task_id, answer, "raise" if is_raised else action)
+        if is_raised or action == "raise":
+            raise DuplicateTaskError(claim.name, answer.owner, answer.seconds)
+        return _existing(task, claim, answer, task_id)
+    try:
+        whom = follows(task, once, locks, claim, answer, ttl=wish.ttl, may_follow=may_follow)
+    except StoreUnavailable as error:
+        raise locks.unavailable(error) from error
+    headers[CLAIM] = replace(claim, follows=whom).as_header()
+    _tell_conflict(task, claim, owner, answer, "follow" if may_follow else "raise")
+    return _following(task, claim, whom, queue(owner, headers, producer))
+
+
+def _tell_conflict(
+    task: Task[..., Any],
+    claim: Claim,
+    task_id: str | None,
+    answer: Ticket[Publish],
+    action: str,
+) -> None:
     claim_conflict.send(
         sender=task, key=claim.name, task_id=task_id, owner=answer.owner, action=action
     )
-    if action == "raise":
-        raise DuplicateTaskError(claim.name, answer.owner, answer.seconds)
-    return _existing(task, claim, answer, task_id)
+
+
+def _following(
+    task: Task[..., Any], claim: Claim, whom: Follows, result: ReliableResult
+) -> ReliableResult:
+    logger.info(
+        "Task %s[%s] is queued as a duplicate of %s (%s)",
+        task.name,
+        claim.owner,
+        whom.owner,
+        claim.name,
+    )
+    result.duplicate = True
+    result.followed_id = whom.owner
+    return result
 
 
 def _how(once: Once) -> How:

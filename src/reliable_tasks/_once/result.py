@@ -18,12 +18,15 @@ class ReliableResult(_AsyncResult):
     """Celery's result, which also says whether the call was a duplicate.
 
     Attributes:
-        duplicate: Nothing was queued: this is the result of the task that owns the key.
+        duplicate: Another task owns the key. Nothing was queued, and this is its result; or, where
+            somebody waits for this one, it was queued to end as that one does.
+        followed_id: Id of that other task, where this one was queued all the same.
         replaced_id: Id of the task whose place this one has taken: of a call that was replaced
             (``on_conflict="replace"``), or of the task that called itself.
         ignored_id: The ``task_id`` that the caller of a duplicate asked for, which no task has.
     """
 
     duplicate: bool = False
+    followed_id: str | None = None
     replaced_id: str | None = None
     ignored_id: str | None = None

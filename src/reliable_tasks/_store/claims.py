@@ -17,7 +17,7 @@ from reliable_tasks._store.scripts import NO_REPLICAS, Replicas, load
 from reliable_tasks._store.values import ms
 from reliable_tasks.errors import StoreError, StoreUnavailable
 
-__all__ = ["Claims", "Entry", "Publish", "Release", "Ticket"]
+__all__ = ["Claims", "End", "Entry", "Follow", "Following", "Publish", "Release", "Ticket"]
 
 
 Code = TypeVar("Code", bound=IntEnum)
@@ -52,6 +52,49 @@ class Release(IntEnum):
     FREED = 1
     KEPT = 2
     LAPSED = 3
+
+
+class Follow(IntEnum):
+    """Answers to a task that follows; the numbers are those of ``claim_follow.lua``."""
+
+    FREE = 0
+    WAITS = 1
+    ENDED = 2
+    OURS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a task ended, for those that follow it.
+
+    Attributes:
+        name: Name of the claim that they wait for.
+        state: The task's state.
+        ttl: How long that is known (s); ``None``: for as long as somebody follows.
+    """
+
+    name: str
+    state: str
+    ttl: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """What a task learns of the one that it follows.
+
+    Attributes:
+        code: Whether nobody has the key, it waits, that one has ended, or the key is its own.
+        followed: Id of the task that it follows by now.
+        seconds: For how long it still follows.
+        until: When that is over (ms by the server's clock).
+        state: In which state the followed one ended, or ``""``.
+    """
+
+    code: Follow
+    followed: str
+    seconds: float
+    until: int
+    state: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +248,7 @@ class Claims:
         One that has started is known for ``remember`` seconds.
         """
         keys = [self.keys.claim(name), self.keys.replaced(name), self.keys.ended(name)]
+        keys.append(self.keys.followed(name))
         args: list[str | int] = [owner, attempt, ms(remember)]
         return _ticket(Entry, self._make("claim_start", keys, args))
 
@@ -218,16 +262,43 @@ class Claims:
         keep_for: float = 0,
         may_be_unentered: bool = False,
         remember: float = 0,
+        end: End | None = None,
     ) -> tuple[Release, str]:
         """End a run; with ``keep_for`` (seconds) the claim waits for the copy that follows.
 
-        The last attempt of a task that was continued is remembered for ``remember`` seconds.
+        The last attempt of a task that was continued is remembered for ``remember`` seconds, and
+        its ``end`` is noted for those that follow it.
         """
-        unentered = int(may_be_unentered)
-        args: list[str | int] = [owner, attempt, holder, ms(keep_for), unentered, ms(remember)]
-        keys = [*self._both(name), self.keys.replaced(name), self.leases]
+        args: list[str | int] = [
+            *(owner, attempt, holder, ms(keep_for), int(may_be_unentered), ms(remember)),
+            *(("", "") if end is None else (end.state, "" if end.ttl is None else ms(end.ttl))),
+        ]
+        followed = self.keys.followed(name if end is None else end.name)
+        keys = [*self._both(name), self.keys.replaced(name), self.leases, followed]
         code, other = load("claim_release")(self.client, keys, args)
         return Release(int(code)), str(other)
+
+    def follow(
+        self, name: str, *, task_id: str, followed: str, until: int | None, ttl: float
+    ) -> Following:
+        """Have a task follow another one, or learn how that one ended.
+
+        Args:
+            name: The claim's name.
+            task_id: The task that follows.
+            followed: Whom it follows; itself if that is the owner, whoever it is.
+            until: Until when (ms by the server's clock); ``None``: for the ``ttl`` from now on.
+            ttl: For how long a task follows (s).
+        """
+        keys = [self.keys.claim(name), self.keys.followed(name)]
+        args: list[str | int] = [task_id, followed, "" if until is None else until, ms(ttl)]
+        code, other, left, ends, state = load("claim_follow")(self.client, keys, args)
+        return Following(Follow(int(code)), other, int(left) / 1000, int(ends), state)
+
+    def note_end(self, name: str, *, owner: str, state: str) -> None:
+        """Note how a task ended that has freed its key before, for those that follow it."""
+        with self.reading("write") as server:
+            server.set(self.keys.followed(name, owner), state, xx=True, keepttl=True)
 
     def _make(self, script: str, keys: list[str], args: list[str | int]) -> list[str]:
         answer: list[str] = load(script)(self.client, keys, args, self._replicas)

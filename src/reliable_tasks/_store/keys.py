@@ -6,6 +6,7 @@ key                                       type  what
 ``<prefix>claim:{<claim name>}``          hash  who owns a ``@once`` key; see ``lua/README.md``
 ``<prefix>ended:{<claim name>}``          str   the last attempt of a task that was retried
 ``<prefix>replaced:{<claim name>}:<id>``  str   by which task the call of that one was replaced
+``<prefix>followed:{<claim name>}:<id>``  str   how a task ended that others follow, or whom it does
 ``<prefix>leases``                        zset  delivery tag -> when its lease ends (ms)
 ``<prefix>run:{<task id>}``               hash  which copy of a task may run, and its crashes
 ``<prefix>sent:<token>``                  str   a message that was queued in the last minutes
@@ -68,6 +69,10 @@ class Keys:
     def replaced(self, name: str, task_id: str = "") -> str:
         """Return the key that remembers who has the place of a task whose call was replaced."""
         return f"{self.replacements}{{{name}}}:{task_id}"
+
+    def followed(self, name: str, task_id: str = "") -> str:
+        """Return the key that remembers how a task ended that others follow."""
+        return f"{self.prefix}followed:{{{name}}}:{task_id}"
 
     def claims_pattern(self) -> str:
         """Return the ``SCAN`` pattern that finds every claim."""

@@ -102,6 +102,11 @@ def _requeue(task: Task, name: str) -> None:
         raise Reject("told to", requeue=True)
 
 
+def _wait_and_fail(task: Task, name: str) -> None:
+    journal.wait_at(name)
+    raise ValueError(name)
+
+
 def _retry(task: Task, name: str) -> None:
     if task.request.retries == 0:
         raise task.retry(countdown=0)
@@ -246,6 +251,7 @@ _ACTIONS = {
             _requeue,
             _retry,
             _retry_later,
+            _wait_and_fail,
             _wait_and_retry,
         ),
         *(_retry_and_die, _retry_and_take_worker_down, _replace_same, _replace_other),

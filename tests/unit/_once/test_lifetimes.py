@@ -80,7 +80,7 @@ class TestUntilExecuting:
         self, app: Celery, make: Any
     ) -> None:
         """It never started, and another call has the key by now."""
-        task = make(lock="until_executing", ttl=60)
+        task = make(lock="until_executing", on_conflict="raise", ttl=60)
         task.delay(7)
         message = take(app)
         _forget_claims(app)
@@ -181,13 +181,15 @@ class TestUntilExpired:
 
     def test_calls_by_name_have_windows_too(self, app: Celery, make: Any) -> None:
         """The worker takes the key for them, and lets a copy that comes back run."""
-        task = make(lambda self: "ran", lock="until_expired", ttl=60)
+        task = make(lambda self: "ran", lock="until_expired", on_conflict="raise", ttl=60)
         first, second = app.send_task(task.name, (7,)), app.send_task(task.name, (7,))
         message = take(app)
         assert run(app, message).value == "ran"
         assert run(app, message, redelivered=True).value == "ran"
         assert isinstance(run(app, take(app)).value, DuplicateTaskError)
-        assert task.delay(7).id == first.id != second.id
+        with pytest.raises(DuplicateTaskError) as raised:
+            task.delay(7)
+        assert raised.value.owner == first.id != second.id
 
     def test_a_retry_runs_in_its_window(self, app: Celery, make: Any) -> None:
         """It is the same task."""
@@ -372,7 +374,7 @@ class TestUntilAndWhileExecuting:
 
     def test_a_duplicate_in_the_queue_takes_no_turn(self, app: Celery, make: Any) -> None:
         """It ends, and nobody waits for it."""
-        task = make(lock="until_and_while_executing", ttl=60)
+        task = make(lock="until_and_while_executing", on_conflict={"publish": "raise"}, ttl=60)
         task.delay(7)
         message = take(app)
         _forget_claims(app)

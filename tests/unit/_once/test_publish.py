@@ -481,6 +481,7 @@ def call(task: Any, queue: Any, *args: Any, waited_for: bool = False, **options:
         task_id=options.pop("task_id", None),
         producer=options.pop("producer", None),
         options=options,
+        link=None,
         waited_for=waited_for,
     )
 
@@ -531,8 +532,14 @@ def test_a_refused_call_gets_the_owners_result(at_broker: Any) -> None:
     """As with a claim that is taken in a step of its own."""
     result = call(at_broker, refusing, 7, task_id="mine")
     assert (result.id, result.duplicate, result.ignored_id) == ("other", True, "mine")
+
+    @at_broker.app.task(base=ReliableTask, name="strict")
+    @once(key="{n}", on_conflict="raise")
+    def strict(n: int) -> None:
+        pass
+
     with pytest.raises(DuplicateTaskError) as caught:
-        call(at_broker, refusing, 7, waited_for=True)
+        call(at_broker.app.tasks["strict"], refusing, 7)
     assert (caught.value.owner, caught.value.expires_in) == ("other", 12.5)
 
 

@@ -90,8 +90,14 @@ def test_a_task_published_by_name_claims_at_start(app: Celery, task: Any) -> Non
     assert claims(app) == []
 
 
-def test_a_task_published_by_name_that_is_a_duplicate_fails(app: Celery, task: Any) -> None:
+def test_a_task_published_by_name_that_is_a_duplicate_fails(app: Celery) -> None:
     """Its caller could not be told, so its result says who has the key."""
+
+    @app.task(base=ReliableTask, name="task")
+    @once(on_conflict="raise")
+    def task(n: int) -> None:
+        pass
+
     first = task.delay(7)
     take(app)
     app.send_task("task", (7,))
@@ -106,7 +112,7 @@ def test_a_duplicate_is_no_failure_to_retry(app: Celery) -> None:
     """autoretry_for=(Exception,) does not turn it into a message that comes again."""
 
     @app.task(base=ReliableTask, name="auto", autoretry_for=(Exception,), default_retry_delay=0)
-    @once
+    @once(on_conflict="raise")
     def auto() -> None:
         pass
 

@@ -141,7 +141,7 @@ def test_a_claim_that_lapsed(app: Celery, heard: Heard) -> None:
     third = task.delay(7)
     run(app, late)
     name, _, told = heard[-1]
-    assert (name, told["action"]) == ("claim_conflict", "late")
+    assert (name, told["action"]) == ("claim_conflict", "follow")
     assert (told["task_id"], told["owner"]) == (second.id, third.id)
 
 

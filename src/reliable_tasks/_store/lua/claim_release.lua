@@ -4,6 +4,8 @@
 -- KEYS[2]  where to remember '<owner>:<attempt>' of a task that was continued
 -- KEYS[3]  replaced: what the key begins with of a task whose call was replaced; its id follows
 -- KEYS[4]  leases of messages: sorted set, tag -> end of the lease, ms
+-- KEYS[5]  followed: what the key begins with that remembers how a followed task ended; its id
+--          follows
 -- ARGV[1]  owner: the task's id
 -- ARGV[2]  attempt of the copy that ends
 -- ARGV[3]  holder: its token
@@ -11,6 +13,8 @@
 -- ARGV[5]  '1' if the copy may have ended before it entered: then a claim that nobody holds
 --          is its own too; '0' if only the holder may release
 -- ARGV[6]  ttl of that memory, ms: as long as a copy of an earlier attempt can come back; or 0
+-- ARGV[7]  state that the task ended in, for those that follow it, or ''
+-- ARGV[8]  ttl, ms, of what is noted of that, or '' to note it only if somebody follows
 -- Returns: {1, owner}      freed
 --          {2, owner}      kept for what follows: its copy, its continuation, or the task that
 --                          has its place
@@ -18,6 +22,13 @@
 --          {0, its owner}  not ours: another task's, or another run's
 -- Uses: covered_until claim_give_back
 -- Commands: TIME HMGET EXISTS HSET HDEL SET PEXPIRE PTTL DEL
+if ARGV[7] ~= '' then
+    if ARGV[8] ~= '' then
+        redis.call('SET', KEYS[5] .. ARGV[1], ARGV[7], 'PX', ARGV[8])
+    else
+        redis.call('SET', KEYS[5] .. ARGV[1], ARGV[7], 'XX', 'KEEPTTL')
+    end
+end
 local owner, attempt, next_attempt, holder, holder_owner, ends, delivery, replaces, allowance =
     unpack(redis.call('HMGET', KEYS[1], 'owner', 'attempt', 'next_attempt', 'holder',
         'holder_owner', 'lease_end', 'delivery', 'replaces', 'allowance'))

@@ -3,6 +3,8 @@
 -- KEYS[1]  the claim
 -- KEYS[2]  replaced: what the key begins with of a task whose call was replaced; its id follows
 -- KEYS[3]  where to remember '<owner>:<attempt>' of the one that started last
+-- KEYS[4]  followed: what the key begins with that remembers how a followed task ended; its id
+--          follows
 -- ARGV[1]  owner: the task's id
 -- ARGV[2]  attempt of this copy
 -- ARGV[3]  ttl of that memory, ms
@@ -40,4 +42,5 @@ end
 claim_confirm(KEYS[1], KEYS[2])
 redis.call('DEL', KEYS[1])
 redis.call('SET', KEYS[3], started, 'PX', ARGV[3])
+redis.call('SET', KEYS[4] .. ARGV[1], 'started', 'XX', 'KEEPTTL')
 return {1, owner, 0, fence}

@@ -1,0 +1,228 @@
+"""A canvas completes, whoever has the keys of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from celery import chain, chord, group
+
+from reliable_tasks import DuplicateTaskError
+from reliable_tasks.demo._server import EmbeddedServer
+from tests.integration.apps import canvas
+from tests.integration.conftest import StartScene, other_database
+from tests.integration.scene import Scene
+from tests.support import wait_until
+
+POOLS = ["prefork", "threads", "gevent"]
+SLOTS = 3
+#: So long may a canvas take once the task has ended that it waits for (s).
+SOON = 20
+
+
+@pytest.fixture(scope="module", params=POOLS)
+def pool(request: pytest.FixtureRequest) -> str:
+    """Kinds of pool in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def shop(pool: str, module_redis: EmbeddedServer, module_scenes: StartScene) -> Scene:
+    """One worker with a few slots, on databases of its own."""
+    number = 2 * POOLS.index(pool)
+    urls = (other_database(module_redis, n) for n in (number, number + 1))
+    scene = module_scenes(
+        *urls, limit=30, module=canvas, settings={"worker_prefetch_multiplier": 5}
+    )
+    scene.worker(pool=pool, concurrency=SLOTS)
+    return scene
+
+
+@pytest.fixture
+def name() -> str:
+    """A name that no other test uses, for each name is one `@once` key."""
+    return uuid4().hex[:8]
+
+
+class Parts:
+    """Signatures of the tests' tasks."""
+
+    def __init__(self, scene: Scene, name: str) -> None:
+        tasks = scene.app.tasks
+        self.name = name
+        self.same = tasks["act"].si(name)
+        self.strict = tasks["strict"].si(name)
+        self._tasks = tasks
+
+    def plus(self, name: str, value: str | None = None) -> Any:
+        """Something after a task, which takes its result; or before it."""
+        task = self._tasks["plus"]
+        return task.s(name) if value is None else task.si(value, name)
+
+    def collect(self, name: str) -> Any:
+        """The body of a chord."""
+        return self._tasks["collect"].s(name)
+
+    def note_failure(self) -> Any:
+        """What runs if something has failed."""
+        return self._tasks["note_failure"].s(self.name)
+
+
+@pytest.fixture
+def parts(shop: Scene, name: str) -> Parts:
+    """Signatures with the test's own key."""
+    return Parts(shop, name)
+
+
+#: Shapes of a canvas with a task whose key is taken, and what each returns in the end.
+SHAPES: dict[str, tuple[Callable[[Parts], Any], str]] = {
+    "head of a chain": (lambda p: chain(p.same, p.plus("b")), "{n} > b"),
+    "middle of a chain": (
+        lambda p: chain(p.plus("a", ""), p.same, p.plus("b")),
+        "{n} > b",
+    ),
+    "end of a chain": (lambda p: chain(p.plus("a", ""), p.same), "{n}"),
+    "in a group": (lambda p: group(p.same, p.plus("b", "a"), p.same), "['{n}', 'a > b', '{n}']"),
+    "in the header of a chord": (
+        lambda p: chord([p.same, p.plus("b", "a")], p.collect("c")),
+        "{n} + a > b > c",
+    ),
+    "body of a chord": (lambda p: chord([p.plus("a", ""), p.plus("b", "")], p.same), "{n}"),
+    "twice in a chain": (lambda p: chain(p.same, p.same, p.plus("b")), "{n} > b"),
+    "nested": (
+        lambda p: chain(
+            group(p.same, chain(p.same, p.plus("a"))),
+            p.collect("c"),
+            chord([chain(p.same, p.plus("d")), p.same], p.collect("e")),
+        ),
+        "{n} > d + {n} > e",
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_duplicate_ends_as_the_task_that_has_its_key(
+    shop: Scene, name: str, parts: Parts, shape: str
+) -> None:
+    """While that one runs nothing takes a slot for it; then all goes on."""
+    make, expected = SHAPES[shape]
+    owner = shop.call("act", name, "wait")
+    shop.wait_starts(name)
+    result = shop.keep(make(parts).apply_async())
+    others = [shop.call("act", f"{name}, other {n}") for n in range(SLOTS)]
+    for other in others:
+        other.get(timeout=SOON)
+    assert not result.ready()
+    shop.journal.open(name)
+    assert str(result.get(timeout=SOON)) == expected.format(n=name), shop.logs
+    assert owner.get(timeout=SOON) == name
+    shop.wait_free(name)
+
+
+@pytest.mark.parametrize("kind", ["link", "link_error"])
+def test_a_callback_runs_whoever_has_its_key(
+    shop: Scene, name: str, parts: Parts, kind: str
+) -> None:
+    """It is a duplicate, and what comes after it comes."""
+    shop.call("act", name, "wait")
+    shop.wait_starts(name)
+    callback = parts.same.clone()
+    callback.link(parts.plus(f"{name}, after"))
+    what = "succeed" if kind == "link" else "fail"
+    shop.call("bare", f"{name}, caller", what, **{kind: callback})
+    wait_until(lambda: shop.journal.events("end", name=f"{name}, caller"), SOON, lambda: shop.logs)
+    shop.journal.open(name)
+    shop.wait_starts(f"{name}, after", timeout=SOON)
+    assert shop.starts(name) == 1
+
+
+def test_callbacks_of_a_duplicate_are_called(shop: Scene, name: str, parts: Parts) -> None:
+    """A call with a link has a result of its own, and says whom it follows."""
+    owner = shop.call("act", name, "wait")
+    shop.wait_starts(name)
+    result = shop.call("act", name, link=parts.plus(f"{name}, after"))
+    assert (result.duplicate, result.followed_id) == (True, owner.id)
+    assert result.id != owner.id
+    shop.journal.open(name)
+    assert result.get(timeout=SOON) == name
+    shop.wait_starts(f"{name}, after")
+    assert shop.starts(name) == 1
+
+
+def test_the_failure_of_the_owner_is_that_of_its_duplicates(
+    shop: Scene, name: str, parts: Parts
+) -> None:
+    """With its error, and the rest of the chain hears of it."""
+    shop.call("act", name, "wait_and_fail")
+    shop.wait_starts(name)
+    rest = chain(parts.same, parts.plus("b")).on_error(parts.note_failure())
+    result = shop.keep(rest.apply_async())
+    shop.journal.open(name)
+    with pytest.raises(ValueError, match=name):
+        result.parent.get(timeout=SOON)
+    wait_until(lambda: shop.journal.events("failure", name=name), SOON, lambda: shop.logs)
+    assert shop.starts(name) == 1
+
+
+def test_a_duplicate_that_is_refused_fails_in_its_place(
+    shop: Scene, name: str, parts: Parts
+) -> None:
+    """With ``on_conflict="raise"``: the head to its caller, the others as a failed task."""
+    shop.call("strict", name)
+    shop.wait_starts(name)
+    with pytest.raises(DuplicateTaskError):
+        chain(parts.strict, parts.plus("b")).apply_async()
+    in_group = shop.keep(group(parts.strict, parts.plus("b", "a")).apply_async())
+    in_chain = shop.keep(chain(parts.plus("a", ""), parts.strict, parts.plus("b")).apply_async())
+    in_chord = shop.keep(
+        chord(
+            [parts.strict, parts.plus("b", "a")], parts.collect("c").on_error(parts.note_failure())
+        ).apply_async()
+    )
+    as_body = shop.keep(chord([parts.plus("a", ""), parts.plus("b", "")], parts.strict)())
+    for result in (in_group[0], in_chain.parent, as_body):
+        with pytest.raises(DuplicateTaskError, match="owns"):
+            result.get(timeout=SOON)
+    assert in_group[1].get(timeout=SOON) == "a > b"
+    wait_until(lambda: in_chord.ready(), SOON, lambda: shop.logs)
+    assert in_chord.failed()
+    wait_until(lambda: shop.journal.events("failure", name=name), SOON, lambda: shop.logs)
+    shop.journal.open(name)
+    assert shop.starts(name) == 1
+
+
+def test_a_duplicate_runs_if_nobody_knows_how_its_owner_ended(
+    shop: Scene, name: str, parts: Parts
+) -> None:
+    """The owner's result is gone: the key is free, and the duplicate takes it."""
+    owner = shop.call("act", name, "wait")
+    shop.wait_starts(name)
+    result = shop.keep(chain(parts.same, parts.plus("b")).apply_async(countdown=3))
+    shop.journal.open(name)
+    owner.get(timeout=SOON)
+    shop.wait_free(name)
+    owner.forget()
+    assert result.get(timeout=SOON) == f"{name} > b"
+    assert shop.starts(name) == 2
+
+
+@pytest.mark.parametrize("what", ["chain", "group", "chord"])
+def test_an_owner_that_becomes_a_canvas_with_its_own_key(shop: Scene, name: str, what: str) -> None:
+    """Its part with the key runs when it has ended, and nobody waits for himself."""
+    result = shop.call("becomes", name, what)
+    result.get(timeout=SOON)
+    assert shop.starts(name) == 2
+    shop.wait_free(name, task="becomes")
+
+
+def test_two_canvases_that_need_each_others_keys(shop: Scene, name: str) -> None:
+    """Neither waits for the other for ever."""
+    act = shop.app.tasks["act"]
+    one, two = (act.si(f"{name} {n}", "take_a_while") for n in (1, 2))
+    results = [shop.keep(chain(*pair).apply_async()) for pair in ((one, two), (two, one)) * 3]
+    for result in results:
+        result.get(timeout=SOON)
+    for n in (1, 2):
+        shop.wait_free(f"{name} {n}")
