@@ -1,0 +1,403 @@
+"""A duplicate that somebody waits for: it ends as the task that has its key, or runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tenacity
+from celery import Celery, chain, chord, group
+from celery.exceptions import Ignore
+
+from reliable_tasks import (
+    DuplicateTaskError,
+    FollowedTaskFailed,
+    FollowTimeout,
+    ReliableTask,
+    StoreUnavailable,
+    once,
+)
+from reliable_tasks._celery.setting_aside import SetAside
+from reliable_tasks._once.claim import CLAIM, Follows
+from reliable_tasks._once.duplicate import is_refused, needs_value
+from reliable_tasks._once.following import pause_of
+from reliable_tasks._once.locks import locks_of
+from tests.unit.harness import claims, run, run_all, take
+
+Body = Callable[[Any], Any]
+
+
+def forget_claims(app: Celery) -> None:
+    """Let every claim lapse."""
+    store = locks_of(app).claims
+    store.client.redis.delete(*store.names())
+
+
+@pytest.fixture
+def runs() -> list[str]:
+    """Ids of the tasks whose body ran."""
+    return []
+
+
+@pytest.fixture
+def make(app: Celery, runs: list[str]) -> Callable[..., Any]:
+    """Make a once-task with a body of the test's."""
+
+    def make(
+        body: Body | None = None, *, options: dict[str, Any] | None = None, **given: Any
+    ) -> Any:
+        @app.task(base=ReliableTask, name="task", bind=True, **(options or {}))
+        @once(key="{n}", **given)
+        def task(self: Any, n: int) -> Any:
+            runs.append(self.request.id)
+            return "done" if body is None else body(self)
+
+        @app.task(base=ReliableTask, name="after")
+        def after(value: Any = "nothing") -> str:
+            return f"after {value}"
+
+        return app.tasks["task"]
+
+    return make
+
+
+def fail(_: Any) -> None:
+    """Fail."""
+    raise ValueError("told to")
+
+
+def followed_by_chain(task: Any) -> tuple[Any, Any]:
+    """Call a task, and again as the first of a chain."""
+    first = task.delay(7)
+    return first, chain(task.s(7), task.app.tasks["after"].s()).apply_async()
+
+
+class TestOutcome:
+    """How it ends."""
+
+    def test_it_has_the_owners_result(self, app: Celery, make: Any, runs: list[str]) -> None:
+        """The body does not run, and the rest of the chain does."""
+        first, rest = followed_by_chain(make())
+        run_all(app)
+        assert (rest.parent.result, rest.result) == ("done", "after done")
+        assert runs == [first.id]
+        assert claims(app) == []
+
+    def test_it_waits(self, app: Celery, make: Any, runs: list[str]) -> None:
+        """A copy that comes while the owner is queued is set aside."""
+        task = make()
+        first = task.delay(7)
+        owner = take(app)
+        result = task.apply_async((7,), link=app.signature("after"))
+        assert (result.duplicate, result.followed_id) == (True, first.id)
+        assert result.id != first.id
+        message = take(app)
+        ended = run(app, message)
+        assert isinstance(ended.value, SetAside)
+        assert ended.value.waits_for == first.id
+        run(app, owner)
+        assert run(app, message).value == "done"
+        assert runs == [first.id]
+
+    @pytest.mark.parametrize("how", ["autoretry_for", "retrying"])
+    def test_it_has_the_owners_error(
+        self, app: Celery, make: Any, runs: list[str], how: str
+    ) -> None:
+        """The owner's retries are over, so it has none of its own."""
+        is_over: list[bool] = []
+        options: dict[str, Any] = {"autoretry_for": (Exception,)}
+        if how == "retrying":
+            options = {"retrying": tenacity.retry_if_exception(lambda _: bool(is_over))}
+        task = make(fail, options=options)
+        _, rest = followed_by_chain(task)
+        owner, message = take(app), take(app)
+        task.max_retries = 0
+        run(app, owner)
+        task.max_retries = 3
+        is_over.append(True)
+        ended = run(app, message)
+        assert (ended.state, type(ended.value)) == ("FAILURE", ValueError)
+        assert (rest.parent.state, len(runs)) == ("FAILURE", 1)
+        assert take(app) is None
+
+    @pytest.mark.parametrize("what", ["revoked", "ignored", "forgotten"])
+    def test_it_runs_if_the_owner_has_no_end_that_it_could_share(
+        self, app: Celery, make: Any, runs: list[str], what: str
+    ) -> None:
+        """It takes the key, as any call would by then."""
+
+        def body(task: Any) -> str:
+            if what == "ignored" and len(runs) == 1:
+                raise Ignore
+            return "done"
+
+        task = make(body)
+        first, rest = followed_by_chain(task)
+        owner = take(app)
+        if what == "revoked":
+            app.backend.mark_as_revoked(first.id)
+            forget_claims(app)
+        else:
+            run(app, owner)
+            first.forget()
+        (ended, _) = run_all(app)
+        assert ended.value == "done"
+        assert rest.result == "after done"
+        assert runs[-1] == rest.parent.id
+        assert claims(app) == []
+
+    def test_its_time_is_over(self, app: Celery, make: Any) -> None:
+        """The owner has not ended within the ``ttl``."""
+        task = make(ttl=60)
+        first, rest = followed_by_chain(task)
+        take(app)
+        message = take(app)
+        message.headers[CLAIM]["follows"][1] = 1
+        ended = run(app, message)
+        assert isinstance(ended.value, FollowTimeout)
+        assert (ended.value.owner, rest.parent.state) == (first.id, "FAILURE")
+        assert [claim["owner"] for claim in claims(app)] == [first.id]
+
+    def test_it_retries_as_the_owner_when_it_runs(
+        self, app: Celery, make: Any, runs: list[str]
+    ) -> None:
+        """The retry follows nobody: the key is its own."""
+
+        def body(task: Any) -> str:
+            if len(runs) == 1:
+                raise task.retry(countdown=0)
+            return "done"
+
+        task = make(body)
+        _, rest = followed_by_chain(task)
+        take(app)
+        forget_claims(app)
+        assert run(app, take(app)).state == "RETRY"
+        message = take(app)
+        assert "follows" not in message.headers[CLAIM]
+        assert run(app, message).value == "done"
+        assert runs == [rest.parent.id] * 2
+
+    def test_in_a_window_it_has_the_result_of_whoever_ran(
+        self, app: Celery, make: Any, runs: list[str]
+    ) -> None:
+        """Though that had ended when it was called: the key is taken until then."""
+        task = make(lock="until_expired", ttl=60)
+        first = task.delay(7)
+        run_all(app)
+        rest = chain(task.s(7), app.signature("after")).apply_async()
+        run_all(app)
+        assert (rest.result, runs) == ("after done", [first.id])
+
+    def test_it_joins_one_that_gave_its_key_up_at_the_start(
+        self, app: Celery, make: Any, runs: list[str]
+    ) -> None:
+        """It was a duplicate of what was queued, and that runs."""
+
+        def body(task: Any) -> str:
+            assert isinstance(run(app, message).value, SetAside)
+            return "done"
+
+        task = make(body, lock="until_executing")
+        first, _ = followed_by_chain(task)
+        owner, message = take(app), take(app)
+        run(app, owner)
+        assert run(app, message).value == "done"
+        assert runs == [first.id]
+
+    def test_what_is_called_after_the_owners_end_runs(
+        self, app: Celery, make: Any, runs: list[str]
+    ) -> None:
+        """The body of a chord can be published before the last of its header has let go."""
+        task = make()
+        first = task.delay(7)
+        take(app)
+        app.backend.mark_as_done(first.id, "done before")
+        result = task.apply_async((7,), link=app.signature("after"))
+        message = take(app)
+        assert isinstance(run(app, message).value, SetAside), "two never run at once"
+        forget_claims(app)
+        assert run(app, message).value == "done"
+        assert runs == [result.id]
+
+
+class TestLate:
+    """A duplicate that nobody knew of when it was called."""
+
+    def test_it_ends_as_the_new_owner(self, app: Celery, make: Any, runs: list[str]) -> None:
+        """Its claim lapsed in the queue, and another call has the key."""
+        task = make()
+        first = task.delay(7)
+        late = take(app)
+        forget_claims(app)
+        second = task.delay(7)
+        ended = run(app, late)
+        assert isinstance(ended.value, SetAside)
+        assert ended.value.waits_for == second.id
+        run_all(app)
+        assert run(app, late, redelivered=True).value == "done"
+        assert (runs, first.result) == ([second.id], "done")
+
+    def test_by_name_it_does_the_same(self, app: Celery, make: Any, runs: list[str]) -> None:
+        """With no claim in its message at all."""
+        task = make()
+        first = task.delay(7)
+        owner = take(app)
+        by_name = app.send_task("task", (7,))
+        message = take(app)
+        assert isinstance(run(app, message).value, SetAside)
+        run(app, owner)
+        assert run(app, message, redelivered=True).value == "done"
+        assert (runs, by_name.result) == ([first.id], "done")
+
+    def test_in_a_window_it_does_the_same(self, app: Celery, make: Any, runs: list[str]) -> None:
+        """The window is the owner's."""
+        make(lock="until_expired", ttl=60)
+        first, second = app.send_task("task", (7,)), app.send_task("task", (7,))
+        owner, message = take(app), take(app)
+        run(app, owner)
+        assert isinstance(run(app, message).value, SetAside)
+        assert run(app, message, redelivered=True).value == "done"
+        assert (runs, second.result) == ([first.id], "done")
+
+
+class TestRefused:
+    """Where a duplicate is an error."""
+
+    def test_the_caller_hears_of_the_head(self, app: Celery, make: Any) -> None:
+        """Of the others nobody would."""
+        task = make(on_conflict="raise")
+        first = task.delay(7)
+        take(app)
+        with pytest.raises(DuplicateTaskError):
+            chain(task.s(7), app.signature("after")).apply_async()
+        assert take(app) is None
+        middle = chain(app.signature("after"), task.si(7), app.signature("after")).apply_async()
+        both = group(task.s(7), app.signature("after")).apply_async()
+        run_all(app)
+        for result in (middle.parent, both[0]):
+            assert isinstance(result.result, DuplicateTaskError)
+            assert result.result.owner == first.id
+        assert both[1].result == "after nothing"
+        assert [claim["owner"] for claim in claims(app)] == [first.id]
+
+    def test_a_value_that_no_backend_keeps(self, app: Celery, make: Any, runs: list[str]) -> None:
+        """The next task would wait for nothing, or get it; without a value all goes on."""
+        task = make(options={"ignore_result": True})
+        first = task.delay(7)
+        owner = take(app)
+        with pytest.raises(DuplicateTaskError):
+            chain(task.s(7), app.signature("after")).apply_async()
+        rest = chain(task.s(7), app.signature("after", immutable=True)).apply_async()
+        message = take(app)
+        run(app, owner)
+        assert run(app, message).state == "SUCCESS"
+        run_all(app)
+        assert (rest.result, runs) == ("after nothing", [first.id])
+
+    def test_an_error_that_no_backend_keeps(self, app: Celery, make: Any) -> None:
+        """It is said that there is none."""
+        task = make(fail, options={"ignore_result": True})
+        first = task.delay(7)
+        owner = take(app)
+        chain(task.s(7), app.signature("after", immutable=True)).apply_async()
+        message = take(app)
+        run(app, owner)
+        ended = run(app, message)
+        assert isinstance(ended.value, FollowedTaskFailed)
+        assert ended.value.task_id == first.id
+
+    def test_who_is_told(self, app: Celery, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Not what Celery calls when a task has ended."""
+        task = make()
+        assert is_refused(task, "one", {"reply_to": "me"})
+        for option in ("group_id", "chord", "parent_id"):
+            assert not is_refused(task, "one", {option: "something"})
+        body = chain(task.s(1), task.s(2))
+        body.freeze()
+        ids = [part["options"]["task_id"] for part in body["kwargs"]["tasks"]]
+        for name, signature, is_told in (
+            ("some", None, True),
+            ("some", chord([task.s(1)], task.s(2)), True),
+            ("some", body, False),
+            ("celery.chord_unlock", None, False),
+        ):
+            request = SimpleNamespace(chord=signature)
+            running = SimpleNamespace(name=name, request=request)
+            monkeypatch.setattr(Celery, "current_worker_task", running)
+            assert is_refused(task, ids[0], {}) is is_told
+
+    def test_what_needs_a_value(self, app: Celery, make: Any) -> None:
+        """The next of a chain and a callback, unless they take none; a chord's body always."""
+        task = make()
+        mutable, immutable = task.s(), task.si(1)
+        assert not needs_value(None, {})
+        assert not needs_value(immutable, {"chain": [mutable, immutable]})
+        assert needs_value(None, {"chain": [immutable, mutable]})
+        assert needs_value([immutable, mutable], {})
+        assert needs_value(None, {"chord": immutable})
+
+
+class TestMainProcess:
+    """A worker asks before a slot is taken."""
+
+    @pytest.fixture
+    def headers(self, app: Celery, make: Any) -> dict[str, Any]:
+        """Those of a duplicate whose owner is queued."""
+        task = make()
+        task.delay(7)
+        task.apply_async((7,), link=app.signature("after"))
+        self.owner = take(app)
+        headers: dict[str, Any] = take(app).headers
+        return headers
+
+    def test_it_holds_none_while_the_owner_has_the_key(
+        self, app: Celery, headers: dict[str, Any]
+    ) -> None:
+        """And then it may start."""
+        task = app.tasks["task"]
+        pause = task._reliable_pause(headers)
+        assert isinstance(pause, SetAside)
+        assert pause.waits_for == headers[CLAIM]["follows"][0]
+        run(app, self.owner)
+        assert task._reliable_pause(headers) is None
+        assert task._reliable_pause({"id": "one"}) is None
+
+    def test_it_may_start_when_its_time_is_over(self, app: Celery, headers: dict[str, Any]) -> None:
+        """To say so."""
+        headers[CLAIM]["follows"][1] = 1
+        assert app.tasks["task"]._reliable_pause(headers) is None
+
+    def test_a_lock_redis_that_is_away_is_asked_once(
+        self, app: Celery, headers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Not for each message: the main process has heartbeats to send."""
+        asked = []
+
+        def follow(*_: Any, **__: Any) -> None:
+            asked.append(1)
+            raise StoreUnavailable("redis://fake/0", "gone")
+
+        task = app.tasks["task"]
+        store = type(locks_of(app).claims)
+        monkeypatch.setattr(store, "follow", follow)
+        for _ in range(3):
+            assert isinstance(pause_of(task, task.reliable_once, headers), SetAside)
+        assert len(asked) == 1
+
+    def test_an_error_of_ours_ends_no_worker(
+        self, app: Celery, headers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The child meets it."""
+        task = app.tasks["task"]
+        store = type(locks_of(app).claims)
+        monkeypatch.setattr(store, "follow", lambda *_, **__: 1 / 0)
+        assert pause_of(task, task.reliable_once, headers) is None
+
+
+@pytest.mark.parametrize("header", [None, 7, ["one", "x", "join", 1], ["one", 1]])
+def test_headers_that_say_nothing(header: Any) -> None:
+    """Somebody else's are taken for none."""
+    assert Follows.from_header(header) is None
