@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 from celery import chain, chord, group
 
-from reliable_tasks import DuplicateTaskError
+from reliable_tasks import DuplicateTaskError, FollowTimeout
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.apps import canvas
 from tests.integration.conftest import StartScene, other_database
@@ -226,3 +226,80 @@ def test_two_canvases_that_need_each_others_keys(shop: Scene, name: str) -> None
         result.get(timeout=SOON)
     for n in (1, 2):
         shop.wait_free(f"{name} {n}")
+
+
+# -- with servers and workers of a test's own ----------------------------------------------------
+
+
+@pytest.fixture
+def own(redis_server: EmbeddedServer, scenes: StartScene) -> Scene:
+    """The same app, without a worker yet."""
+    return scenes(redis_server.url, other_database(redis_server), limit=60, module=canvas)
+
+
+def test_an_owner_that_was_purged(own: Scene, name: str) -> None:
+    """Its claim goes with its message, and its duplicate runs."""
+    own.call("act", name, queue="elsewhere")
+    parts = Parts(own, name)
+    result = own.keep(chain(parts.same, parts.plus("b")).apply_async())
+    own.worker()
+    wait_until(lambda: "it follows task" in own.logs, SOON, lambda: own.logs)
+    with own.app.connection_for_write() as connection:
+        assert connection.default_channel.queue_purge("elsewhere") == 1
+    assert result.get(timeout=SOON) == f"{name} > b"
+    assert own.starts(name) == 1
+
+
+def test_an_owner_whose_worker_was_killed(own: Scene, name: str) -> None:
+    """It runs again, and its duplicate ends as it does."""
+    own.crew(2, concurrency=1)
+    own.call("act", name, "wait")
+    own.wait_starts(name)
+    (start,) = own.journal.events("start", name=name)
+    holder = next(w for w in own.workers if start.pid in w.child_pids())
+    parts = Parts(own, name)
+    result = own.keep(chain(parts.same, parts.plus("b")).apply_async())
+    holder.kill_group()
+    own.wait_starts(name, 2, timeout=SOON)
+    own.journal.open(name)
+    assert result.get(timeout=SOON) == f"{name} > b"
+    assert own.starts(name) == 2
+
+
+def test_one_that_cannot_wait_any_longer(
+    redis_server: EmbeddedServer, scenes: StartScene, name: str
+) -> None:
+    """It fails, says of what, and frees nobody's key."""
+    settings = {"reliable_once_ttl": 2}
+    scene = scenes(
+        redis_server.url, other_database(redis_server), limit=60, module=canvas, settings=settings
+    )
+    scene.worker(concurrency=2)
+    scene.call("act", name, "wait")
+    scene.wait_starts(name)
+    parts = Parts(scene, name)
+    result = scene.keep(chain(parts.same, parts.plus("b")).apply_async())
+    with pytest.raises(FollowTimeout, match="has not ended in time"):
+        result.parent.get(timeout=SOON)
+    assert scene.claim(name)
+    scene.journal.open(name)
+    scene.wait_free(name)
+    assert scene.starts(name) == 1
+
+
+def test_a_thousand_that_follow_one(own: Scene, name: str) -> None:
+    """They take no slot before it has ended, and others run meanwhile."""
+    own.worker(concurrency=2)
+    owner = own.call("act", name, "wait")
+    own.wait_starts(name)
+    parts = Parts(own, name)
+    results = own.keep(group([parts.same] * 1000).apply_async())
+    others = [own.call("act", f"{name}, other {n}") for n in range(20)]
+    for other in others:
+        other.get(timeout=SOON)
+    wait_until(lambda: "waits in the broker for" in own.logs, SOON, lambda: own.logs)
+    slots = own.journal.events("slot", name=name)
+    assert [slot.data["id"] for slot in slots] == [owner.id]
+    own.journal.open(name)
+    assert set(results.get(timeout=60)) == {name}
+    assert own.starts(name) == 1

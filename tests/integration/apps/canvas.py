@@ -28,13 +28,14 @@ def build(broker: str, backend: str | None = None, **options: Any) -> Celery:
         with shop.told(self, name):
             return f"{' + '.join(map(str, values))} > {name}"
 
-    @app.task(name="note_failure", **common)
-    def note_failure(self: Task, request: Any, exc: Any, traceback: Any, name: str) -> None:
+    # Celery gives a bound one the id of the task alone.
+    @app.task(name="note_failure", **{**common, "bind": False})
+    def note_failure(request: Any, exc: Any, traceback: Any, name: str) -> None:
         shop.journal.write("failure", name=name, error=type(exc).__name__)
 
     @app.task(name="becomes", **common)
     @once(key="{name}")
-    def becomes(self: Task, name: str, what: str) -> str:
+    def becomes(self: Task, name: str, what: str = "succeed") -> str:
         with shop.told(self, name):
             if what == "wait":
                 shop.journal.wait_at(name)
