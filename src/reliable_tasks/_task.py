@@ -179,7 +179,7 @@ class ReliableTask(_Task):
             )
             return _as_reliable(result)
 
-        once = self.reliable_once
+        once = self._take_once(options)
         if once is None or self.app.conf.task_always_eager:
             return queue(task_id, None)
         # A canvas freezes the ids of its parts, and with them who is to be answered.
@@ -197,6 +197,10 @@ class ReliableTask(_Task):
             link=link,
             waited_for=bool(waited_for),
         )
+
+    def _take_once(self, options: dict[str, Any]) -> Once | None:
+        """Return the `@once` that applies to a call; what only that knows leaves its options."""
+        return self.reliable_once
 
     @property
     def claim(self) -> HeldClaim | None:

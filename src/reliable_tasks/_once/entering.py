@@ -17,7 +17,7 @@ from reliable_tasks._celery.revoking import end_as_revoked
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._once.claim import HOLDER, Claim, Run
 from reliable_tasks._once.following import Outcome, begin_to_follow, outcome_of
-from reliable_tasks._once.locks import Locks, locks_of
+from reliable_tasks._once.locks import Locks
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.received import (
     claim_of,
@@ -63,7 +63,7 @@ def enter(task: Task[..., Any], once: Once) -> Outcome | None:
         DuplicateTaskError: Another task owns the key, and the conflict setting is ``"raise"``.
         FollowTimeout: It follows another task, which has not ended in time.
     """
-    locks = locks_of(task.app)
+    locks = once.locks(task)
     copy = _Copy(task, once, locks, claim_of(task, once, vars(task.request)))
     try:
         outcome = outcome_of(task, once, locks, copy.claim)
@@ -94,6 +94,11 @@ class _Copy:
             request.update({HOLDER: uuid4().hex})
         return str(request.get(HOLDER))
 
+    @property
+    def _is_by_name(self) -> bool:
+        """Whether its message carries no claim."""
+        return Claim.from_headers(vars(self.task.request), self.claim.owner) is None
+
     def let_in(self) -> Run:
         """Take what the copy needs to run.
 
@@ -101,6 +106,8 @@ class _Copy:
             StoreError: The lock Redis does not answer, or refuses.
         """
         options = self.once.options
+        if self._is_by_name:
+            self.once.adopt(self.task, self.locks, self.claim.name, self.claim.attempt)
         if options.is_for_a_window:
             self._see_the_window()
         if options.takes_turns:
@@ -127,8 +134,7 @@ class _Copy:
     def _see_the_window(self) -> None:
         """Have a task take the key that its call did not: by name, or while another one had it."""
         claim = self.claim
-        is_by_name = Claim.from_headers(vars(self.task.request), claim.owner) is None
-        if claim.follows is None and (not is_by_name or may_have_started(self.task)):
+        if claim.follows is None and (not self._is_by_name or may_have_started(self.task)):
             return
         ticket = self.locks.claims.acquire(
             claim.name,
@@ -210,6 +216,9 @@ class _Copy:
 
     def _end_late(self, ticket: Ticket[Entry]) -> None:
         """End a copy that starts when another task has the key that its call had taken."""
+        if self.once.waits_if_late:
+            reason = f"task {ticket.owner} has its key"
+            raise _until_free(reason, _WHILE_OTHER_RUNS, ticket, waits_for=ticket.owner)
         if self.claim.follows is not None or self.once.options.at_publish == "existing":
             self._tell_conflict(self.claim, ticket, "follow")
             raise begin_to_follow(self.task, self.once, self.locks, self.claim)

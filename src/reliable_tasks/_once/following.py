@@ -14,7 +14,7 @@ from celery.backends.rpc import RPCBackend
 from reliable_tasks._celery.headers import TIMES_SET_ASIDE
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._once.claim import Claim
-from reliable_tasks._once.locks import Locks, locks_of
+from reliable_tasks._once.locks import Locks
 from reliable_tasks._once.once import Once
 from reliable_tasks._store.claims import Follow, Following
 from reliable_tasks.errors import DuplicateTaskError, FollowedTaskFailed, FollowTimeout, StoreError
@@ -108,7 +108,7 @@ def pause_of(task: Task[..., Any], once: Once, headers: dict[str, Any]) -> SetAs
         return SetAside("the lock Redis did not answer", *_WHILE_UNAVAILABLE)
     # An error here would end the worker.
     try:
-        answer = _ask(once, locks_of(task.app), claim)
+        answer = _ask(once, once.locks(task), claim)
     except StoreError as error:
         # The main process cannot wait for each of them, for it has heartbeats to send.
         _unavailable_until = time.monotonic() + _WHILE_UNAVAILABLE[1]

@@ -7,7 +7,7 @@ from typing import Any
 from celery import Task
 
 from reliable_tasks._once.claim import Claim, Run
-from reliable_tasks._once.locks import locks_of
+from reliable_tasks._store.claims import Claims
 from reliable_tasks.errors import LockLost
 
 __all__ = ["HeldClaim", "held_claim"]
@@ -23,10 +23,10 @@ class HeldClaim:
             cannot overwrite its successor's work.
     """
 
-    def __init__(self, task: Task[..., Any], held: Claim, holder: str, fence: int) -> None:
+    def __init__(self, claims: Claims, held: Claim, holder: str, fence: int) -> None:
         self.key = held.name
         self.fence = fence
-        self._app = task.app
+        self._claims = claims
         self._owner = held.owner
         self._holder = holder
 
@@ -41,7 +41,7 @@ class HeldClaim:
                 (``on_conflict="replace"``), or it has lapsed.
             StoreUnavailable: The lock Redis cannot be reached.
         """
-        claims = locks_of(self._app).claims
+        claims = self._claims
         record = claims.read(self.key)
         owner = record.get("owner")
         if record.get("holder") != self._holder:
@@ -56,4 +56,4 @@ def held_claim(task: Task[..., Any]) -> HeldClaim | None:
     run = Run.of(task)
     if run is None or run.held is None:
         return None
-    return HeldClaim(task, run.held, run.holder, run.fence)
+    return HeldClaim(run.once.locks(task).claims, run.held, run.holder, run.fence)

@@ -11,7 +11,6 @@ from celery.signals import task_postrun
 
 from reliable_tasks._once.claim import HOLDER, Claim, Run
 from reliable_tasks._once.following import is_follower
-from reliable_tasks._once.locks import locks_of
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.received import KILL_GRACE, claim_of, lease_of, redelivery_of
 from reliable_tasks._store.claims import End, Release
@@ -41,7 +40,7 @@ def _leave(task: Any = None, state: str | None = None, retval: Any = None, **_: 
             end = _end(task, run, state)
             _release(task, run.once, run.held, run.holder, goes_back=goes_back, end=end)
         elif state in _FINAL:
-            _note_end(task, run.claim, state)
+            _note_end(task, run, state)
         if state == states.RETRY and run.once.options.is_freed_at_start:
             # The retry has taken the key again; where that is a step of its own, it counts now.
             _release(
@@ -66,13 +65,14 @@ def _end(task: Task[..., Any], run: Run, state: str) -> End | None:
         return None
     # Where the key stays taken, somebody can begin to follow when it has ended.
     is_kept = run.once.options.is_for_a_window
-    ttl = run.once.ttl(locks_of(task.app).config) if is_kept else None
+    ttl = run.once.ttl(run.once.locks(task).config) if is_kept else None
     return End(run.claim.name, state, ttl)
 
 
-def _note_end(task: Task[..., Any], claim: Claim, state: str) -> None:
+def _note_end(task: Task[..., Any], run: Run, state: str) -> None:
+    claim = run.claim
     try:
-        locks_of(task.app).claims.note_end(claim.name, owner=claim.owner, state=state)
+        run.once.locks(task).claims.note_end(claim.name, owner=claim.owner, state=state)
     except StoreError as error:
         logger.warning("Who follows task %s[%s] may wait: %s", task.name, claim.owner, error)
 
@@ -148,7 +148,7 @@ def uncover(task: Task[..., Any], once: Once, headers: dict[str, Any]) -> None:
         claim = claim_of(task, once, headers)
         held = claim.turn if options.takes_turns else claim
         holder = str(headers.get(HOLDER) or "")
-        locks_of(task.app).claims.uncover(held.name, holder=holder, grace=KILL_GRACE)
+        once.locks(task).claims.uncover(held.name, holder=holder, grace=KILL_GRACE)
     except Exception:
         # An error here would end the worker.
         logger.exception("The claim of task %s[%s] may be free early", task.name, headers["id"])
@@ -166,7 +166,7 @@ def _release(
     end: End | None = None,
 ) -> bool:
     """Release a claim; return whether the lock Redis answered."""
-    locks = locks_of(task.app)
+    locks = once.locks(task)
     is_turn = once.options.takes_turns and not may_be_unentered
     try:
         outcome, owner = locks.claims.release(

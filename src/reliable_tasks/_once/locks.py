@@ -22,7 +22,7 @@ from reliable_tasks._store.scripts import Replicas
 from reliable_tasks.config import REDIS_OPTIONS, ReliableConfig
 from reliable_tasks.errors import ConfigError, StoreUnavailable
 
-__all__ = ["BrokerUnavailable", "Locks", "locks_of", "read_config"]
+__all__ = ["BrokerUnavailable", "Locks", "build_locks", "locks_of", "read_config"]
 
 
 class BrokerUnavailable(StoreUnavailable, OperationalError):
@@ -35,11 +35,19 @@ class BrokerUnavailable(StoreUnavailable, OperationalError):
 
 @dataclass(frozen=True, slots=True)
 class Locks:
-    """An app's claims and the settings that go with them."""
+    """An app's claims and the settings that go with them.
+
+    Attributes:
+        claims: The claims.
+        config: The app's settings.
+        are_at_broker: Whether they are kept in the broker, which knows the leases of messages.
+        are_made_by_broker: Whether the broker makes them in the script that queues a message.
+    """
 
     claims: Claims
     config: ReliableConfig
     are_at_broker: bool
+    are_made_by_broker: bool
 
     def unavailable(self, error: StoreUnavailable) -> StoreUnavailable:
         """Return the error as callers of this app expect it."""
@@ -60,7 +68,7 @@ def locks_of(app: Celery) -> Locks:
     """
     known = _locks.get(app)
     if known is None or known[0] is not app.conf:
-        known = _locks[app] = (app.conf, _build(app, read_config(app)))
+        known = _locks[app] = (app.conf, build_locks(app, read_config(app)))
     return known[1]
 
 
@@ -73,7 +81,12 @@ def read_config(app: Celery) -> ReliableConfig:
     return ReliableConfig.from_mapping(reliable_settings(app))
 
 
-def _build(app: Celery, config: ReliableConfig) -> Locks:
+def build_locks(app: Celery, config: ReliableConfig, kind: type[Claims] = Claims) -> Locks:
+    """Return an app's claims, of one kind or another.
+
+    Raises:
+        ConfigError: No Redis is configured.
+    """
     conf = app.conf
     broker, backend = as_text(conf.broker_write_url), as_text(conf.result_backend)
     at_broker = _options(conf.broker_transport_options, conf.broker_use_ssl)
@@ -101,8 +114,8 @@ def _build(app: Celery, config: ReliableConfig) -> Locks:
     # Under another prefix they are other keys than those of the script that queues a message.
     at_broker_too = address.key_prefix == str(at_broker.get("global_keyprefix") or "")
     are_at_broker = is_same_server(url, broker) and at_broker_too
-    claims = Claims(address, config.key_prefix, replicas, is_beside=not are_at_broker)
-    return Locks(claims, config, are_at_broker=are_at_broker)
+    claims = kind(address, config.key_prefix, replicas, is_beside=not are_at_broker)
+    return Locks(claims, config, are_at_broker, are_made_by_broker=are_at_broker)
 
 
 def _options(transport_options: Any, use_ssl: Any) -> dict[str, Any]:

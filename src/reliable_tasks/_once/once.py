@@ -10,6 +10,7 @@ from celery import Task
 
 from reliable_tasks._celery.registry import wire_arguments
 from reliable_tasks._once.keys import Key
+from reliable_tasks._once.locks import Locks, locks_of
 from reliable_tasks._once.options import OnceOptions
 from reliable_tasks.config import ReliableConfig
 
@@ -25,9 +26,15 @@ class Once:
         takes_self: Whether the body's first parameter is the task.
         task: The task's name, for messages.
 
+    Attributes:
+        waits_if_late: Whether a copy that finds its key taken when it starts waits until it is
+            free, and then runs, whatever the conflict setting is.
+
     Raises:
         ConfigError: The key template does not fit the function.
     """
+
+    waits_if_late = False
 
     def __init__(
         self, options: OnceOptions, function: Callable[..., Any], *, takes_self: bool, task: str
@@ -41,6 +48,17 @@ class Once:
     def claim_name(self, task: Task[..., Any], args: Any, kwargs: Mapping[str, Any] | None) -> str:
         """Return the name of a call's claim."""
         return self._key.name(task.name, *wire_arguments(task, args or (), kwargs or {}))
+
+    def locks(self, task: Task[..., Any]) -> Locks:
+        """Return the claims that its own is one of.
+
+        Raises:
+            ConfigError: No Redis is configured, or a ``reliable_*`` setting is no good.
+        """
+        return locks_of(task.app)
+
+    def adopt(self, task: Task[..., Any], locks: Locks, name: str, attempt: int) -> None:
+        """Get ready for the start of a message that carries no claim."""
 
     def ttl(self, config: ReliableConfig) -> float:
         """Return how long the claim may wait in the queue (s)."""

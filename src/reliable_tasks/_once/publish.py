@@ -15,7 +15,7 @@ from reliable_tasks._celery.delays import delay_of
 from reliable_tasks._once.claim import CLAIM, OF_ONE_DELIVERY, Claim, Follows, Run
 from reliable_tasks._once.duplicate import follows, is_refused, needs_value
 from reliable_tasks._once.following import keeps_results
-from reliable_tasks._once.locks import BrokerUnavailable, Locks, locks_of
+from reliable_tasks._once.locks import BrokerUnavailable, Locks
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.result import ReliableResult
 from reliable_tasks._store.claims import Publish, Ticket
@@ -68,7 +68,7 @@ def publish(
         StoreUnavailable: The lock Redis does not answer and ``reliable_on_store_error`` is
             ``"raise"``; a kombu ``OperationalError`` where the lock Redis is the broker.
     """
-    locks = locks_of(task.app)
+    locks = once.locks(task)
     given = options.get("headers") or {}
     headers = {k: v for k, v in given.items() if k not in (CLAIM, *OF_ONE_DELIVERY)}
     owner = task_id or str(uuid4())
@@ -109,9 +109,9 @@ def publish(
         return answer
     # A retry must not end without a word as somebody's duplicate, whatever its headers say.
     if is_own:
-        if not once.options.is_freed_at_start:
+        if not once.options.is_freed_at_start and not once.waits_if_late:
             raise LockLost(claim.name, claim.owner, answer.owner)
-        # It gave its key up when it started, and must run all the same.
+        # It gave its key up when it started, or waits for it, and must run all the same.
         del headers[CLAIM]
         return queue(owner, headers, producer)
     is_raised = not may_follow and is_refused(task, task_id, options)
@@ -296,7 +296,9 @@ def _is_one_script(
 ) -> bool:
     """Say whether the broker makes the claim in the script that queues the message."""
     app: Any = task.app
-    if not locks.are_at_broker or not (app.conf.broker_transport_options or {}).get("reliable"):
+    if not locks.are_made_by_broker or not (app.conf.broker_transport_options or {}).get(
+        "reliable"
+    ):
         return False
     # A connection of the caller's own may lead anywhere; a group hands on the app's.
     if options.get("connection"):

@@ -23,7 +23,7 @@ from reliable_tasks._celery.registry import (
 from reliable_tasks._celery.settings import explicit, put
 from reliable_tasks._celery.versions import check_versions
 from reliable_tasks._once.decorator import refuse_plain_base
-from reliable_tasks._once.locks import locks_of, read_config
+from reliable_tasks._once.locks import read_config
 from reliable_tasks._setup import rules
 from reliable_tasks._setup.concerns import concerns
 from reliable_tasks._setup.facts import Facts
@@ -203,8 +203,10 @@ class StartCheck(bootsteps.Step):
         setup.apply()
         for task in known_tasks(app):
             refuse_plain_base(task)
-        if any(getattr(task, "reliable_once", None) for task in known_tasks(app)):
-            locks_of(app).claims.client  # noqa: B018 - a bad address is an error here
+        for task in known_tasks(app):
+            once = getattr(task, "reliable_once", None)
+            if once is not None:
+                once.locks(task).claims.client  # noqa: B018 - a bad address is an error here
         if Facts.of(app).broker == "amqp":
             check_queues(app)
             _say_what_rabbitmq_does(app, Facts.of(app))

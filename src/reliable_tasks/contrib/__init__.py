@@ -1,0 +1,1 @@
+"""Ways to this library from others."""

@@ -1,0 +1,445 @@
+"""celery-once's names on our machinery, beside the original."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import celery_once
+import pytest
+from celery import Celery, chain, states
+from celery.result import EagerResult
+from celery_once.backends.redis import Redis as TheirBackend
+from celery_once.helpers import queue_once_key
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reliable_tasks import ConfigError, DuplicateTaskError, once
+from reliable_tasks._celery.setting_aside import SetAside
+from reliable_tasks._once.claim import CLAIM
+from reliable_tasks._once.leaving import end_unrun
+from reliable_tasks.contrib import _shared_claims
+from reliable_tasks.contrib.celery_once import AlreadyQueued, QueueOnce, _plain
+from reliable_tasks.testing import fake_redis
+from tests.unit.harness import run, run_all, take
+
+SETTINGS = {"url": "redis://fake/3", "default_timeout": 60}
+KEY = "qo_example_a-10"
+
+
+@pytest.fixture
+def app() -> Iterator[Celery]:
+    """An app with settings as celery-once's README has them, and no other Redis."""
+    with fake_redis(), Celery("t", broker="memory://", backend="cache+memory://") as app:
+        app.conf.ONCE = {"backend": "celery_once.backends.Redis", "settings": dict(SETTINGS)}
+        yield app
+
+
+@pytest.fixture
+def example(app: Celery) -> Any:
+    """The task of the README's examples."""
+
+    @app.task(base=QueueOnce, name="example")
+    def example(a: int, b: int = 2) -> int:
+        return a
+
+    return app.tasks["example"]
+
+
+@pytest.fixture
+def server(app: Celery, example: Any) -> Any:
+    """The Redis of ``app.conf.ONCE``."""
+    return example.reliable_once.locks(example).claims.client.redis
+
+
+@pytest.fixture
+def theirs(server: Any, monkeypatch: pytest.MonkeyPatch) -> TheirBackend:
+    """celery-once's own backend, on the same server."""
+    monkeypatch.setattr("celery_once.backends.redis.redis", server)
+    return TheirBackend(SETTINGS)
+
+
+def send_as_theirs(app: Celery, theirs: TheirBackend, key: str = KEY, n: int = 10) -> Any:
+    """Queue a task as a producer with celery-once does."""
+    theirs.raise_or_lock(key, 60)
+    return app.send_task("example", (n,))
+
+
+class TestAsUsersKnowIt:
+    """What celery-once's users wrote stays true."""
+
+    def test_a_second_call_raises(self, app: Celery, example: Any, server: Any) -> None:
+        """Their name catches it, and ours does; and the key is free at the end."""
+        first = example.delay(10)
+        for name in (celery_once.AlreadyQueued, AlreadyQueued, DuplicateTaskError):
+            with pytest.raises(name) as raised:
+                example.apply_async(args=(10,))
+        error = raised.value
+        assert isinstance(error, AlreadyQueued)
+        assert 59 < error.countdown <= 60
+        assert error.message == f"Expires in {error.countdown} seconds"
+        assert (error.key, error.owner, error.expires_in) == (KEY, first.id, error.countdown)
+        assert server.keys("*") == [KEY]
+        run_all(app)
+        assert server.keys("*") == []
+        example.delay(10)
+
+    @pytest.mark.parametrize("where", ["call", "task"])
+    def test_a_graceful_one_is_rejected(self, app: Celery, example: Any, where: str) -> None:
+        """The option of the call or of the task."""
+        if where == "task":
+
+            @app.task(base=QueueOnce, name="mild", once={"graceful": True})
+            def mild(a: int) -> None:
+                pass
+
+            example = app.tasks["mild"]
+        of_call = {"once": {"graceful": True}} if where == "call" else {}
+        assert not isinstance(example.apply_async((10,), **of_call), EagerResult)
+        again = example.apply_async((10,), **of_call)
+        assert isinstance(again, EagerResult)
+        assert (again.id, again.state) == (None, states.REJECTED)
+        message = take(app)
+        assert take(app) is None
+        assert "graceful" not in json.dumps({**message.headers, **message.properties}), "its own"
+
+    def test_the_options_of_a_call_go_before_those_of_its_task(self, app: Celery) -> None:
+        """As in celery-once; and the keys too, which it ignores."""
+
+        @app.task(base=QueueOnce, name="t", once={"graceful": True, "timeout": 30})
+        def t(a: int, b: int) -> None:
+            pass
+
+        task = app.tasks["t"]
+        task.delay(1, 1)
+        with pytest.raises(AlreadyQueued) as raised:
+            task.apply_async((1, 1), once={"graceful": False})
+        assert 29 < raised.value.countdown <= 30
+        task.apply_async((2, 1), once={"timeout": 5, "keys": ["a"]})
+        with pytest.raises(AlreadyQueued) as raised:
+            task.apply_async((2, 7), once={"graceful": False, "keys": ["a"]})
+        assert 4 < raised.value.countdown <= 5
+
+    @pytest.mark.parametrize(
+        ("keys", "same", "other"), [(["a"], (1, 2), (2, 2)), ([], (2, 2), None)]
+    )
+    def test_some_arguments_count(
+        self, app: Celery, keys: list[str], same: Any, other: Any
+    ) -> None:
+        """Or none."""
+
+        @app.task(base=QueueOnce, name="slow_add", once={"keys": keys})
+        def slow_add(a: int, b: int) -> int:
+            return a + b
+
+        task = app.tasks["slow_add"]
+        task.delay(1, 1)
+        with pytest.raises(AlreadyQueued):
+            task.delay(*same)
+        if other:
+            task.delay(*other)
+
+    def test_a_key_that_has_a_default(self, app: Celery) -> None:
+        """In celery-once a KeyError."""
+
+        @app.task(base=QueueOnce, name="t", once={"keys": ["b"]})
+        def t(a: int, b: int = 2) -> None:
+            pass
+
+        assert app.tasks["t"].get_key((1,)) == "qo_t_b-2"
+
+    def test_unlock_before_run(self, app: Celery, server: Any) -> None:
+        """The key is free when the task starts."""
+
+        @app.task(base=QueueOnce, name="t", once={"unlock_before_run": True})
+        def t() -> list[str]:
+            found: list[str] = server.keys("qo_*")
+            return found
+
+        task = app.tasks["t"]
+        assert task.unlock_before_run()
+        task.delay()
+        with pytest.raises(AlreadyQueued):
+            task.delay()
+        assert run(app, take(app)).value == []
+
+    def test_a_bound_task(self, app: Celery) -> None:
+        """Itself is no part of its key."""
+
+        @app.task(base=QueueOnce, name="t", bind=True)
+        def t(self: Any, a: int) -> str:
+            return str(self.get_key((a,)))
+
+        app.tasks["t"].delay(1)
+        assert run(app, take(app)).value == "qo_t_a-1"
+
+    def test_a_retry_keeps_the_key(self, app: Celery, server: Any) -> None:
+        """Until it has ended."""
+
+        @app.task(base=QueueOnce, name="t", bind=True)
+        def t(self: Any) -> None:
+            if not self.request.retries:
+                raise self.retry(countdown=0)
+
+        app.tasks["t"].delay()
+        assert run(app, take(app)).state == "RETRY"
+        assert server.keys("qo_*") == ["qo_t"]
+        run_all(app)
+        assert server.keys("qo_*") == []
+
+    def test_a_call_that_waits_for_its_lock(
+        self, app: Celery, example: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """``blocking``, for ``blocking_timeout`` seconds."""
+        app.conf.ONCE["settings"].update(blocking=True, blocking_timeout=5)
+        example.delay(10)
+        slept: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            slept.append(seconds)
+            if len(slept) == 3:
+                run_all(app)
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        example.delay(10)
+        assert slept == [0.1] * 3
+        app.conf.ONCE["settings"]["blocking_timeout"] = 0
+        with pytest.raises(AlreadyQueued):
+            example.delay(10)
+        app.conf.ONCE["settings"]["blocking_timeout"] = None
+        slept.clear()
+        example.delay(10)
+        assert len(slept) == 3
+
+    def test_a_timeout_of_zero(self, app: Celery, server: Any) -> None:
+        """celery-once never lets go of such a lock; ours goes with its task, or after a year."""
+
+        @app.task(base=QueueOnce, name="t", once={"timeout": 0})
+        def t() -> None:
+            pass
+
+        app.tasks["t"].delay()
+        assert server.ttl("qo_t") > 360 * 86400
+
+    def test_what_else_the_task_has(self, app: Celery, example: Any, server: Any) -> None:
+        """For those who look, and who free locks by hand."""
+        assert example.config is app.conf
+        assert example.once_config is app.conf.ONCE
+        assert example.default_timeout == 60
+        key = example.get_key((10,), {})
+        example.once_backend.raise_or_lock(key, timeout=30)
+        with pytest.raises(AlreadyQueued):
+            example.once_backend.raise_or_lock(key, timeout=30)
+        with pytest.raises(AlreadyQueued):
+            example.delay(10)
+        example.once_backend.clear_lock(key)
+        example.delay(10)
+
+    def test_a_canvas_completes(self, app: Celery) -> None:
+        """A graceful duplicate follows the task that has the key."""
+
+        @app.task(base=QueueOnce, name="t", once={"graceful": True})
+        def t(a: int) -> int:
+            return a
+
+        task = app.tasks["t"]
+        task.delay(1)
+        result = chain(task.s(1), task.s()).apply_async()
+        run_all(app)
+        assert result.get(timeout=1) == 1
+
+    def test_neither_eager_nor_direct_calls_touch_a_lock(
+        self, app: Celery, example: Any, server: Any
+    ) -> None:
+        """In celery-once they free other tasks' locks."""
+        example.delay(10)
+        before = server.hgetall(KEY)
+        assert (example.apply((10,)).get(), example(10)) == (10, 10)
+        assert server.hgetall(KEY) == before
+
+    def test_the_error_travels(self) -> None:
+        """It is the same behind the wire."""
+        error = AlreadyQueued(12.5, KEY, "one")
+        for copy in (pickle.loads(pickle.dumps(error)), AlreadyQueued(*error.args)):
+            assert vars(copy) == vars(error)
+            assert str(copy) == str(error) != ""
+        assert AlreadyQueued(3).countdown == 3
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from("abc"), VALUES, max_size=3))
+def test_keys_are_celery_onces_own(arguments: dict[str, Any]) -> None:
+    """To the letter, for whatever goes into a message."""
+    parts = [f"{name}-{_plain(value)}" for name, value in sorted(arguments.items())]
+    assert "_".join(["qo", "name", *parts]) == queue_once_key("name", arguments)
+
+
+class TestRollingUpgrade:
+    """Producers and workers of both respect each other's locks."""
+
+    def test_their_call_finds_our_lock(
+        self, app: Celery, example: Any, theirs: TheirBackend
+    ) -> None:
+        """And says how long it lives."""
+        example.delay(10)
+        with pytest.raises(celery_once.AlreadyQueued) as raised:
+            theirs.raise_or_lock(KEY, 60)
+        assert 59 < raised.value.countdown <= 60
+
+    def test_our_call_finds_their_lock(
+        self, app: Celery, example: Any, theirs: TheirBackend
+    ) -> None:
+        """Also when it waits for what it calls."""
+        send_as_theirs(app, theirs)
+        with pytest.raises(AlreadyQueued) as raised:
+            example.delay(10)
+        assert 59 < raised.value.countdown <= 60
+        assert raised.value.owner == "celery-once"
+        assert example.apply_async((10,), once={"graceful": True}).state == states.REJECTED
+
+    def test_our_worker_runs_their_message(
+        self, app: Celery, example: Any, theirs: TheirBackend, server: Any
+    ) -> None:
+        """It is the lock's holder: it has a claim while it runs, and frees the key."""
+
+        @app.task(base=QueueOnce, name="looks", bind=True)
+        def looks(self: Any, a: int) -> Any:
+            return server.hgetall("qo_looks_a-10")["owner"], self.claim.fence > 0
+
+        theirs.raise_or_lock("qo_looks_a-10", 60)
+        result = app.send_task("looks", (10,))
+        assert run(app, take(app)).value == (result.id, True)
+        assert server.keys("*") == []
+
+    def test_their_worker_runs_our_message(
+        self, app: Celery, example: Any, theirs: TheirBackend
+    ) -> None:
+        """It deletes the key at the end, which is what it should do."""
+        example.delay(10)
+        theirs.clear_lock(KEY)
+        example.delay(10)
+
+    def test_a_message_of_theirs_waits_for_ours(
+        self, app: Celery, example: Any, theirs: TheirBackend, server: Any
+    ) -> None:
+        """Nobody was told that it is a duplicate: so it runs, and not beside it."""
+        example.delay(10)
+        ours = take(app)
+        app.send_task("example", (10,))
+        message = take(app)
+        ended = run(app, message)
+        assert isinstance(ended.value, SetAside)
+        run(app, ours)
+        assert run(app, message).value == 10
+        assert server.keys("*") == []
+
+    def test_a_message_of_ours_whose_lock_went_to_theirs(
+        self, app: Celery, example: Any, theirs: TheirBackend, server: Any
+    ) -> None:
+        """A worker of theirs has deleted it: ours waits until theirs has ended."""
+        example.delay(10)
+        ours = take(app)
+        server.delete(KEY)
+        send_as_theirs(app, theirs)
+        assert isinstance(run(app, ours).value, SetAside)
+        assert server.type(KEY) == "string", "it is left alone"
+        assert run(app, take(app)).value == 10
+        assert run(app, ours).value == 10
+
+    def test_what_ends_unrun_leaves_their_lock_alone(
+        self, app: Celery, example: Any, theirs: TheirBackend, server: Any
+    ) -> None:
+        """Revoked, say, or killed."""
+        example.delay(10)
+        ours = take(app)
+        server.delete(KEY)
+        theirs.raise_or_lock(KEY, 60)
+        headers = {**ours.headers, "args": (10,), "kwargs": {}}
+        end_unrun(example, example.reliable_once, headers, requeued=False)
+        example._reliable_uncovered(headers)
+        assert server.type(KEY) == "string"
+
+    def test_a_canvas_waits_for_their_lock(
+        self, app: Celery, example: Any, theirs: TheirBackend
+    ) -> None:
+        """And runs itself, for nobody knows how that task has ended."""
+        send_as_theirs(app, theirs)
+        their_message = take(app)
+        result = chain(example.s(10), example.si(11)).apply_async(once={"graceful": True})
+        message = take(app)
+        assert message.headers[CLAIM]["follows"][0] == "celery-once"
+        assert isinstance(run(app, message).value, SetAside)
+        run(app, their_message)
+        assert run(app, message).value == 10
+        run_all(app)
+        assert result.get(timeout=1) == 11
+
+    def test_another_error_of_the_server_is_one(
+        self, app: Celery, example: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Not everything is a lock of theirs."""
+
+        def refuse() -> None:
+            raise _shared_claims.StoreError("NOPERM")
+
+        with pytest.raises(_shared_claims.StoreError):
+            _shared_claims._unless_theirs(refuse, lambda: None)
+
+
+class TestBadSettings:
+    """Each is named, with the fix."""
+
+    @pytest.mark.parametrize("value", [None, "redis", {"backend": "celery_once.backends.Redis"}])
+    def test_no_settings(self, app: Celery, example: Any, value: Any) -> None:
+        """In celery-once an AttributeError."""
+        app.conf.ONCE = value
+        with pytest.raises(ConfigError, match=r"app\.conf\.ONCE is"):
+            example.delay(10)
+
+    def test_another_backend(self, app: Celery, example: Any) -> None:
+        """Files are not locks that a network shares."""
+        app.conf.ONCE["backend"] = "celery_once.backends.File"
+        with pytest.raises(ConfigError, match=r"celery_once\.backends\.File"):
+            example.delay(10)
+
+    def test_an_unknown_option(self, app: Celery, example: Any) -> None:
+        """Of the task, and of a call."""
+        with pytest.raises(ConfigError, match="did you mean 'graceful'"):
+            example.apply_async((10,), once={"gracefull": True})
+        with pytest.raises(ConfigError, match="unlock_before_run"):
+            example.apply_async((10,), once={"unlock_before_run": True})
+        with pytest.raises(ConfigError, match="did you mean 'timeout'"):
+
+            @app.task(base=QueueOnce, name="t", once={"timeouts": 3}, lazy=False)
+            def t() -> None:
+                pass
+
+    def test_an_unknown_key(self, app: Celery) -> None:
+        """It names no parameter."""
+
+        @app.task(base=QueueOnce, name="t", once={"keys": ["invoice"]})
+        def t(invoice_id: int) -> None:
+            pass
+
+        with pytest.raises(ConfigError, match="did you mean 'invoice_id'"):
+            app.tasks["t"].delay(1)
+
+    def test_once_beside_it(self, app: Celery) -> None:
+        """One of the two would be ignored."""
+        with pytest.raises(ConfigError, match="keep one of them"):
+
+            @app.task(base=QueueOnce, name="t", lazy=False)
+            @once
+            def t() -> None:
+                pass
