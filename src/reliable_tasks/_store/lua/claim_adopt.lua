@@ -6,8 +6,10 @@
 -- ARGV[2]  attempt of its message
 -- ARGV[3]  task: the task's name, for people who look
 -- Returns: 1, or 0 if there is no such lock
--- Commands: TYPE PTTL DEL HSET PEXPIRE TIME
-if redis.call('TYPE', KEYS[1]).ok ~= 'string' then
+-- Commands: GET PTTL DEL HSET PEXPIRE TIME
+local token = redis.pcall('GET', KEYS[1])
+if type(token) ~= 'string' then
+    -- Nothing, or an error: it is a claim already.
     return 0
 end
 local lives = redis.call('PTTL', KEYS[1])
