@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, get_args
 
+import pytest
+import redis
 import time_machine
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -14,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from reliable_tasks._store.claims import Claims, Entry, Publish, Release
 from reliable_tasks._store.client import ServerAddress
 from reliable_tasks._store.publication import How
+from reliable_tasks.demo._server import EmbeddedServer
 from reliable_tasks.testing import fake_redis
 
 NAME, TTL, LEASE, MEMORY, DOUBT = "name", 100, 30, 50, 30
@@ -49,20 +53,28 @@ class Record:
 
 
 class Machine(RuleBasedStateMachine):
-    """Two tasks, their attempts and copies, and a clock."""
+    """Some tasks, their attempts and copies, and a clock."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stack = ExitStack()
-        self.stack.enter_context(fake_redis())
-        self.clock = self.stack.enter_context(time_machine.travel(1_800_000_000.5, tick=False))
         self.now = 0.0
-        self.claims = Claims(ServerAddress("redis://fake/0", 5.0), "p:")
+        self.claims = Claims(ServerAddress(self.start_server(), 5.0), "p:")
         self.claim: Record | None = None
         self.ended: tuple[str, int, float] | None = None
         self.replaced: dict[str, tuple[str, float]] = {}
         self.fence = 0
         self.last_holder: str | None = None
+
+    def start_server(self) -> str:
+        """Return the URL of an empty server."""
+        self.stack.enter_context(fake_redis())
+        self.clock = self.stack.enter_context(time_machine.travel(1_800_000_000.5, tick=False))
+        return "redis://fake/0"
+
+    def move_on(self, seconds: float) -> None:
+        """Let time pass for the server."""
+        self.clock.shift(seconds)
 
     def teardown(self) -> None:
         """End the fake server."""
@@ -71,7 +83,7 @@ class Machine(RuleBasedStateMachine):
     def tick(self, seconds: float = 0.001) -> None:
         """Let time pass; each operation takes some."""
         self.now += seconds
-        self.clock.shift(seconds)
+        self.move_on(seconds)
         if self.claim and self.now >= self.claim.expires:
             self.claim = None
         self.replaced = {one: by for one, by in self.replaced.items() if self.now < by[1]}
@@ -406,5 +418,40 @@ class Machine(RuleBasedStateMachine):
         assert record.get("next_attempt") == (None if next_attempt is None else str(next_attempt))
 
 
+class RealMachine(Machine):
+    """The same on a real server, whose clock is moved on by making all that it keeps older."""
+
+    url = ""
+
+    def start_server(self) -> str:
+        """Return the URL of the module's server, empty."""
+        self.server = self.stack.enter_context(
+            redis.Redis.from_url(self.url, decode_responses=True)
+        )
+        self.server.flushall()
+        return self.url
+
+    def move_on(self, seconds: float) -> None:
+        """Let each key and each time in a claim be that much older."""
+        passed = round(seconds * 1000)
+        for key in self.server.keys("*"):
+            if self.server.type(key) == "hash":
+                for field in ("since", "lease_end"):
+                    then = int(self.server.hget(key, field) or 0)
+                    if then:
+                        self.server.hset(key, field, then - passed)
+            self.server.pexpire(key, self.server.pttl(key) - passed)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _real_server() -> Iterator[None]:
+    with EmbeddedServer() as server:
+        RealMachine.url = server.url
+        yield
+
+
 TestClaims = Machine.TestCase
 TestClaims.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+
+TestClaimsOnAServer = RealMachine.TestCase
+TestClaimsOnAServer.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
