@@ -21,6 +21,8 @@ OF_ONE_DELIVERY = (HOLDER, DELIVERY, "crashes", "x-delivery-count", "redelivered
 #: What becomes of a duplicate that somebody waits for: it ends as the task that it follows, runs
 #: when that one has ended, or fails.
 Then = Literal["join", "run", "fail"]
+#: Keys of `@once` are shorter; those of celery-once hold whole arguments.
+_LONGEST_SENT = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +68,18 @@ class Claim:
     follows: Follows | None = None
 
     def as_header(self) -> dict[str, Any]:
-        """Return what the message carries."""
+        """Return what is known of it, as a header."""
         header: dict[str, Any] = {"key": self.name, "owner": self.owner, "attempt": self.attempt}
         if self.follows is not None:
             follows = self.follows
             header["follows"] = [follows.owner, follows.until, follows.then, follows.expires_in]
         return header
+
+    def as_sent(self) -> dict[str, Any]:
+        """Return what a message carries over the wire; its worker makes a very long key anew."""
+        header = self.as_header()
+        # A frame of AMQP has room for 128 KiB of headers.
+        return header if len(self.name) <= _LONGEST_SENT else {**header, "key": None}
 
     @property
     def as_owner(self) -> Claim:

@@ -20,14 +20,16 @@ from reliable_tasks._once.following import Outcome, begin_to_follow, outcome_of
 from reliable_tasks._once.locks import Locks
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.received import (
+    adopt,
     claim_of,
     delivery_of,
+    is_by_name,
     lease_of,
     may_have_started,
     redelivery_of,
 )
 from reliable_tasks._store.claims import Entry, Publish, Ticket
-from reliable_tasks.errors import DuplicateTaskError, StoreError
+from reliable_tasks.errors import StoreError
 from reliable_tasks.instrumentation.signals import (
     claim_acquired,
     claim_conflict,
@@ -94,11 +96,6 @@ class _Copy:
             request.update({HOLDER: uuid4().hex})
         return str(request.get(HOLDER))
 
-    @property
-    def _is_by_name(self) -> bool:
-        """Whether its message carries no claim."""
-        return Claim.from_headers(vars(self.task.request), self.claim.owner) is None
-
     def let_in(self) -> Run:
         """Take what the copy needs to run.
 
@@ -106,8 +103,8 @@ class _Copy:
             StoreError: The lock Redis does not answer, or refuses.
         """
         options = self.once.options
-        if self._is_by_name:
-            self.once.adopt(self.task, self.locks, self.claim.name, self.claim.attempt)
+        if is_by_name(self.claim, vars(self.task.request)):
+            adopt(self.task, self.once, self.locks, self.claim)
         if options.is_for_a_window:
             self._see_the_window()
         if options.takes_turns:
@@ -134,7 +131,8 @@ class _Copy:
     def _see_the_window(self) -> None:
         """Have a task take the key that its call did not: by name, or while another one had it."""
         claim = self.claim
-        if claim.follows is None and (not self._is_by_name or may_have_started(self.task)):
+        by_name = is_by_name(claim, vars(self.task.request))
+        if claim.follows is None and (not by_name or may_have_started(self.task)):
             return
         ticket = self.locks.claims.acquire(
             claim.name,
@@ -225,7 +223,7 @@ class _Copy:
         self._tell_conflict(self.claim, ticket, "late")
         if self.once.options.at_publish == "replace":
             self._revoke(f"task {ticket.owner} has taken its place")
-        raise DuplicateTaskError(self.claim.name, ticket.owner, ticket.seconds)
+        raise self.once.refusal(self.claim.name, ticket.owner, ticket.seconds)
 
     def _tell_conflict(self, claim: Claim, ticket: Ticket[Entry], action: str) -> None:
         claim_conflict.send(
@@ -252,7 +250,7 @@ class _Copy:
             self._release(self.claim)
         if action == "drop":
             self._revoke(f"task {ticket.owner} runs with its key")
-        raise DuplicateTaskError(self.claim.name, ticket.owner, ticket.seconds)
+        raise self.once.refusal(self.claim.name, ticket.owner, ticket.seconds)
 
     def _keep_waiting(self) -> None:
         """Keep the key of a call that waits for longer than it might in the queue."""

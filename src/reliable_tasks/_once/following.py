@@ -17,7 +17,7 @@ from reliable_tasks._once.claim import Claim
 from reliable_tasks._once.locks import Locks
 from reliable_tasks._once.once import Once
 from reliable_tasks._store.claims import Follow, Following
-from reliable_tasks.errors import DuplicateTaskError, FollowedTaskFailed, FollowTimeout, StoreError
+from reliable_tasks.errors import FollowedTaskFailed, FollowTimeout, StoreError
 
 __all__ = ["Outcome", "begin_to_follow", "is_follower", "keeps_results", "outcome_of", "pause_of"]
 
@@ -67,7 +67,7 @@ def outcome_of(task: Task[..., Any], once: Once, locks: Locks, claim: Claim) -> 
     follows = claim.follows
     if follows is not None and follows.then == "fail":
         task.request.update({_FOLLOWS: True})
-        raise DuplicateTaskError(claim.name, follows.owner, follows.expires_in)
+        raise once.refusal(claim.name, follows.owner, follows.expires_in)
     if follows is None and not _may_follow(task, once):
         return None
     answer = _ask(once, locks, claim)

@@ -12,7 +12,14 @@ from celery.signals import task_postrun
 from reliable_tasks._once.claim import HOLDER, Claim, Run
 from reliable_tasks._once.following import is_follower
 from reliable_tasks._once.once import Once
-from reliable_tasks._once.received import KILL_GRACE, claim_of, lease_of, redelivery_of
+from reliable_tasks._once.received import (
+    KILL_GRACE,
+    adopt,
+    claim_of,
+    is_by_name,
+    lease_of,
+    redelivery_of,
+)
 from reliable_tasks._store.claims import End, Release
 from reliable_tasks.errors import DuplicateTaskError, StoreError
 from reliable_tasks.instrumentation.signals import claim_lost, claim_released
@@ -127,6 +134,8 @@ def _end_unrun(
         # It may not have had its turn yet.
         answered = _release(task, once, claim.turn, holder, goes_back=requeued, is_routine=True)
     if options.is_claimed_by_calls and not options.is_for_a_window:
+        if not requeued and is_by_name(claim, headers):
+            adopt(task, once, once.locks(task), claim)
         answered &= _release(
             task,
             once,

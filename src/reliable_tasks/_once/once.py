@@ -13,6 +13,7 @@ from reliable_tasks._once.keys import Key
 from reliable_tasks._once.locks import Locks, locks_of
 from reliable_tasks._once.options import OnceOptions
 from reliable_tasks.config import ReliableConfig
+from reliable_tasks.errors import DuplicateTaskError
 
 __all__ = ["Once"]
 
@@ -29,12 +30,14 @@ class Once:
     Attributes:
         waits_if_late: Whether a copy that finds its key taken when it starts waits until it is
             free, and then runs, whatever the conflict setting is.
+        hands_on: Whether a task that calls itself from its body hands its claim on.
 
     Raises:
         ConfigError: The key template does not fit the function.
     """
 
     waits_if_late = False
+    hands_on = True
 
     def __init__(
         self, options: OnceOptions, function: Callable[..., Any], *, takes_self: bool, task: str
@@ -57,8 +60,14 @@ class Once:
         """
         return locks_of(task.app)
 
-    def adopt(self, task: Task[..., Any], locks: Locks, name: str, attempt: int) -> None:
-        """Get ready for the start of a message that carries no claim."""
+    def adopt(
+        self, task: Task[..., Any], locks: Locks, name: str, *, owner: str, attempt: int
+    ) -> None:
+        """Get ready for the start, or the end, of a message that carries no claim."""
+
+    def refusal(self, name: str, owner: str, seconds: float) -> DuplicateTaskError:
+        """Return the error of a call whose key is taken."""
+        return DuplicateTaskError(name, owner, seconds)
 
     def ttl(self, config: ReliableConfig) -> float:
         """Return how long the claim may wait in the queue (s)."""

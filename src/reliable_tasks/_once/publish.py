@@ -26,7 +26,7 @@ from reliable_tasks._store.publication import (
     publication_of,
     publishing,
 )
-from reliable_tasks.errors import DuplicateTaskError, LockLost, StoreError, StoreUnavailable
+from reliable_tasks.errors import LockLost, StoreError, StoreUnavailable
 from reliable_tasks.instrumentation.signals import claim_acquired, claim_conflict
 
 __all__ = ["publish"]
@@ -82,7 +82,7 @@ def publish(
     name = carried.name if carried and is_retry else once.claim_name(task, args, kwargs)
     continued = carried if carried and carried.name == name else None
     claim = Claim(name, owner, continued.attempt + 1 if continued else retries)
-    headers[CLAIM] = claim.as_header()
+    headers[CLAIM] = claim.as_sent()
     is_own = continued is not None or retries > 0
     if is_own and once.options.is_for_a_window:
         # It was called in its window, which may be over.
@@ -96,14 +96,9 @@ def publish(
         claim_attempt=claim.attempt,
         ttl=once.ttl(locks.config) + delay_of(task.app, options),
         task=task.name,
-        holder=_holder(task, once, claim, continued),
+        holder=_holder(task, once, claim, continued, waited_for=waited_for),
     )
     send = _one_step if _is_one_script(task, locks, options, producer) else _two_steps
-    action = once.options.at_publish
-    may_follow = action != "raise" and (
-        not needs_value(link, options)
-        or keeps_results(task, is_ignored=bool(options.get("ignore_result", task.ignore_result)))
-    )
     answer = send(task, locks, wish, queue, headers, producer)
     if not isinstance(answer, Ticket):
         return answer
@@ -112,19 +107,25 @@ def publish(
         if not once.options.is_freed_at_start and not once.waits_if_late:
             raise LockLost(claim.name, claim.owner, answer.owner)
         # It gave its key up when it started, or waits for it, and must run all the same.
-        del headers[CLAIM]
+        if not once.waits_if_late:
+            del headers[CLAIM]
         return queue(owner, headers, producer)
+    action = once.options.at_publish
+    may_follow = action != "raise" and (
+        not needs_value(link, options)
+        or keeps_results(task, is_ignored=bool(options.get("ignore_result", task.ignore_result)))
+    )
     is_raised = not may_follow and is_refused(task, task_id, options)
     if not waited_for or is_raised:
         _tell_conflict(task, claim, task_id, answer, "raise" if is_raised else action)
         if is_raised or action == "raise":
-            raise DuplicateTaskError(claim.name, answer.owner, answer.seconds)
+            raise once.refusal(claim.name, answer.owner, answer.seconds)
         return _existing(task, claim, answer, task_id)
     try:
         whom = follows(task, once, locks, claim, answer, ttl=wish.ttl, may_follow=may_follow)
     except StoreUnavailable as error:
         raise locks.unavailable(error) from error
-    headers[CLAIM] = replace(claim, follows=whom).as_header()
+    headers[CLAIM] = replace(claim, follows=whom).as_sent()
     _tell_conflict(task, claim, owner, answer, "follow" if may_follow else "raise")
     return _following(task, claim, whom, queue(owner, headers, producer))
 
@@ -162,11 +163,15 @@ def _how(once: Once) -> How:
     return "replace" if once.options.at_publish == "replace" else "acquire"
 
 
-def _holder(task: Task[..., Any], once: Once, claim: Claim, continued: Claim | None) -> str:
+def _holder(
+    task: Task[..., Any], once: Once, claim: Claim, continued: Claim | None, *, waited_for: bool
+) -> str:
     """Return the token of the run that continues its claim, or hands it on, or ``""``."""
     if continued is not None:
         run = Run.of(task)
         return run.holder if run is not None else ""
+    if not once.hands_on and not waited_for:
+        return ""
     caller: Any = task.app.current_task
     run = None if caller is None else Run.of(caller)
     if run is None or run.held is None or once.options.is_for_a_window:

@@ -17,8 +17,10 @@ from reliable_tasks.config import UNLIMITED
 
 __all__ = [
     "KILL_GRACE",
+    "adopt",
     "claim_of",
     "delivery_of",
+    "is_by_name",
     "lease_of",
     "mark_copy",
     "may_have_started",
@@ -41,6 +43,16 @@ def claim_of(task: Task[..., Any], once: Once, headers: dict[str, Any]) -> Claim
         name = once.claim_name(task, headers.get("args"), headers.get("kwargs"))
         claim = Claim(name, str(headers["id"]), int(headers.get("retries") or 0))
     return claim
+
+
+def is_by_name(claim: Claim, headers: dict[str, Any]) -> bool:
+    """Say whether a message carries no claim, but a call by name."""
+    return Claim.from_headers(headers, claim.owner) is None
+
+
+def adopt(task: Task[..., Any], once: Once, locks: Locks, claim: Claim) -> None:
+    """Let a message that carries no claim have what was taken for it."""
+    once.adopt(task, locks, claim.name, owner=claim.owner, attempt=claim.attempt)
 
 
 def delivery_of(task: Task[..., Any], locks: Locks) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import redis
 
@@ -181,7 +181,7 @@ class Claims:
         """
         args: list[str | int] = [owner, attempt, token, ms(ttl), task, how, holder]
         keys = [self.keys.claim(name), self.keys.replaced(name), self.leases]
-        return _ticket(Publish, self._make("claim_acquire", keys, args))
+        return _ticket(Publish, self._ask("claim_acquire", keys, args, self._replicas))
 
     def continue_(
         self,
@@ -196,25 +196,27 @@ class Claims:
     ) -> Ticket[Publish]:
         """Keep the claim for the owner's own retry or replacement."""
         args: list[str | int] = [owner, attempt, token, ms(ttl), task, holder]
-        return _ticket(Publish, self._make("claim_continue", [self.keys.claim(name)], args))
+        return _ticket(
+            Publish, self._ask("claim_continue", [self.keys.claim(name)], args, self._replicas)
+        )
 
     def abandon(self, name: str, *, owner: str, token: str) -> bool:
         """Take back a publish that failed."""
-        return bool(load("claim_abandon")(self.client, [self.keys.claim(name)], [owner, token]))
+        return bool(self._ask("claim_abandon", [self.keys.claim(name)], [owner, token]))
 
     def confirm(self, name: str, *, owner: str, attempt: int) -> None:
         """Note that the message is queued of a call that took a claim over."""
         keys = [self.keys.claim(name), self.keys.replaced(name), self.keys.ended(name)]
-        load("claim_confirm")(self.client, keys, [owner, attempt])
+        self._ask("claim_confirm", keys, [owner, attempt])
 
     def uncover(self, name: str, *, holder: str, grace: float) -> bool:
         """Cover a run by its own lease alone, and for ``grace`` (s) at least."""
         args: list[str | int] = [holder, ms(grace)]
-        return bool(load("claim_uncover")(self.client, [self.keys.claim(name)], args))
+        return bool(self._ask("claim_uncover", [self.keys.claim(name)], args))
 
     def keep(self, name: str, *, owner: str, ttl: float) -> bool:
         """Keep the claim of a message that waits in a worker, for another while (s)."""
-        return bool(load("claim_keep")(self.client, [self.keys.claim(name)], [owner, ms(ttl)]))
+        return bool(self._ask("claim_keep", [self.keys.claim(name)], [owner, ms(ttl)]))
 
     def enter(
         self,
@@ -240,7 +242,7 @@ class Claims:
             "takes" if takes else "",
         ]
         keys = [*self._both(name), self.leases, self.keys.replaced(name)]
-        return _ticket(Entry, self._make("claim_enter", keys, args))
+        return _ticket(Entry, self._ask("claim_enter", keys, args, self._replicas))
 
     def start(self, name: str, *, owner: str, attempt: int, remember: float) -> Ticket[Entry]:
         """Free the claim of a copy that starts, or learn why it must not start.
@@ -250,7 +252,7 @@ class Claims:
         keys = [self.keys.claim(name), self.keys.replaced(name), self.keys.ended(name)]
         keys.append(self.keys.followed(name))
         args: list[str | int] = [owner, attempt, ms(remember)]
-        return _ticket(Entry, self._make("claim_start", keys, args))
+        return _ticket(Entry, self._ask("claim_start", keys, args, self._replicas))
 
     def release(
         self,
@@ -275,7 +277,7 @@ class Claims:
         ]
         followed = self.keys.followed(name if end is None else end.name)
         keys = [*self._both(name), self.keys.replaced(name), self.leases, followed]
-        code, other = load("claim_release")(self.client, keys, args)
+        code, other = self._ask("claim_release", keys, args)
         return Release(int(code)), str(other)
 
     def follow(
@@ -292,7 +294,7 @@ class Claims:
         """
         keys = [self.keys.claim(name), self.keys.followed(name)]
         args: list[str | int] = [task_id, followed, "" if until is None else until, ms(ttl)]
-        code, other, left, ends, state = load("claim_follow")(self.client, keys, args)
+        code, other, left, ends, state = self._ask("claim_follow", keys, args)
         return Following(Follow(int(code)), other, int(left) / 1000, int(ends), state)
 
     def note_end(self, name: str, *, owner: str, state: str) -> None:
@@ -300,9 +302,14 @@ class Claims:
         with self.reading("write") as server:
             server.set(self.keys.followed(name, owner), state, xx=True, keepttl=True)
 
-    def _make(self, script: str, keys: list[str], args: list[str | int]) -> list[str]:
-        answer: list[str] = load(script)(self.client, keys, args, self._replicas)
-        return answer
+    def _ask(
+        self,
+        script: str,
+        keys: list[str],
+        args: list[str | int],
+        replicas: Replicas = NO_REPLICAS,
+    ) -> Any:
+        return load(script)(self.client, keys, args, replicas)
 
     def _both(self, name: str) -> list[str]:
         return [self.keys.claim(name), self.keys.ended(name)]
@@ -321,7 +328,7 @@ class Claims:
 
     def free(self, name: str, *, owner: str, fence: str) -> bool:
         """Free a claim by hand, unless it changed hands meanwhile."""
-        return bool(load("claim_free")(self.client, [self.keys.claim(name)], [owner, fence]))
+        return bool(self._ask("claim_free", [self.keys.claim(name)], [owner, fence]))
 
     def names(self) -> list[str]:
         """Return the keys of all claims; walks with ``SCAN``, so it blocks nobody."""

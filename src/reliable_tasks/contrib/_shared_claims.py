@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-from reliable_tasks._store.claims import (
-    Claims,
-    Code,
-    Entry,
-    Follow,
-    Following,
-    Publish,
-    Release,
-    Ticket,
-)
+from reliable_tasks._store.claims import Claims, Follow, Following, Release
 from reliable_tasks._store.keys import Keys
-from reliable_tasks._store.scripts import load
-from reliable_tasks.errors import StoreError
+from reliable_tasks._store.scripts import NO_REPLICAS, Replicas
+from reliable_tasks.errors import ScriptError, StoreError
 
 __all__ = ["THEIRS", "SharedClaims"]
 
 #: Who owns a key that celery-once has locked: its value is a token that nobody keeps.
 THEIRS = "celery-once"
-
-T = TypeVar("T")
+#: What holds of such a key, by the script that was to change it.
+_DUPLICATE, _NOT_OURS = 0, [int(Release.NOT_OURS), THEIRS]
+_ANSWERS: dict[str, Any] = {
+    "claim_release": _NOT_OURS,
+    "claim_abandon": 0,
+    "claim_uncover": 0,
+    "claim_keep": 0,
+    "claim_free": 0,
+}
+_TICKETS = ("claim_acquire", "claim_continue", "claim_enter", "claim_start")
+#: A lock that never lapses is asked about as one that lives for an hour (ms).
+_NEVER = 3_600_000
+_WRONG_TYPE = "WRONGTYPE"
 
 
 class _SharedKeys(Keys):
@@ -51,80 +51,67 @@ class SharedClaims(Claims):
 
     def adopt(self, name: str, *, owner: str, attempt: int, task: str) -> bool:
         """Make a claim of celery-once's lock, for the task that it was taken for."""
-        args: list[str | int] = [owner, attempt, task]
-        return bool(load("claim_adopt")(self.client, [self.keys.claim(name)], args))
+        return bool(self._ask("claim_adopt", [self.keys.claim(name)], [owner, attempt, task]))
 
-    def acquire(self, name: str, **asked: Any) -> Ticket[Publish]:
-        """Take a claim for a new call."""
-        ask = partial(super().acquire, name, **asked)
-        return _unless_theirs(ask, lambda: self._taken(Publish.DUPLICATE, name))
-
-    def continue_(self, name: str, **asked: Any) -> Ticket[Publish]:
-        """Keep the claim for the owner's own retry or replacement."""
-        ask = partial(super().continue_, name, **asked)
-        return _unless_theirs(ask, lambda: self._taken(Publish.DUPLICATE, name))
-
-    def enter(self, name: str, **asked: Any) -> Ticket[Entry]:
-        """Start a copy of the task, or learn why it must not run."""
-        ask = partial(super().enter, name, **asked)
-        return _unless_theirs(ask, lambda: self._taken(Entry.DUPLICATE, name))
-
-    def start(self, name: str, **asked: Any) -> Ticket[Entry]:
-        """Free the claim of a copy that starts, or learn why it must not start."""
-        ask = partial(super().start, name, **asked)
-        return _unless_theirs(ask, lambda: self._taken(Entry.DUPLICATE, name))
-
-    def release(self, name: str, **asked: Any) -> tuple[Release, str]:
-        """End a run."""
-        ask = partial(super().release, name, **asked)
-        return _unless_theirs(ask, lambda: (Release.NOT_OURS, THEIRS))
-
-    def abandon(self, name: str, **asked: Any) -> bool:
-        """Take back a publish that failed."""
-        return _unless_theirs(partial(super().abandon, name, **asked), lambda: False)
-
-    def uncover(self, name: str, **asked: Any) -> bool:
-        """Cover a run by its own lease alone."""
-        return _unless_theirs(partial(super().uncover, name, **asked), lambda: False)
-
-    def read(self, name: str) -> dict[str, str]:
-        """Return the claim's record, empty where nobody of ours holds the key."""
-        return _unless_theirs(partial(super().read, name), dict)
-
-    def follow(
-        self, name: str, *, task_id: str, followed: str, until: int | None, ttl: float
-    ) -> Following:
-        """Have a task follow another one, or learn how that one ended."""
-
-        def answer() -> Following:
-            if not followed:
-                return Following(Follow.FREE, "", ttl, 0, "")
-            # Not by the server's clock; but when a task may give up waiting is all it decides.
-            now = time.time() * 1000
-            ends = now + ttl * 1000 if until is None else until
-            return Following(Follow.WAITS, THEIRS, (ends - now) / 1000, round(ends), "")
-
-        ask = partial(
-            super().follow, name, task_id=task_id, followed=followed, until=until, ttl=ttl
-        )
-        return _unless_theirs(ask, answer)
+    def lock(self, name: str, *, token: str, ttl: float) -> float | None:
+        """Lock a key as celery-once does; return ``None``, or for how long it is taken (s)."""
+        with self.reading("take") as server:
+            if server.set(self.keys.claim(name), token, nx=True, px=round(ttl * 1000)):
+                return None
+        return self._lives(name) / 1000
 
     def delete(self, name: str) -> None:
         """Free a key by hand, whoever has it."""
         with self.reading("free") as server:
             server.delete(self.keys.claim(name))
 
-    def _taken(self, code: Code, name: str) -> Ticket[Code]:
+    def read(self, name: str) -> dict[str, str]:
+        """Return the claim's record, empty where nobody of ours holds the key."""
+        try:
+            return super().read(name)
+        except StoreError as error:
+            if _WRONG_TYPE not in str(error):
+                raise
+            return {}
+
+    def follow(
+        self, name: str, *, task_id: str, followed: str, until: int | None, ttl: float
+    ) -> Following:
+        """Have a task follow another one, or learn how that one ended."""
+        # Nobody knows the task that has such a lock: whoever owns the key is followed.
+        whom = task_id if followed == THEIRS else followed
+        try:
+            return super().follow(name, task_id=task_id, followed=whom, until=until, ttl=ttl)
+        except ScriptError as error:
+            if _WRONG_TYPE not in error.reason:
+                raise
+        if not followed:
+            return Following(Follow.FREE, "", ttl, 0, "")
+        # Not by the server's clock; but when a task may give up waiting is all it decides.
+        now = time.time() * 1000
+        ends = now + ttl * 1000 if until is None else until
+        return Following(Follow.WAITS, THEIRS, (ends - now) / 1000, round(ends), "")
+
+    def _ask(
+        self,
+        script: str,
+        keys: list[str],
+        args: list[str | int],
+        replicas: Replicas = NO_REPLICAS,
+    ) -> Any:
+        try:
+            return super()._ask(script, keys, args, replicas)
+        except ScriptError as error:
+            if _WRONG_TYPE not in error.reason:
+                raise
+            if script in _TICKETS:
+                return [_DUPLICATE, THEIRS, self._lives(keys[0]), 0]
+            if script not in _ANSWERS:
+                raise
+            return _ANSWERS[script]
+
+    def _lives(self, key: str) -> int:
+        """Return how long a key lives (ms)."""
         with self.reading("read") as server:
-            lives = int(server.pttl(self.keys.claim(name)))
-        return Ticket(code, THEIRS, max(lives, 0) / 1000, 0)
-
-
-def _unless_theirs(ask: Callable[[], T], otherwise: Callable[[], T]) -> T:
-    """Ask the server, or answer what holds if the key turns out to be celery-once's."""
-    try:
-        return ask()
-    except StoreError as error:
-        if "WRONGTYPE" not in str(error):
-            raise
-        return otherwise()
+            lives = int(server.pttl(key))
+        return _NEVER if lives == -1 else max(lives, 0)

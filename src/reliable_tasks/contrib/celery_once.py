@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import inf
 from typing import Any, ClassVar, cast
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
@@ -26,7 +27,6 @@ from celery.result import EagerResult
 from reliable_tasks._once.locks import Locks, build_locks, read_config
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.options import OnceOptions
-from reliable_tasks._store.claims import Publish
 from reliable_tasks._task import ReliableTask
 from reliable_tasks.config import ReliableConfig, nearest
 from reliable_tasks.contrib._shared_claims import SharedClaims
@@ -40,6 +40,8 @@ except ImportError:
 __all__ = ["AlreadyQueued", "QueueOnce"]
 
 _REDIS = "celery_once.backends.Redis"
+#: The same class, by the name of its module.
+_REDIS_TOO = "celery_once.backends.redis.Redis"
 _DEFAULT_URL = "redis://localhost:6379/0"
 _DEFAULT_TIMEOUT = 3600
 #: celery-once takes 0 for a lock that never lapses. Ours do, for a task can be forgotten.
@@ -72,22 +74,22 @@ class AlreadyQueued(DuplicateTaskError, _AlreadyQueued):  # type: ignore[misc]
         self.expires_in = self.countdown = countdown
         self.message = f"Expires in {countdown} seconds"
 
+    def __str__(self) -> str:
+        return super().__str__() if self.key else self.message
+
 
 class _LocksOfTask:
     """What celery-once calls its backend: the locks by hand."""
 
     def __init__(self, task: QueueOnce) -> None:
         self._claims = cast(SharedClaims, _locks_of(task.app).claims)
-        self._task = task.name
 
     def raise_or_lock(self, key: str, timeout: float) -> None:
         """Lock a key, or raise `AlreadyQueued`."""
-        owner = str(uuid4())
-        ticket = self._claims.acquire(
-            key, owner=owner, attempt=0, token=owner, ttl=timeout or _NEVER, task=self._task
-        )
-        if ticket.code is Publish.DUPLICATE:
-            raise AlreadyQueued(ticket.seconds, key, ticket.owner)
+        # As celery-once's own: it belongs to the message that is sent with no claim of ours.
+        seconds = self._claims.lock(key, token=str(uuid4()), ttl=timeout or _NEVER)
+        if seconds is not None:
+            raise AlreadyQueued(seconds, key)
 
     def clear_lock(self, key: str) -> None:
         """Free a key, whoever has it: a task that runs loses its claim."""
@@ -105,17 +107,20 @@ class _QueueOnce(Once):
 
     #: What celery-once has queued must run: nobody was told that it is a duplicate.
     waits_if_late = True
+    #: A call from a task's own body is refused, as any other is while it runs.
+    hands_on = False
 
     def __init__(self, task: Any, app: Celery, of_call: Mapping[str, Any] | None = None) -> None:
         _check(task.once, _OF_TASK, f"{task.name}: once={task.once!r}")
         _check(of_call or {}, _OF_CALL, f"a call of {task.name}: once={of_call!r}")
         wish = {**task.once, **(of_call or {})}
-        timeout = wish.get("timeout")
-        self.options = OnceOptions(
+        options = OnceOptions(
             lock="until_executing" if wish.get("unlock_before_run") else "until_executed",
             on_conflict="existing" if wish.get("graceful") else "raise",
-            ttl=None if timeout is None else timeout or _NEVER,
+            ttl=(wish["timeout"] or _NEVER) if "timeout" in wish else None,
         )
+        body = getattr(task.run, "__wrapped__", task.run)
+        super().__init__(options, body, takes_self=False, task=task.name)
         self._app = app
         self._of_call = of_call or {}
 
@@ -130,10 +135,16 @@ class _QueueOnce(Once):
         """Return the locks in the Redis of ``app.conf.ONCE``."""
         return _locks_of(self._app)
 
-    def adopt(self, task: Task[..., Any], locks: Locks, name: str, attempt: int) -> None:
+    def adopt(
+        self, task: Task[..., Any], locks: Locks, name: str, *, owner: str, attempt: int
+    ) -> None:
         """Take over the lock that celery-once has taken for a message."""
-        owner = str(task.request.id)
         cast(SharedClaims, locks.claims).adopt(name, owner=owner, attempt=attempt, task=task.name)
+
+    def refusal(self, name: str, owner: str, seconds: float) -> DuplicateTaskError:
+        """Return the error of a call whose key is taken."""
+        # A lock lives on while its task runs; who waits for it is told what he knows.
+        return AlreadyQueued(min(seconds, self.ttl(read_config(self._app))), name, owner)
 
     def ttl(self, config: ReliableConfig) -> float:
         """Return how long a lock may wait in the queue (s)."""
@@ -193,8 +204,8 @@ class QueueOnce(ReliableTask):
                 result = super().apply_async(
                     *(args, kwargs, task_id, producer, link, link_error, shadow), **options
                 )
-            except DuplicateTaskError as error:
-                refused = AlreadyQueued(error.expires_in, error.key, error.owner)
+            except AlreadyQueued as error:
+                refused = error
             else:
                 # One that follows another task was queued, for somebody waits for it.
                 if not result.duplicate or result.followed_id is not None:
@@ -204,7 +215,10 @@ class QueueOnce(ReliableTask):
             time.sleep(_BETWEEN_TRIES)
         if refused is not None:
             raise refused
-        return EagerResult(None, None, states.REJECTED)  # type: ignore[arg-type]
+        rejected: Any = EagerResult(None, None, states.REJECTED)  # type: ignore[arg-type]
+        rejected.duplicate = True
+        rejected.followed_id = rejected.replaced_id = rejected.ignored_id = None
+        return rejected
 
     def get_key(self, args: Any = None, kwargs: Mapping[str, Any] | None = None) -> str:
         """Return the key of a call, as celery-once makes it."""
@@ -247,7 +261,9 @@ class QueueOnce(ReliableTask):
 
 
 def _key(task: QueueOnce, args: Any, kwargs: Mapping[str, Any] | None, keys: Any) -> str:
-    bound = inspect.signature(task.run).bind(*(args or ()), **(kwargs or {}))
+    # Of the class, for autoretry_for and tools that watch tasks wrap the one of the task.
+    run = type(task).run.__get__(task)
+    bound = inspect.signature(run).bind(*(args or ()), **(kwargs or {}))
     arguments = dict(bound.arguments)
     if keys is not None:
         # Where celery-once would not find one that was left out.
@@ -283,7 +299,7 @@ def _settings(app: Celery) -> Mapping[str, Any]:
         raise ConfigError(
             f"app.conf.ONCE is {once!r}: set {{'backend': {_REDIS!r}, 'settings': {{'url': ...}}}}"
         )
-    if once.get("backend", _REDIS) != _REDIS:
+    if once.get("backend", _REDIS) not in (_REDIS, _REDIS_TOO):
         raise ConfigError(
             f"app.conf.ONCE: the backend {once['backend']!r} is none of this library's, which "
             f"keeps its locks in Redis: {_REDIS!r}"
@@ -292,7 +308,16 @@ def _settings(app: Celery) -> Mapping[str, Any]:
 
 
 def _default_timeout(app: Celery) -> float:
-    return float(_settings(app).get("default_timeout", _DEFAULT_TIMEOUT)) or _NEVER
+    return float(_settings(app).get("default_timeout", _DEFAULT_TIMEOUT) or _NEVER)
+
+
+def _with_tls(url: str) -> str:
+    """Bring ``redis://...?ssl=true`` to what others write ``rediss://``."""
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query))
+    if parts.scheme != "redis" or query.pop("ssl", "").lower() != "true":
+        return url
+    return urlunsplit(parts._replace(scheme="rediss", query=urlencode(query)))
 
 
 #: Built once per configuration and URL: every publish asks.
@@ -300,7 +325,7 @@ _locks: WeakKeyDictionary[Celery, tuple[Any, str, Locks]] = WeakKeyDictionary()
 
 
 def _locks_of(app: Celery) -> Locks:
-    url = str(_settings(app).get("url") or _DEFAULT_URL)
+    url = _with_tls(str(_settings(app).get("url") or _DEFAULT_URL))
     known = _locks.get(app)
     if known is None or known[0] is not app.conf or known[1] != url:
         config = replace(read_config(app), redis_url=url, redis_options=None)

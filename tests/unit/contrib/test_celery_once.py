@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import time
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import celery_once
 import pytest
-from celery import Celery, chain, states
+from celery import Celery, chain, group, states
 from celery.result import EagerResult
 from celery_once.backends.redis import Redis as TheirBackend
 from celery_once.helpers import queue_once_key
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reliable_tasks import ConfigError, DuplicateTaskError, once
+from reliable_tasks import ConfigError, DuplicateTaskError, ScriptError, once
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._once.claim import CLAIM
 from reliable_tasks._once.leaving import end_unrun
-from reliable_tasks.contrib import _shared_claims
-from reliable_tasks.contrib.celery_once import AlreadyQueued, QueueOnce, _plain
+from reliable_tasks._store.claims import Claims
+from reliable_tasks.contrib.celery_once import AlreadyQueued, QueueOnce, _with_tls
 from reliable_tasks.testing import fake_redis
 from tests.unit.harness import run, run_all, take
 
@@ -229,6 +231,7 @@ class TestAsUsersKnowIt:
         assert example.config is app.conf
         assert example.once_config is app.conf.ONCE
         assert example.default_timeout == 60
+        app.conf.ONCE["backend"] = "celery_once.backends.redis.Redis"
         key = example.get_key((10,), {})
         example.once_backend.raise_or_lock(key, timeout=30)
         with pytest.raises(AlreadyQueued):
@@ -269,6 +272,132 @@ class TestAsUsersKnowIt:
         assert AlreadyQueued(3).countdown == 3
 
 
+class TestAsTasksAreWritten:
+    """What else celery-once's users have in their tasks."""
+
+    @pytest.mark.parametrize("bind", [False, True])
+    def test_autoretry(self, app: Celery, server: Any, example: Any, bind: bool) -> None:
+        """Celery wraps the body of the task, and the key is the same."""
+
+        def body(a: int, b: int = 2) -> None:
+            raise ValueError
+
+        def bound(self: Any, a: int, b: int = 2) -> None:
+            raise ValueError
+
+        app.task(
+            base=QueueOnce,
+            name="t",
+            bind=bind,
+            autoretry_for=(ValueError,),
+            default_retry_delay=0,
+            max_retries=1,
+        )(bound if bind else body)
+        task = app.tasks["t"]
+        task.delay(1)
+        assert server.keys("qo_*") == ["qo_t_a-1"]
+        assert [ended.state for ended in run_all(app)] == ["RETRY", "FAILURE"]
+        assert server.keys("qo_*") == []
+
+    @pytest.mark.parametrize("graceful", [False, True])
+    def test_a_task_that_calls_itself(self, app: Celery, graceful: bool) -> None:
+        """It is queued already: in its own body too."""
+        runs = []
+
+        @app.task(base=QueueOnce, name="t", bind=True, once={"graceful": graceful})
+        def t(self: Any) -> None:
+            runs.append(1)
+            with contextlib.suppress(AlreadyQueued):
+                assert self.delay().state == states.REJECTED
+
+        app.tasks["t"].delay()
+        run_all(app)
+        assert len(runs) == 1
+
+    def test_it_is_twice_in_a_chain(self, app: Celery, example: Any) -> None:
+        """There the second gets the key from the first."""
+        result = chain(example.si(10), example.si(10)).apply_async()
+        assert [ended.value for ended in run_all(app)] == [10, 10]
+        assert result.get(timeout=1) == 10
+
+    def test_a_refused_part_of_a_canvas(self, app: Celery, example: Any) -> None:
+        """Its error is the one that users know."""
+        example.delay(10)
+        take(app)
+        result = group(example.si(10), example.si(11)).apply_async()
+        run_all(app)
+        assert isinstance(result[0].result, celery_once.AlreadyQueued)
+        assert result[1].get(timeout=1) == 11
+
+    def test_the_lock_of_a_task_that_runs(self, app: Celery) -> None:
+        """It lives for as long as that may take, and a caller is told its timeout."""
+
+        @app.task(base=QueueOnce, name="t", bind=True, time_limit=500)
+        def t(self: Any) -> float:
+            with pytest.raises(AlreadyQueued) as raised:
+                self.delay()
+            return raised.value.countdown
+
+        app.tasks["t"].delay()
+        assert run(app, take(app)).value == 60
+
+    @pytest.mark.parametrize("where", ["task", "settings"])
+    def test_no_timeout(self, app: Celery, server: Any, example: Any, where: str) -> None:
+        """In celery-once ``None`` is for ever, as 0 is."""
+        if where == "settings":
+            app.conf.ONCE["settings"]["default_timeout"] = None
+        once = {"timeout": None} if where == "task" else {"keys": []}
+
+        @app.task(base=QueueOnce, name="t", once=once)
+        def t() -> None:
+            pass
+
+        app.tasks["t"].delay()
+        assert server.ttl("qo_t") > 360 * 86400
+
+    def test_a_lock_that_is_taken_by_hand(self, app: Celery, example: Any, server: Any) -> None:
+        """It belongs to the message that is sent then, which frees it."""
+        example.once_backend.raise_or_lock(KEY, timeout=30)
+        app.send_task("example", (10,))
+        assert run(app, take(app)).value == 10
+        assert server.keys("*") == []
+
+    def test_a_key_of_many_bytes(self, app: Celery, server: Any) -> None:
+        """It is not sent, for it may be longer than a header: the worker makes it anew."""
+
+        @app.task(base=QueueOnce, name="t", bind=True)
+        def t(self: Any, text: str) -> int:
+            if not self.request.retries:
+                raise self.retry(countdown=0)
+            return len(text)
+
+        task, text = app.tasks["t"], "x" * 200_000
+        task.delay(text)
+        with pytest.raises(AlreadyQueued):
+            task.delay(text)
+        message = take(app)
+        assert len(json.dumps(message.headers[CLAIM])) < 200
+        assert run(app, message).state == "RETRY"
+        with pytest.raises(AlreadyQueued):
+            task.delay(text)
+        assert run(app, take(app)).value == 200_000
+        assert server.keys("qo_*") == []
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://h:6379/1?ssl=true", "rediss://h:6379/1"),
+        ("redis://h:6379/1?ssl=true&socket_timeout=3", "rediss://h:6379/1?socket_timeout=3"),
+        ("redis://h:6379/1?ssl=false", "redis://h:6379/1?ssl=false"),
+        ("rediss://h/1", "rediss://h/1"),
+    ],
+)
+def test_urls_as_its_readme_has_them(url: str, shown: str) -> None:
+    """TLS by a query option, too."""
+    assert _with_tls(url) == shown
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda inner: (
@@ -281,8 +410,19 @@ VALUES = st.recursive(
 @given(st.dictionaries(st.sampled_from("abc"), VALUES, max_size=3))
 def test_keys_are_celery_onces_own(arguments: dict[str, Any]) -> None:
     """To the letter, for whatever goes into a message."""
-    parts = [f"{name}-{_plain(value)}" for name, value in sorted(arguments.items())]
-    assert "_".join(["qo", "name", *parts]) == queue_once_key("name", arguments)
+    task = _any_arguments()
+    assert task.get_key((), arguments) == queue_once_key("t", arguments)
+
+
+@cache
+def _any_arguments() -> Any:
+    app = Celery("t", set_as_current=False)
+
+    @app.task(base=QueueOnce, name="t", shared=False)
+    def t(a: Any = None, b: Any = None, c: Any = None) -> None:
+        pass
+
+    return app.tasks["t"]
 
 
 class TestRollingUpgrade:
@@ -385,16 +525,90 @@ class TestRollingUpgrade:
         run_all(app)
         assert result.get(timeout=1) == 11
 
+    def test_a_retry_of_ours_waits_for_their_task(
+        self, app: Celery, theirs: TheirBackend, server: Any
+    ) -> None:
+        """It does not take their lock over, nor free it."""
+
+        @app.task(base=QueueOnce, name="t", bind=True)
+        def t(self: Any) -> str:
+            if not self.request.retries:
+                server.delete("qo_t")
+                theirs.raise_or_lock("qo_t", 60)
+                raise self.retry(countdown=0)
+            return "retried"
+
+        app.tasks["t"].delay()
+        assert run(app, take(app)).state == "RETRY"
+        retry = take(app)
+        assert isinstance(run(app, retry).value, SetAside)
+        assert server.type("qo_t") == "string"
+        theirs.clear_lock("qo_t")
+        assert run(app, retry).value == "retried"
+
+    def test_a_message_of_theirs_that_ends_unrun_frees_its_lock(
+        self, app: Celery, example: Any, theirs: TheirBackend, server: Any
+    ) -> None:
+        """It is the lock's holder, though its body never began."""
+        send_as_theirs(app, theirs)
+        message = take(app)
+        headers = {**message.headers, "args": (10,), "kwargs": {}}
+        end_unrun(example, example.reliable_once, headers, requeued=True)
+        assert server.type(KEY) == "string", "it comes back"
+        end_unrun(example, example.reliable_once, headers, requeued=False)
+        assert server.keys("*") == []
+
+    def test_who_follows_their_lock_follows_no_other_task(
+        self, app: Celery, theirs: TheirBackend, server: Any
+    ) -> None:
+        """Nothing of one lock of theirs is taken for the next one's."""
+        results = iter("abc")
+
+        @app.task(base=QueueOnce, name="t", once={"graceful": True})
+        def t() -> str:
+            return next(results)
+
+        task = app.tasks["t"]
+
+        def theirs_and_a_follower() -> tuple[Any, Any]:
+            theirs.raise_or_lock("qo_t", 60)
+            app.send_task("t")
+            message = take(app)
+            task.apply_async(link=task.si())
+            return message, take(app)
+
+        first, follower = theirs_and_a_follower()
+        assert run(app, first).value == "a"
+        assert run(app, follower).value == "b"
+        server.delete("qo_t")
+        while take(app) is not None:
+            pass
+        second, follower = theirs_and_a_follower()
+        assert isinstance(run(app, follower).value, SetAside)
+        assert run(app, second).value == "c"
+
+    def test_a_lock_that_never_lapses_is_asked_about_at_leisure(
+        self, app: Celery, example: Any, server: Any
+    ) -> None:
+        """celery-once has such, with a timeout of 0."""
+        example.delay(10)
+        ours = take(app)
+        server.delete(KEY)
+        server.set(KEY, "token")
+        ended = run(app, ours)
+        assert (ended.value.first, ended.value.longest) == (0.2, 5.0)
+
     def test_another_error_of_the_server_is_one(
         self, app: Celery, example: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Not everything is a lock of theirs."""
 
-        def refuse() -> None:
-            raise _shared_claims.StoreError("NOPERM")
+        def refuse(*_: Any, **__: Any) -> None:
+            raise ScriptError("claim_acquire", "NOPERM")
 
-        with pytest.raises(_shared_claims.StoreError):
-            _shared_claims._unless_theirs(refuse, lambda: None)
+        monkeypatch.setattr(Claims, "_ask", refuse)
+        with pytest.raises(ScriptError):
+            example.delay(10)
 
 
 class TestBadSettings:
