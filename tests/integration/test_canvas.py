@@ -250,16 +250,17 @@ def test_an_owner_that_was_purged(own: Scene, name: str) -> None:
     assert own.starts(name) == 1
 
 
-def test_an_owner_whose_worker_was_killed(own: Scene, name: str) -> None:
+@pytest.mark.parametrize("task", ["act", "until_executing", "until_and_while_executing"])
+def test_an_owner_whose_worker_was_killed(own: Scene, name: str, task: str) -> None:
     """It runs again, and its duplicate ends as it does."""
+    parts = Parts(own, name)
+    own.call(task, name, "wait")
+    same = own.app.tasks[task].si(name)
+    result = own.keep(chain(same, parts.plus("b")).apply_async())
     own.crew(2, concurrency=1)
-    own.call("act", name, "wait")
     own.wait_starts(name)
     (start,) = own.journal.events("start", name=name)
-    holder = next(w for w in own.workers if start.pid in w.child_pids())
-    parts = Parts(own, name)
-    result = own.keep(chain(parts.same, parts.plus("b")).apply_async())
-    holder.kill_group()
+    next(w for w in own.workers if start.pid in w.child_pids()).kill_group()
     own.wait_starts(name, 2, timeout=SOON)
     own.journal.open(name)
     assert result.get(timeout=SOON) == f"{name} > b"

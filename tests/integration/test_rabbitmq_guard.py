@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from celery import chain
 
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.apps import bare, goes_on
@@ -225,6 +226,21 @@ def test_a_dead_workers_once_task_starts_again_in_seconds(scene: Scene) -> None:
     again_at = scene.wait_starts("order", 2, timeout=20)
     assert again_at - died_at < 15, scene.logs
     scene.journal.open("order")
+    scene.wait_free("order")
+
+
+def test_a_duplicate_in_a_chain_follows(scene: Scene, broker: Broker) -> None:
+    """It waits in the broker, under an id of its own, and ends as the owner of its key."""
+    scene.worker(concurrency=2)
+    scene.call("act", "order", "wait")
+    scene.wait_starts("order")
+    act, bare = scene.app.tasks["act"], scene.app.tasks["bare"]
+    rest = scene.keep(chain(act.si("order"), bare.si("after")).apply_async())
+    scene.workers[0].wait_log("it follows task")
+    scene.journal.open("order")
+    assert rest.get(timeout=20) == "after"
+    assert (scene.starts("order"), scene.starts("after")) == (1, 1)
+    broker.wait_empty()
     scene.wait_free("order")
 
 

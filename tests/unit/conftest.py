@@ -28,7 +28,8 @@ def own_celery() -> Iterator[None]:
         _state._deregister_app(app)
     set_default_app(default)
     _state._tls.current_app = current
-    leaving._unavailable_until = following._unavailable_until = 0.0
+    leaving._silence.end()
+    following._silence.end()
     memory.Channel.queues.clear()
     memory.Transport.global_state.clear()
     forget_clients()

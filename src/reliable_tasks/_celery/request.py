@@ -74,6 +74,9 @@ class ReliableRequest(GuardedRequest):
             return False
         pause = self._guard._reliable_pause(self.request_dict)
         if pause is not None:
+            if self._beside is not None:
+                # Its message may come back beside the copy that is sent again.
+                self._delivery.is_copy = True
             self._set_aside(pause)
             return True
         return not self._may_start()

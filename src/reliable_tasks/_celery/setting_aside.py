@@ -152,8 +152,8 @@ class PatientRequest(DeliveredRequest):
         def run_again() -> None:
             _waiting.discard(self)
             tasks = consumer.task_consumer
-            if not self.task.acks_late:
-                # It was acknowledged: nobody else has it.
+            if not self.task.acks_late and self.acknowledged:
+                # Nobody else has it.
                 pass
             elif self._held is not None and self._beside is None:
                 if not self._held.is_open(self.message.delivery_tag):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from celery import Task, states
+from celery.backends.rpc import RPCBackend
 
 from reliable_tasks._once.claim import Claim, Follows, Then
 from reliable_tasks._once.following import keeps_results
@@ -14,6 +16,8 @@ from reliable_tasks._once.once import Once
 from reliable_tasks._store.claims import Follow, Publish, Ticket
 
 __all__ = ["follows", "is_refused", "needs_value"]
+
+logger = logging.getLogger("reliable_tasks")
 
 #: What Celery publishes the body of a chord from, where the backend does not count the header.
 _CHORD_UNLOCK = "celery.chord_unlock"
@@ -25,7 +29,12 @@ def is_refused(task: Task[..., Any], task_id: str | None, options: Mapping[str, 
     Nobody does where Celery publishes it: as the next of a chain, for a callback, as the body of
     a chord. And a group is not to be refused half-way.
     """
-    if any(options.get(name) for name in ("group_id", "chord", "parent_id")):
+    # The last of a chain has what a group or a chord gives to the whole.
+    chain = _listed(options.get("chain"))
+    last = (chain[0].get("options") or {}) if chain and isinstance(chain[0], Mapping) else {}
+    if any(options.get(n) or last.get(n) for n in ("group_id", "chord")) or options.get(
+        "parent_id"
+    ):
         return False
     running: Any = task.app.current_worker_task
     if running is None:
@@ -34,9 +43,11 @@ def is_refused(task: Task[..., Any], task_id: str | None, options: Mapping[str, 
     return not is_body and running.name != _CHORD_UNLOCK
 
 
-def needs_value(link: Any, options: Mapping[str, Any]) -> bool:
+def needs_value(task: Task[..., Any], link: Any, options: Mapping[str, Any]) -> bool:
     """Say whether something that follows takes the task's result."""
-    if options.get("chord"):
+    is_ignored = options.get("ignore_result", task.ignore_result)
+    if options.get("chord") or (isinstance(task.backend, RPCBackend) and not is_ignored):
+        # That backend hands a result to its caller, and nobody else has it.
         return True
     following = [*_listed(options.get("chain"))[-1:], *_listed(link)]
     return any(not _is_immutable(signature) for signature in following)
@@ -51,17 +62,21 @@ def follows(
     *,
     ttl: float,
     may_follow: bool,
-) -> Follows:
-    """Return whom a duplicate is to follow, and to what end.
+) -> Follows | None:
+    """Return whom a duplicate is to follow, and to what end; ``None`` if the key is its own.
 
     Raises:
         StoreError: The lock Redis does not answer, or refuses.
     """
     if not may_follow:
         return Follows(ticket.owner, 0, "fail", ticket.seconds)
+    if ticket.owner == claim.owner:
+        return None
     answer = locks.claims.follow(
         claim.name, task_id=claim.owner, followed=ticket.owner, until=None, ttl=ttl
     )
+    if answer.code is Follow.OURS:
+        return None
     then: Then = "join"
     is_over = answer.code is Follow.FREE or (
         not once.options.is_for_a_window and _has_ended(task, answer.followed)
@@ -74,9 +89,14 @@ def follows(
 
 
 def _has_ended(task: Task[..., Any], task_id: str) -> bool:
-    if not keeps_results(task, is_ignored=False):
+    if not keeps_results(task, is_ignored=bool(task.ignore_result)):
         return False
-    return task.backend.get_state(task_id) in states.READY_STATES
+    try:
+        return task.backend.get_state(task_id) in states.READY_STATES
+    except Exception:
+        # Whoever runs it will see.
+        logger.warning("The state of task %s cannot be read", task_id, exc_info=True)
+        return False
 
 
 def _listed(signatures: Any) -> list[Any]:

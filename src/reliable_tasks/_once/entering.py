@@ -72,11 +72,21 @@ def enter(task: Task[..., Any], once: Once) -> Outcome | None:
         if outcome is not None:
             return outcome
         run = copy.let_in()
+    except _EndsAs as ends:
+        return ends.outcome
     except StoreError as error:
         _unavailable(task, locks, error)
         return None
     run.begin(task)
     return None
+
+
+class _EndsAs(Exception):
+    """A copy that would like to start is to end as another task has."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome)
+        self.outcome = outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +154,10 @@ class _Copy:
             task=self.task.name,
             how="window",
         )
-        if ticket.code is Publish.DUPLICATE:
+        # One that followed the owner of the window, and has no end of it to share, runs in it: as
+        # a part of what that has become, perhaps.
+        known = (claim.owner, claim.follows.owner if claim.follows else None)
+        if ticket.code is Publish.DUPLICATE and ticket.owner not in known:
             self._end_late(Ticket(Entry.DUPLICATE, ticket.owner, ticket.seconds, ticket.fence))
 
     def _release(self, claim: Claim) -> None:
@@ -219,7 +232,10 @@ class _Copy:
             raise _until_free(reason, _WHILE_OTHER_RUNS, ticket, waits_for=ticket.owner)
         if self.claim.follows is not None or self.once.options.at_publish == "existing":
             self._tell_conflict(self.claim, ticket, "follow")
-            raise begin_to_follow(self.task, self.once, self.locks, self.claim)
+            outcome = begin_to_follow(self.task, self.once, self.locks, self.claim)
+            if outcome is not None:
+                raise _EndsAs(outcome)
+            raise _until_free("its key was free a moment later", _WHILE_OTHER_RUNS, ticket)
         self._tell_conflict(self.claim, ticket, "late")
         if self.once.options.at_publish == "replace":
             self._revoke(f"task {ticket.owner} has taken its place")

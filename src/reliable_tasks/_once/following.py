@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass
 from typing import Any
 
+from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Task, states
 from celery.backends.base import DisabledBackend
 from celery.backends.rpc import RPCBackend
+from celery.exceptions import Ignore, Reject, Retry
 
 from reliable_tasks._celery.headers import TIMES_SET_ASIDE
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._once.claim import Claim
 from reliable_tasks._once.locks import Locks
 from reliable_tasks._once.once import Once
+from reliable_tasks._once.silence import Silence
 from reliable_tasks._store.claims import Follow, Following
 from reliable_tasks.errors import FollowedTaskFailed, FollowTimeout, StoreError
 
@@ -27,7 +29,11 @@ logger = logging.getLogger("reliable_tasks")
 _WHILE_FOLLOWING = (0.2, 5.0)
 #: ... and of one that cannot learn what became of that.
 _WHILE_UNAVAILABLE = (1.0, 5.0)
-#: Entry of a task's request: it follows, or it ends for the one that it followed.
+_silence = Silence(5.0)
+#: Errors that say what became of a run, and not what went wrong in it: another run that raised them
+#: would be handled as that one was.
+_OF_A_RUN = (Ignore, Reject, Retry, TimeLimitExceeded, WorkerLostError)
+#: Entry of a task's request: it follows another one, or ends for it.
 _FOLLOWS = "reliable_follows"
 
 
@@ -73,20 +79,24 @@ def outcome_of(task: Task[..., Any], once: Once, locks: Locks, claim: Claim) -> 
     answer = _ask(once, locks, claim)
     if answer.code is Follow.OURS:
         return None
-    task.request.update({_FOLLOWS: True})
     if answer.code is Follow.WAITS:
-        raise _until_ended(claim, answer)
+        return _wait(task, claim, answer)
     if follows is None or follows.then == "join":
-        outcome = _read(task, answer)
-        if outcome is not None:
-            logger.info("Task %s[%s] ends as %s", task.name, claim.owner, answer.followed)
-            return outcome
-    task.request.update({_FOLLOWS: False})
+        return _read(task, claim, answer)
     return None
 
 
-def begin_to_follow(task: Task[..., Any], once: Once, locks: Locks, claim: Claim) -> Exception:
-    """Have a task follow the one that owns its key; return what its copy is to raise."""
+def begin_to_follow(task: Task[..., Any], once: Once, locks: Locks, claim: Claim) -> Outcome | None:
+    """Have a task follow the one that has its key.
+
+    Returns:
+        How that one has ended, if that is known; ``None`` if its key is free by now.
+
+    Raises:
+        SetAside: That task has not ended.
+        FollowTimeout: It has not, and the time is over.
+        StoreError: The lock Redis does not answer, or refuses.
+    """
     answer = locks.claims.follow(
         claim.name,
         task_id=claim.owner,
@@ -94,33 +104,31 @@ def begin_to_follow(task: Task[..., Any], once: Once, locks: Locks, claim: Claim
         until=claim.follows.until if claim.follows else None,
         ttl=once.ttl(locks.config),
     )
-    task.request.update({_FOLLOWS: True})
-    return _until_ended(claim, answer)
+    if answer.code is Follow.WAITS:
+        return _wait(task, claim, answer)
+    return _read(task, claim, answer) if answer.code is Follow.ENDED else None
 
 
 def pause_of(task: Task[..., Any], once: Once, headers: dict[str, Any]) -> SetAside | None:
     """Return why a message must not take a slot yet, in a worker's main process."""
-    global _unavailable_until
     claim = Claim.from_headers(headers, headers.get("id"))
     if claim is None or claim.follows is None or claim.follows.then == "fail":
         return None
-    if time.monotonic() < _unavailable_until:
-        return SetAside("the lock Redis did not answer", *_WHILE_UNAVAILABLE)
     # An error here would end the worker.
     try:
-        answer = _ask(once, once.locks(task), claim)
-    except StoreError as error:
-        # The main process cannot wait for each of them, for it has heartbeats to send.
-        _unavailable_until = time.monotonic() + _WHILE_UNAVAILABLE[1]
-        return SetAside(str(error), *_WHILE_UNAVAILABLE)
+        locks = once.locks(task)
+        answer = None if _silence else _ask(once, locks, claim)
+    except StoreError:
+        _silence.begin()
+        answer = None
     except Exception:
         logger.exception("Whom task %s[%s] follows is not known", task.name, claim.owner)
         return None
+    if answer is None:
+        is_due = locks.config.on_store_error == "proceed"
+        return None if is_due else SetAside("the lock Redis does not answer", *_WHILE_UNAVAILABLE)
     is_due = answer.code is not Follow.WAITS or answer.seconds <= 0
     return None if is_due else _pause(answer)
-
-
-_unavailable_until = 0.0
 
 
 def _may_follow(task: Task[..., Any], once: Once) -> bool:
@@ -143,10 +151,15 @@ def _ask(once: Once, locks: Locks, claim: Claim) -> Following:
     )
 
 
-def _until_ended(claim: Claim, answer: Following) -> Exception:
+def _wait(task: Task[..., Any], claim: Claim, answer: Following) -> Outcome:
+    """Wait on; at the end of its time a task looks whether only the word of an end is missing."""
+    outcome = _read(task, claim, answer) if answer.seconds <= 0 else None
+    if outcome is not None:
+        return outcome
+    task.request.update({_FOLLOWS: True})
     if answer.seconds <= 0:
-        return FollowTimeout(claim.name, answer.followed)
-    return _pause(answer)
+        raise FollowTimeout(claim.name, answer.followed)
+    raise _pause(answer)
 
 
 def _pause(answer: Following) -> SetAside:
@@ -155,25 +168,42 @@ def _pause(answer: Following) -> SetAside:
     return SetAside(f"it follows task {answer.followed}", first, longest, answer.followed)
 
 
-def _read(task: Task[..., Any], answer: Following) -> Outcome | None:
-    """Return how a task ended that owns its key no more, or ``None`` if nobody knows."""
-    if answer.followed == task.request.id:
+def _read(task: Task[..., Any], claim: Claim, answer: Following) -> Outcome | None:
+    """Return how a followed task has ended, or ``None`` if nobody knows."""
+    if answer.followed == claim.owner:
         return None
     if not keeps_results(task, is_ignored=bool(task.request.ignore_result)):
-        if answer.state == states.SUCCESS:
-            return Outcome()
-        if answer.state == states.FAILURE:
-            return Outcome(error=FollowedTaskFailed(answer.followed))
-        return None
-    try:
-        meta = task.backend.get_task_meta(answer.followed)
-    except Exception as error:
-        reason = f"the result of task {answer.followed} cannot be read: {error}"
-        raise SetAside(reason, *_WHILE_UNAVAILABLE) from error
+        outcome = _without_backend(answer)
+    else:
+        try:
+            meta = task.backend.get_task_meta(answer.followed)
+        except Exception as error:
+            if answer.seconds <= 0:
+                return Outcome(error=FollowTimeout(claim.name, answer.followed))
+            task.request.update({_FOLLOWS: True})
+            reason = f"the result of task {answer.followed} cannot be read: {error}"
+            raise SetAside(reason, *_WHILE_UNAVAILABLE) from error
+        outcome = _in_backend(meta, answer.followed)
+    if outcome is not None:
+        task.request.update({_FOLLOWS: True})
+        logger.info("Task %s[%s] ends as %s", task.name, claim.owner, answer.followed)
+    return outcome
+
+
+def _without_backend(answer: Following) -> Outcome | None:
+    if answer.state == states.SUCCESS:
+        return Outcome()
+    if answer.state == states.FAILURE:
+        return Outcome(error=FollowedTaskFailed(answer.followed))
+    return None
+
+
+def _in_backend(meta: Any, task_id: str) -> Outcome | None:
     if meta["status"] == states.SUCCESS:
         return Outcome(meta["result"])
-    if meta["status"] == states.FAILURE:
-        raised = meta["result"]
-        is_error = isinstance(raised, BaseException)
-        return Outcome(error=raised if is_error else FollowedTaskFailed(answer.followed))
-    return None
+    if meta["status"] != states.FAILURE:
+        return None
+    raised = meta["result"]
+    if isinstance(raised, Exception) and not isinstance(raised, _OF_A_RUN):
+        return Outcome(error=raised)
+    return Outcome(error=FollowedTaskFailed(task_id, repr(raised)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
 from celery import Task, states
@@ -20,6 +19,7 @@ from reliable_tasks._once.received import (
     lease_of,
     redelivery_of,
 )
+from reliable_tasks._once.silence import Silence
 from reliable_tasks._store.claims import End, Release
 from reliable_tasks.errors import DuplicateTaskError, StoreError
 from reliable_tasks.instrumentation.signals import claim_lost, claim_released
@@ -28,14 +28,14 @@ __all__ = ["end_unrun", "uncover"]
 
 logger = logging.getLogger("reliable_tasks")
 
-#: After the lock Redis did not answer, a worker's main process lets claims lapse for so long (s):
-#: it cannot wait for each of them, for it has heartbeats to send.
-_MAIN_PROCESS_PAUSE = 30.0
+_silence = Silence(30.0)
 
 #: Trace states that end a run for good. Without one (SystemExit) the child is about to die, and
 #: the main process decides, for it knows whether the message goes back.
 _ENDED = frozenset({states.SUCCESS, states.FAILURE, states.IGNORED, states.REJECTED, states.RETRY})
 _FINAL = frozenset({states.SUCCESS, states.FAILURE})
+#: What those that follow a task are told whose state nobody reports: they look for it themselves.
+_SOMEHOW = "ENDED"
 
 
 @task_postrun.connect(weak=False)
@@ -43,11 +43,13 @@ def _leave(task: Any = None, state: str | None = None, retval: Any = None, **_: 
     run = Run.of(task)
     if run is not None and state in _ENDED:
         goes_back = state == states.REJECTED and bool(getattr(retval, "requeue", False))
+        is_over = not goes_back and state != states.RETRY
+        end = _end(task, run.once, run.claim, state if state in _FINAL else _SOMEHOW)
         if run.held is not None:
-            end = _end(task, run, state)
-            _release(task, run.once, run.held, run.holder, goes_back=goes_back, end=end)
-        elif state in _FINAL:
-            _note_end(task, run, state)
+            of_run = end if is_over else None
+            _release(task, run.once, run.held, run.holder, goes_back=goes_back, end=of_run)
+        elif end is not None and is_over:
+            _note_end(task, run, end)
         if state == states.RETRY and run.once.options.is_freed_at_start:
             # The retry has taken the key again; where that is a step of its own, it counts now.
             _release(
@@ -66,22 +68,21 @@ def _leave(task: Any = None, state: str | None = None, retval: Any = None, **_: 
             _end_unrun(task, once, vars(task.request), requeued=False)
 
 
-def _end(task: Task[..., Any], run: Run, state: str) -> End | None:
+def _end(task: Task[..., Any], once: Once, claim: Claim, state: str) -> End | None:
     """Return what those that follow a task are told of its end."""
-    if state not in _FINAL or not run.once.options.is_claimed_by_calls:
+    if not once.options.is_claimed_by_calls:
         return None
     # Where the key stays taken, somebody can begin to follow when it has ended.
-    is_kept = run.once.options.is_for_a_window
-    ttl = run.once.ttl(run.once.locks(task).config) if is_kept else None
-    return End(run.claim.name, state, ttl)
+    is_kept = once.options.is_for_a_window
+    ttl = once.ttl(once.locks(task).config) if is_kept else None
+    return End(claim.name, state, ttl)
 
 
-def _note_end(task: Task[..., Any], run: Run, state: str) -> None:
-    claim = run.claim
+def _note_end(task: Task[..., Any], run: Run, end: End) -> None:
     try:
-        run.once.locks(task).claims.note_end(claim.name, owner=claim.owner, state=state)
+        run.once.locks(task).claims.note_end(end, owner=run.claim.owner)
     except StoreError as error:
-        logger.warning("Who follows task %s[%s] may wait: %s", task.name, claim.owner, error)
+        logger.warning("Who follows task %s[%s] may wait: %s", task.name, run.claim.owner, error)
 
 
 def end_unrun(
@@ -96,20 +97,16 @@ def end_unrun(
 
     With ``is_routine`` nothing is said if the claim turns out to be released already.
     """
-    global _unavailable_until
-    if time.monotonic() < _unavailable_until and not requeued:
+    if _silence and not requeued:
         logger.warning("The claim of task %s[%s] stays until it lapses", task.name, headers["id"])
         return
     # An error here would end the worker.
     try:
         answered = _end_unrun(task, once, headers, requeued=requeued, is_routine=is_routine)
         if not answered and not is_routine:
-            _unavailable_until = time.monotonic() + _MAIN_PROCESS_PAUSE
+            _silence.begin()
     except Exception:
         logger.exception("The claim of task %s[%s] is not released", task.name, headers.get("id"))
-
-
-_unavailable_until = 0.0
 
 
 def _end_unrun(
@@ -128,11 +125,15 @@ def _end_unrun(
     holder = str(headers.get(HOLDER) or "")
     options = once.options
     answered = True
+    is_over = not requeued and not is_routine
+    end = _end(task, once, claim, _SOMEHOW) if is_over else None
     # Who follows another task may not have got the key yet.
     is_routine = is_routine or claim.follows is not None
     if options.takes_turns:
         # It may not have had its turn yet.
-        answered = _release(task, once, claim.turn, holder, goes_back=requeued, is_routine=True)
+        answered = _release(
+            task, once, claim.turn, holder, goes_back=requeued, is_routine=True, end=end
+        )
     if options.is_claimed_by_calls and not options.is_for_a_window:
         if not requeued and is_by_name(claim, headers):
             adopt(task, once, once.locks(task), claim)
@@ -144,6 +145,7 @@ def _end_unrun(
             goes_back=requeued,
             may_be_unentered=True,
             is_routine=is_routine or options.is_freed_at_start,
+            end=end,
         )
     return answered
 

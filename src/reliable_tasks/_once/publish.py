@@ -112,10 +112,13 @@ def publish(
         return queue(owner, headers, producer)
     action = once.options.at_publish
     may_follow = action != "raise" and (
-        not needs_value(link, options)
+        not needs_value(task, link, options)
         or keeps_results(task, is_ignored=bool(options.get("ignore_result", task.ignore_result)))
     )
-    is_raised = not may_follow and is_refused(task, task_id, options)
+    is_told = is_refused(task, task_id, options)
+    # A second call with the owner's own id cannot wait for it; what Celery calls so, as the last
+    # of a canvas that the owner has become, is the owner.
+    is_raised = is_told and (not may_follow or (waited_for and answer.owner == task_id))
     if not waited_for or is_raised:
         _tell_conflict(task, claim, task_id, answer, "raise" if is_raised else action)
         if is_raised or action == "raise":
@@ -123,8 +126,15 @@ def publish(
         return _existing(task, claim, answer, task_id)
     try:
         whom = follows(task, once, locks, claim, answer, ttl=wish.ttl, may_follow=may_follow)
-    except StoreUnavailable as error:
-        raise locks.unavailable(error) from error
+    except StoreError as error:
+        if locks.config.on_store_error != "proceed":
+            raise (
+                locks.unavailable(error) if isinstance(error, StoreUnavailable) else error
+            ) from error
+        logger.warning("Task %s[%s] is queued without a claim: %s", task.name, owner, error)
+        return queue(owner, headers, producer)
+    if whom is None:
+        return queue(owner, headers, producer)
     headers[CLAIM] = replace(claim, follows=whom).as_sent()
     _tell_conflict(task, claim, owner, answer, "follow" if may_follow else "raise")
     return _following(task, claim, whom, queue(owner, headers, producer))

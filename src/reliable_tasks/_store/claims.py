@@ -297,10 +297,10 @@ class Claims:
         code, other, left, ends, state = self._ask("claim_follow", keys, args)
         return Following(Follow(int(code)), other, int(left) / 1000, int(ends), state)
 
-    def note_end(self, name: str, *, owner: str, state: str) -> None:
+    def note_end(self, end: End, *, owner: str) -> None:
         """Note how a task ended that has freed its key before, for those that follow it."""
         with self.reading("write") as server:
-            server.set(self.keys.followed(name, owner), state, xx=True, keepttl=True)
+            server.set(self.keys.followed(end.name, owner), end.state, xx=True, keepttl=True)
 
     def _ask(
         self,

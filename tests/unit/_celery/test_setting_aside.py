@@ -156,6 +156,33 @@ def test_after_a_reconnection_a_copy_is_left_to_the_broker(bench: Bench, send: A
     assert bench.ended == []
 
 
+@pytest.mark.usefixtures("on_redis")
+@pytest.mark.parametrize("acks_late", [True, False])
+def test_a_copy_that_may_not_take_a_slot_yet(
+    bench: Bench, app: Celery, send: Any, acks_late: bool
+) -> None:
+    """It follows another task: it waits as one that came back from its child does.
+
+    Its message is not acknowledged, so after a reconnection the broker has that.
+    """
+    send.acks_late = acks_late
+    send.delay(7)
+    take(app)
+    send.apply_async((7,), link=send.si(8))
+    request = bench.receive()
+    worker_state.task_reserved(request)
+    assert request.revoked()
+    assert (bench.ended, bench.prefetch) == ([], 1)
+    bench.consumer.task_consumer = SimpleNamespace(channel=request.message.channel)
+    bench.timer.fire()
+    assert bench.consumer.again == [request]
+    worker_state.task_reserved(request)
+    assert request.revoked()
+    bench.consumer.task_consumer = SimpleNamespace(channel=object())
+    bench.timer.fire()
+    assert (bench.ended, bench.consumer.again) == ([], [request])
+
+
 def test_without_a_consumer_it_goes_back_at_once(bench: Bench, send: Any) -> None:
     """There is nothing to wait with."""
     delivery._consumers.clear()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tenacity
+from billiard.exceptions import TimeLimitExceeded
 from celery import Celery, chain, chord, group
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Reject
 
 from reliable_tasks import (
     DuplicateTaskError,
     FollowedTaskFailed,
     FollowTimeout,
+    ReliableConfig,
     ReliableTask,
     StoreUnavailable,
     once,
@@ -22,8 +25,10 @@ from reliable_tasks import (
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._once.claim import CLAIM, Follows
 from reliable_tasks._once.duplicate import is_refused, needs_value
+from reliable_tasks._once.entering import enter
 from reliable_tasks._once.following import pause_of
 from reliable_tasks._once.locks import locks_of
+from reliable_tasks._store.claims import Claims
 from tests.unit.harness import claims, run, run_all, take
 
 Body = Callable[[Any], Any]
@@ -223,6 +228,183 @@ class TestOutcome:
         assert runs == [result.id]
 
 
+class TestEnds:
+    """Whatever becomes of the owner, who follows it comes to an end."""
+
+    @pytest.mark.parametrize("lock", ["until_executing", "until_and_while_executing"])
+    def test_an_owner_without_its_key_comes_back(
+        self, app: Celery, make: Any, runs: list[str], lock: str
+    ) -> None:
+        """Its worker died: it runs again, and does not follow itself."""
+
+        def body(_: Any) -> str:
+            if len(runs) == 1:
+                raise Reject("as if its child had died", requeue=True)
+            return "done"
+
+        first, _ = followed_by_chain(make(body, lock=lock, ttl=60))
+        owner, message = take(app), take(app)
+        run(app, owner)
+        assert isinstance(run(app, message).value, SetAside)
+        assert run(app, owner, redelivered=True).value == "done"
+        assert run(app, message).value == "done"
+        assert runs == [first.id] * 2
+
+    @pytest.mark.parametrize(
+        "lock", ["until_executed", "until_executing", "until_and_while_executing", "until_expired"]
+    )
+    @pytest.mark.parametrize("how", ["ignored", "killed"])
+    def test_an_owner_that_reports_no_state(
+        self, app: Celery, make: Any, runs: list[str], lock: str, how: str
+    ) -> None:
+        """One that is killed for its hard limit has one, which the main process stored."""
+
+        def body(_: Any) -> str:
+            if len(runs) == 1:
+                raise Ignore
+            return "done"
+
+        task = make(body, lock=lock, ttl=60)
+        first, rest = followed_by_chain(task)
+        owner, message = take(app), take(app)
+        if how == "ignored":
+            run(app, owner)
+            assert run(app, message).value == "done"
+            assert runs == [first.id, rest.parent.id]
+            return
+        headers = {**owner.headers, "args": [7], "kwargs": {}}
+        task._reliable_reserved(headers)
+        task.push_request(**headers, delivery_info={}, is_eager=False)
+        enter(task, task.reliable_once)
+        task.pop_request()
+        app.backend.mark_as_failure(first.id, TimeLimitExceeded(3))
+        task._reliable_unfinished(headers, requeued=False)
+        ended = run(app, message)
+        assert isinstance(ended.value, FollowedTaskFailed)
+        assert "TimeLimitExceeded" in str(ended.value)
+        assert runs == []
+
+    @pytest.mark.parametrize("error", [Reject("no", requeue=False), SystemExit(3)])
+    def test_an_error_that_is_about_the_run(
+        self, app: Celery, make: Any, error: BaseException
+    ) -> None:
+        """Raised once more it would be taken for what became of this one."""
+        first, rest = followed_by_chain(make())
+        take(app)
+        app.backend.mark_as_failure(first.id, error)
+        forget_claims(app)
+        assert isinstance(run(app, take(app)).value, FollowedTaskFailed)
+        assert rest.parent.state == "FAILURE"
+
+    def test_an_owner_whose_end_nobody_could_note(
+        self, app: Celery, make: Any, runs: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its result is found when the time is over."""
+
+        def release(*_: Any, **__: Any) -> None:
+            raise StoreUnavailable("redis://fake/0", "gone")
+
+        followed_by_chain(make())
+        owner, message = take(app), take(app)
+        with monkeypatch.context() as patch:
+            patch.setattr(Claims, "release", release)
+            run(app, owner)
+        assert isinstance(run(app, message).value, SetAside)
+        message.headers[CLAIM]["follows"][1] = 1
+        assert run(app, message).value == "done"
+        assert len(runs) == 1
+
+    def test_a_result_that_cannot_be_read(
+        self, app: Celery, make: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Not for ever, either."""
+
+        def away(*_: Any, **__: Any) -> None:
+            raise ConnectionError("the backend is away")
+
+        first, _ = followed_by_chain(make())
+        run(app, take(app))
+        message = take(app)
+        monkeypatch.setattr(type(app.backend), "get_task_meta", away)
+        ended = run(app, message)
+        assert isinstance(ended.value, SetAside)
+        assert f"the result of task {first.id} cannot be read" in str(ended.value)
+        message.headers[CLAIM]["follows"][1] = 1
+        assert isinstance(run(app, message).value, FollowTimeout)
+
+    def test_many_that_followed_one_that_is_gone(
+        self, app: Celery, make: Any, runs: list[str]
+    ) -> None:
+        """One of them takes its place, and the others follow that."""
+        task = make()
+        first = task.delay(7)
+        take(app)
+        for _ in range(4):
+            task.apply_async((7,), link=app.signature("after"))
+        messages = [take(app) for _ in range(4)]
+        for message in messages:
+            assert isinstance(run(app, message).value, SetAside)
+        app.backend.mark_as_revoked(first.id)
+        forget_claims(app)
+        assert [run(app, message).value for message in messages] == ["done"] * 4
+        assert len(runs) == 1
+
+    def test_an_id_that_is_used_again(self, app: Celery, make: Any, runs: list[str]) -> None:
+        """The end of the task before is not that of this one."""
+        task = make(options={"ignore_result": True})
+        after = app.signature("after", immutable=True)
+        task.apply_async((7,), task_id="daily")
+        task.apply_async((7,), link=after)
+        run_all(app)
+        assert not task.apply_async((7,), task_id="daily").duplicate
+        owner = take(app)
+        assert task.apply_async((7,), link=after).duplicate
+        follower = take(app)
+        assert isinstance(run(app, follower).value, SetAside)
+        run(app, owner)
+        assert run(app, follower).state == "SUCCESS"
+        assert runs == ["daily"] * 2
+
+
+class TestBecomes:
+    """An owner that becomes a canvas with its own key in it."""
+
+    @pytest.mark.parametrize("lock", ["until_executed", "until_expired"])
+    @pytest.mark.parametrize("rest", [True, False])
+    def test_its_part_runs(
+        self, app: Celery, make: Any, runs: list[str], lock: str, rest: bool
+    ) -> None:
+        """Nobody waits for himself, wherever in the canvas it is."""
+
+        def body(task: Any) -> str:
+            if len(runs) == 1:
+                after = app.tasks["after"]
+                parts = [after.si(), task.si(7), *([after.s()] if rest else [])]
+                raise task.replace(chain(*parts))
+            return "done"
+
+        first = make(body, lock=lock, ttl=60).delay(7)
+        run_all(app)
+        assert first.result == ("after done" if rest else "done")
+        assert len(runs) == 2
+
+    def test_a_part_is_quicker_than_its_end(self, app: Celery, make: Any, runs: list[str]) -> None:
+        """The last part has the owner's id, and is published while that still has the key."""
+
+        def body(task: Any) -> str:
+            if len(runs) == 1:
+                try:
+                    task.replace(chain(app.tasks["after"].si(), task.si(7)))
+                except Ignore:
+                    assert run(app, take(app)).state == "SUCCESS"
+                    raise
+            return "done"
+
+        first = make(body).delay(7)
+        run_all(app)
+        assert (first.result, runs) == ("done", [first.id] * 2)
+
+
 class TestLate:
     """A duplicate that nobody knew of when it was called."""
 
@@ -258,8 +440,7 @@ class TestLate:
         first, second = app.send_task("task", (7,)), app.send_task("task", (7,))
         owner, message = take(app), take(app)
         run(app, owner)
-        assert isinstance(run(app, message).value, SetAside)
-        assert run(app, message, redelivered=True).value == "done"
+        assert run(app, message).value == "done"
         assert (runs, second.result) == ([first.id], "done")
 
 
@@ -282,6 +463,36 @@ class TestRefused:
             assert result.result.owner == first.id
         assert both[1].result == "after nothing"
         assert [claim["owner"] for claim in claims(app)] == [first.id]
+
+    @pytest.mark.parametrize("kind", ["group", "chord"])
+    def test_what_is_made_of_chains_is_not_refused_half_way(
+        self, app: Celery, make: Any, kind: str
+    ) -> None:
+        """A chain in it says of its last task alone that it is a part."""
+        task, after = make(on_conflict="raise"), app.signature("after")
+        task.delay(7)
+        take(app)
+        parts = [after, chain(task.s(7), after)]
+        (group(parts) if kind == "group" else chord(parts, after)).apply_async()
+        states = [ended.state for ended in run_all(app)]
+        assert states == ["SUCCESS", "FAILURE"]
+
+    def test_a_call_with_the_owners_id(self, app: Celery, make: Any, runs: list[str]) -> None:
+        """It cannot wait for itself."""
+        task = make()
+        task.apply_async((7,), task_id="x")
+        with pytest.raises(DuplicateTaskError):
+            task.apply_async((7,), task_id="x", link=app.signature("after"))
+        run_all(app)
+        assert runs == ["x"]
+
+    def test_a_backend_that_answers_the_caller_alone(self, app: Celery, make: Any) -> None:
+        """What a duplicate would end with, its own caller could not be told."""
+        app.conf.result_backend = "rpc://"
+        app._local.__dict__.pop("backend", None)
+        task = make()
+        assert needs_value(task, None, {})
+        assert not needs_value(task, None, {"ignore_result": True})
 
     def test_a_value_that_no_backend_keeps(self, app: Celery, make: Any, runs: list[str]) -> None:
         """The next task would wait for nothing, or get it; without a value all goes on."""
@@ -333,11 +544,11 @@ class TestRefused:
         """The next of a chain and a callback, unless they take none; a chord's body always."""
         task = make()
         mutable, immutable = task.s(), task.si(1)
-        assert not needs_value(None, {})
-        assert not needs_value(immutable, {"chain": [mutable, immutable]})
-        assert needs_value(None, {"chain": [immutable, mutable]})
-        assert needs_value([immutable, mutable], {})
-        assert needs_value(None, {"chord": immutable})
+        assert not needs_value(task, None, {})
+        assert not needs_value(task, immutable, {"chain": [mutable, immutable]})
+        assert needs_value(task, None, {"chain": [immutable, mutable]})
+        assert needs_value(task, [immutable, mutable], {})
+        assert needs_value(task, None, {"chord": immutable})
 
 
 class TestMainProcess:
@@ -387,6 +598,21 @@ class TestMainProcess:
             assert isinstance(pause_of(task, task.reliable_once, headers), SetAside)
         assert len(asked) == 1
 
+    def test_it_may_start_without_a_lock_redis(
+        self, app: Celery, headers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With ``reliable_on_store_error="proceed"`` the child runs it."""
+
+        def follow(*_: Any, **__: Any) -> None:
+            raise StoreUnavailable("redis://fake/0", "gone")
+
+        locks = replace(locks_of(app), config=ReliableConfig(on_store_error="proceed"))
+        task = app.tasks["task"]
+        monkeypatch.setattr(type(task.reliable_once), "locks", lambda *_: locks)
+        assert isinstance(task._reliable_pause(headers), SetAside)
+        monkeypatch.setattr(Claims, "follow", follow)
+        assert task._reliable_pause(headers) is None
+
     def test_an_error_of_ours_ends_no_worker(
         self, app: Celery, headers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -395,6 +621,44 @@ class TestMainProcess:
         store = type(locks_of(app).claims)
         monkeypatch.setattr(store, "follow", lambda *_, **__: 1 / 0)
         assert pause_of(task, task.reliable_once, headers) is None
+
+
+class TestPublishing:
+    """What is away when a duplicate is to be queued."""
+
+    @pytest.mark.parametrize("on_error", ["raise", "proceed"])
+    def test_the_lock_redis(
+        self, app: Celery, make: Any, monkeypatch: pytest.MonkeyPatch, on_error: str
+    ) -> None:
+        """The setting says what then."""
+
+        def follow(*_: Any, **__: Any) -> None:
+            raise StoreUnavailable("redis://fake/0", "gone")
+
+        app.conf.reliable_on_store_error = on_error
+        task = make()
+        task.delay(7)
+        take(app)
+        monkeypatch.setattr(Claims, "follow", follow)
+        if on_error == "raise":
+            with pytest.raises(StoreUnavailable):
+                task.apply_async((7,), link=app.signature("after"))
+            assert take(app) is None
+        else:
+            task.apply_async((7,), link=app.signature("after"))
+            assert take(app) is not None
+
+    def test_the_backend(self, app: Celery, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No group is raised half-way for it."""
+
+        def away(*_: Any, **__: Any) -> None:
+            raise ConnectionError("the backend is away")
+
+        task = make()
+        task.delay(7)
+        monkeypatch.setattr(type(app.backend), "get_state", away)
+        group(app.signature("after"), task.s(7)).apply_async()
+        assert [take(app) is not None for _ in range(4)] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("header", [None, 7, ["one", "x", "join", 1], ["one", 1]])

@@ -1,5 +1,11 @@
 -- Purpose: let a task wait for the one that owns its key, or learn how that one ended. Who took
---          the place of a followed task is followed in its stead.
+--          the place of a followed task is followed in its stead. In this order:
+--          the task has the key itself                           3
+--          it follows nobody yet, and only asks                  0
+--          the followed task has ended, and has the key no more  2
+--          it has given its key up, and goes on                  1
+--          nobody has the key: this task is to take it           0
+--          somebody has it                                       1
 --          Safe to repeat.
 -- KEYS[1]  the claim
 -- KEYS[2]  followed: what the key begins with that remembers how a followed task ended; its id
@@ -17,16 +23,23 @@
 -- Commands: TIME HMGET GET SET PTTL
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local mine, followed, ends, ttl = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-local begins = followed ~= ''
-if not begins then
+local mine, ends, ttl = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[4])
+local owner, runner, window = unpack(redis.call('HMGET', KEYS[1], 'owner', 'holder_owner',
+    'window'))
+local followed = ARGV[2]
+if followed == '' then
     followed = mine
 end
-local owner, runner = unpack(redis.call('HMGET', KEYS[1], 'owner', 'holder_owner'))
 
 local function answer(code, state)
     ends = ends or now + ttl
     return {code, followed, ends - now, string.format('%.0f', ends), state}
+end
+
+local function note(id, what)
+    -- Longer than anybody follows, so that each learns that its time is over.
+    redis.call('SET', KEYS[2] .. id, what, 'PX',
+        math.max(2 * ttl, redis.call('PTTL', KEYS[2] .. id)))
 end
 
 if owner == mine then
@@ -50,31 +63,42 @@ for _ = 1, 100 do
         break
     end
 end
-if followed ~= mine and state and string.match(state, '^%u') then
+if followed == mine and ARGV[2] == '' then
+    return answer(0, '')
+end
+
+local function has_ended()
+    -- An id can be used again: what owns the key has ended only where nobody frees that.
+    return state and string.match(state, '^%u') and followed ~= mine
+        and (owner ~= followed or window)
+end
+
+if has_ended() then
     return answer(2, state)
 end
-if state ~= 'started' then
-    if not owner then
-        return answer(0, '')
-    end
-    if followed == mine and not begins then
-        return answer(0, '')
-    end
-    if owner ~= followed and runner ~= followed then
-        local until_then = ''
-        if followed == mine then
-            ends = ends or now + ttl
-            until_then = string.format('%.0f', ends)
-        end
-        -- Longer than it follows, so that it learns that its time is over.
-        redis.call('SET', KEYS[2] .. followed, '>' .. until_then .. ':' .. owner, 'PX', 2 * ttl)
-        followed = owner
-        state = redis.call('GET', KEYS[2] .. followed)
-    end
-    if not state or string.sub(state, 1, 1) == '>' then
-        state = ''
-    end
-    redis.call('SET', KEYS[2] .. followed, state, 'PX',
-        math.max(2 * ttl, redis.call('PTTL', KEYS[2] .. followed)))
+if state == 'started' and followed ~= mine then
+    return answer(1, '')
 end
+if not owner then
+    if followed ~= mine then
+        -- Others that follow the same one are to follow this one.
+        note(followed, '>:' .. mine)
+    end
+    note(mine, '')
+    return answer(0, '')
+end
+if owner ~= followed and runner ~= followed then
+    local until_then = ''
+    if followed == mine then
+        ends = ends or now + ttl
+        until_then = string.format('%.0f', ends)
+    end
+    note(followed, '>' .. until_then .. ':' .. owner)
+    followed = owner
+    state = redis.call('GET', KEYS[2] .. followed)
+    if has_ended() then
+        return answer(2, state)
+    end
+end
+note(followed, state == 'started' and state or '')
 return answer(1, '')
