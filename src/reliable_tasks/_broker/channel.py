@@ -69,7 +69,6 @@ class ReliableChannel(FetchingChannel):
     reliable: dict[str, Any]
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        self._publisher: Any = None
         super().__init__(*args, **kwargs)
         self.held = held_for(self._identity(), self._make_held)
 
@@ -106,23 +105,18 @@ class ReliableChannel(FetchingChannel):
         sent = {k: v for k, v in properties.items() if k != _TOKEN}
         expiry = self._expires.get(queue) if self._expires else None
         list_ = self._q_for_pri(queue, self._get_message_priority(message, reverse=False))
-        published = self.held.messages.publish(
-            self._sender(),
-            token=token,
-            list_=list_,
-            queue=queue,
-            message=dumps({**message, "properties": sent}),
-            publication=publication,
-            expires=(int(expiry), self._lists([queue])) if expiry else None,
-            replicas=self._replicas(),
-        )
+        with self.conn_or_acquire() as client:
+            published = self.held.messages.publish(
+                client,
+                token=token,
+                list_=list_,
+                queue=queue,
+                message=dumps({**message, "properties": sent}),
+                publication=publication,
+                expires=(int(expiry), self._lists([queue])) if expiry else None,
+                replicas=self._replicas(),
+            )
         note_answer(message["headers"], published)
-
-    def _sender(self: Any) -> Any:
-        """Return the client that publishes; kombu would make one for each message."""
-        if self._publisher is None or self._publisher.connection_pool is not self.pool:
-            self._publisher = self._create_client()
-        return self._publisher
 
     def _purge(self: Any, queue: str) -> int:
         with self.conn_or_acquire() as client:
