@@ -119,7 +119,8 @@ def compared(
         }
         rows.append(row)
         print(
-            f"{name:<20} {row['calls_per_second']:>8} {row['ratio']:>7.2f}   {low:.2f} to {high:.2f}"
+            f"{name:<20} {row['calls_per_second']:>8} {row['ratio']:>7.2f}"
+            f"   {low:.2f} to {high:.2f}"
         )
     return rows
 

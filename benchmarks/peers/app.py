@@ -34,7 +34,7 @@ _results: WeakKeyDictionary[Celery, list[Any]] = WeakKeyDictionary()
 def make_app(system: str, broker: str, backend: str, settings: dict[str, Any]) -> Celery:
     """Make the app, the same for a worker and for its client."""
     # Their clients are the process', whatever app comes next.
-    their_redis.redis = their_backends._backend = None
+    their_redis.redis = their_backends._backend = None  # noqa: SLF001
     app = Celery(f"peers-{system}", broker=broker, backend=backend, set_as_current=False)
     app.conf.update(settings)
     app.conf.ONCE = {

@@ -284,7 +284,7 @@ class TestEnds:
         assert "TimeLimitExceeded" in str(ended.value)
         assert runs == []
 
-    @pytest.mark.parametrize("error", [Reject("no", requeue=False), SystemExit(3)])
+    @pytest.mark.parametrize("error", [Reject("no", requeue=False), TimeLimitExceeded(3)])
     def test_an_error_that_is_about_the_run(
         self, app: Celery, make: Any, error: BaseException
     ) -> None:
