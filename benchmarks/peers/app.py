@@ -14,6 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from celery import Celery, Task
+from celery.result import AsyncResult
 from celery_once import AlreadyQueued, QueueOnce
 from celery_once.backends import redis as their_redis
 from celery_singleton import Singleton
@@ -21,7 +22,7 @@ from celery_singleton import backends as their_backends
 
 from reliable_tasks import ReliableTask, apply_reliable_config, once, presets
 
-__all__ = ["OURS", "SYSTEMS", "call", "forget", "make_app"]
+__all__ = ["OURS", "SYSTEMS", "call", "forget", "keep", "make_app"]
 
 OURS = "reliable_tasks"
 SYSTEMS = (OURS, "celery-once", "celery-singleton")
@@ -66,8 +67,18 @@ def call(task: Any, *args: Any, **options: Any) -> Any:
         return None
     # celery-singleton returns the result of the task that has the key, and does not say so.
     is_duplicate = any(result.id == other.id for other in known)
-    known.append(result)
+    keep(task.app, result)
     return None if is_duplicate else result
+
+
+def keep(app: Celery, result: Any) -> Any:
+    """Keep a result, and those that it is made of, until `forget`."""
+    for other in (getattr(result, "parent", None), *getattr(result, "results", ())):
+        if other is not None:
+            keep(app, other)
+    if isinstance(result, AsyncResult):
+        _results.setdefault(app, []).append(result)
+    return result
 
 
 def forget(app: Celery) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import redis
 from celery import Celery, chain, chord, group
 
-from benchmarks.peers.app import OURS, call, forget, make_app
+from benchmarks.peers.app import OURS, call, forget, keep, make_app
 from reliable_tasks.demo._server import EmbeddedServer, free_port
 from tests.support import WorkerProcess, wait_until
 
@@ -228,7 +228,7 @@ def _canvas(system: str) -> Seen:
             call(hold, name, 2)
             it.wait("start", name)
             with contextlib.suppress(Exception):
-                results[name] = shape(name).apply_async()
+                results[name] = keep(it.app, shape(name).apply_async())
         done = []
         for name, result in results.items():
             with contextlib.suppress(Exception):
