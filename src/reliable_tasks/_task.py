@@ -28,7 +28,7 @@ from reliable_tasks._once.leaving import end_unrun, uncover
 from reliable_tasks._once.locks import locks_of, read_config
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.options import OnceOptions
-from reliable_tasks._once.publish import publish
+from reliable_tasks._once.publish import Call, publish
 from reliable_tasks._once.received import mark_copy
 from reliable_tasks._once.result import ReliableResult
 from reliable_tasks._retrying import Policy, Retrying
@@ -185,18 +185,16 @@ class ReliableTask(_Task):
         # A canvas freezes the ids of its parts, and with them who is to be answered.
         is_part = task_id is not None and "reply_to" in options
         waited_for = is_part or link or link_error or any(options.get(n) for n in _CANVAS)
-        return publish(
-            self,
-            once,
-            queue,
+        call = Call(
             args=args,
             kwargs=kwargs,
             task_id=task_id,
             producer=producer,
-            options=options,
             link=link,
-            waited_for=bool(waited_for),
+            options=options,
+            is_waited_for=bool(waited_for),
         )
+        return publish(self, once, queue, call)
 
     def _take_once(self, options: dict[str, Any]) -> Once | None:
         """Return the `@once` that applies to a call; what only that knows leaves its options."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -29,7 +29,7 @@ from reliable_tasks._store.publication import (
 from reliable_tasks.errors import LockLost, StoreError, StoreUnavailable
 from reliable_tasks.instrumentation.signals import claim_acquired, claim_conflict
 
-__all__ = ["publish"]
+__all__ = ["Call", "publish"]
 
 logger = logging.getLogger("reliable_tasks")
 
@@ -43,23 +43,33 @@ class Queue(Protocol):
         """Queue it, by a producer of the caller's if there is one."""
 
 
-def publish(
-    task: Task[..., Any],
-    once: Once,
-    queue: Queue,
-    *,
-    args: Any,
-    kwargs: Any,
-    task_id: str | None,
-    producer: Any,
-    options: Mapping[str, Any],
-    link: Any,
-    waited_for: bool,
-) -> ReliableResult:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A call of a once-task.
+
+    Attributes:
+        args: The task's positional arguments.
+        kwargs: Its keyword arguments.
+        task_id: The id that the caller asks for, if any.
+        producer: A producer of the caller's, if any.
+        link: What is called with the result.
+        options: All else that ``apply_async`` was given.
+        is_waited_for: Whether something waits for the end: the rest of a chain, a callback.
+    """
+
+    args: Any
+    kwargs: Any
+    task_id: str | None
+    producer: Any
+    link: Any
+    options: Mapping[str, Any]
+    is_waited_for: bool
+
+
+def publish(task: Task[..., Any], once: Once, queue: Queue, call: Call) -> ReliableResult:
     """Claim a call's key and queue it, or answer as the conflict setting says.
 
-    A duplicate that is ``waited_for``, by the rest of a chain or a callback, is queued all the
-    same, and follows the task that has the key.
+    A duplicate that is waited for is queued all the same, and follows the task that has the key.
 
     Raises:
         DuplicateTaskError: The key is taken, and the conflict setting is ``"raise"``, or what
@@ -69,17 +79,18 @@ def publish(
             ``"raise"``; a kombu ``OperationalError`` where the lock Redis is the broker.
     """
     locks = once.locks(task)
+    options, producer = call.options, call.producer
     given = options.get("headers") or {}
     headers = {k: v for k, v in given.items() if k not in (CLAIM, *OF_ONE_DELIVERY)}
-    owner = task_id or str(uuid4())
+    owner = call.task_id or str(uuid4())
     if not once.options.is_claimed_by_calls:
         return queue(owner, headers, producer)
-    carried = Claim.from_headers(given, task_id)
+    carried = Claim.from_headers(given, call.task_id)
     retries = int(options.get("retries") or 0)
     is_retry = carried is not None and retries > 0
     # A retry keeps its claim whatever became of its arguments on the way; anything else that
     # comes with a claim (a replacement) goes on with it only if it is about the same key.
-    name = carried.name if carried and is_retry else once.claim_name(task, args, kwargs)
+    name = carried.name if carried and is_retry else once.claim_name(task, call.args, call.kwargs)
     continued = carried if carried and carried.name == name else None
     claim = Claim(name, owner, continued.attempt + 1 if continued else retries)
     headers[CLAIM] = claim.as_sent()
@@ -96,48 +107,65 @@ def publish(
         claim_attempt=claim.attempt,
         ttl=once.ttl(locks.config) + delay_of(task.app, options),
         task=task.name,
-        holder=_holder(task, once, claim, continued, waited_for=waited_for),
+        holder=_holder(task, once, claim, continued, waited_for=call.is_waited_for),
     )
     send = _one_step if _is_one_script(task, locks, options, producer) else _two_steps
     answer = send(task, locks, wish, queue, headers, producer)
     if not isinstance(answer, Ticket):
         return answer
+    if not is_own:
+        return _as_duplicate(task, once, queue, call, claim, answer, headers, ttl=wish.ttl)
     # A retry must not end without a word as somebody's duplicate, whatever its headers say.
-    if is_own:
-        if not once.options.is_freed_at_start and not once.waits_if_late:
-            raise LockLost(claim.name, claim.owner, answer.owner)
-        # It gave its key up when it started, or waits for it, and must run all the same.
-        if not once.waits_if_late:
-            del headers[CLAIM]
-        return queue(owner, headers, producer)
-    action = once.options.at_publish
+    if not once.options.is_freed_at_start and not once.waits_if_late:
+        raise LockLost(claim.name, claim.owner, answer.owner)
+    # It gave its key up when it started, or waits for it, and must run all the same.
+    if not once.waits_if_late:
+        del headers[CLAIM]
+    return queue(owner, headers, producer)
+
+
+def _as_duplicate(
+    task: Task[..., Any],
+    once: Once,
+    queue: Queue,
+    call: Call,
+    claim: Claim,
+    answer: Ticket[Publish],
+    headers: dict[str, Any],
+    *,
+    ttl: float,
+) -> ReliableResult:
+    """Answer a call whose key is taken, or queue its message to follow the task that has it."""
+    locks, options, action = once.locks(task), call.options, once.options.at_publish
+    is_ignored = bool(options.get("ignore_result", task.ignore_result))
     may_follow = action != "raise" and (
-        not needs_value(task, link, options)
-        or keeps_results(task, is_ignored=bool(options.get("ignore_result", task.ignore_result)))
+        not needs_value(task, call.link, options) or keeps_results(task, is_ignored=is_ignored)
     )
-    is_told = is_refused(task, task_id, options)
     # A second call with the owner's own id cannot wait for it; what Celery calls so, as the last
     # of a canvas that the owner has become, is the owner.
-    is_raised = is_told and (not may_follow or (waited_for and answer.owner == task_id))
-    if not waited_for or is_raised:
-        _tell_conflict(task, claim, task_id, answer, "raise" if is_raised else action)
-        if is_raised or action == "raise":
+    is_itself = call.is_waited_for and answer.owner == call.task_id
+    is_raised = is_refused(task, call.task_id, options) and (not may_follow or is_itself)
+    if not call.is_waited_for or is_raised:
+        action = "raise" if is_raised else action
+        _tell_conflict(task, claim, call.task_id, answer, action)
+        if action == "raise":
             raise once.refusal(claim.name, answer.owner, answer.seconds)
-        return _existing(task, claim, answer, task_id)
+        return _existing(task, claim, answer, call.task_id)
     try:
-        whom = follows(task, once, locks, claim, answer, ttl=wish.ttl, may_follow=may_follow)
+        whom = follows(task, once, locks, claim, answer, ttl=ttl, may_follow=may_follow)
     except StoreError as error:
-        if locks.config.on_store_error != "proceed":
-            raise (
-                locks.unavailable(error) if isinstance(error, StoreUnavailable) else error
-            ) from error
-        logger.warning("Task %s[%s] is queued without a claim: %s", task.name, owner, error)
-        return queue(owner, headers, producer)
+        if locks.config.on_store_error == "proceed":
+            logger.warning("Task %s[%s] is queued as it is: %s", task.name, claim.owner, error)
+            whom = None
+        elif isinstance(error, StoreUnavailable):
+            raise locks.unavailable(error) from error
+        else:
+            raise
     if whom is None:
-        return queue(owner, headers, producer)
+        return queue(claim.owner, headers, call.producer)
     headers[CLAIM] = replace(claim, follows=whom).as_sent()
-    _tell_conflict(task, claim, owner, answer, "follow" if may_follow else "raise")
-    return _following(task, claim, whom, queue(owner, headers, producer))
+    _tell_conflict(task, claim, claim.owner, answer, "follow" if may_follow else "raise")
+    return _following(task, claim, whom, queue(claim.owner, headers, call.producer))
 
 
 def _tell_conflict(

@@ -26,7 +26,7 @@ from reliable_tasks import (
 )
 from reliable_tasks._once.claim import CLAIM, HOLDER
 from reliable_tasks._once.locks import locks_of
-from reliable_tasks._once.publish import publish
+from reliable_tasks._once.publish import Call, publish
 from reliable_tasks._store.claims import Claims
 from reliable_tasks._store.publication import (
     ClaimTaken,
@@ -472,18 +472,16 @@ def at_broker() -> Any:
 
 def call(task: Any, queue: Any, *args: Any, waited_for: bool = False, **options: Any) -> Any:
     """Publish with a queue of the test's own."""
-    return publish(
-        task,
-        task.reliable_once,
-        queue,
+    given = Call(
         args=args,
         kwargs={},
         task_id=options.pop("task_id", None),
         producer=options.pop("producer", None),
-        options=options,
         link=None,
-        waited_for=waited_for,
+        options=options,
+        is_waited_for=waited_for,
     )
+    return publish(task, task.reliable_once, queue, given)
 
 
 def refusing(owner: str, headers: Any, producer: Any = None) -> ReliableResult:
