@@ -301,17 +301,21 @@ class ReliableTask(_Task):
         if self.reliable_once is not None:
             mark_copy(headers)
 
-    def _reliable_unfinished(self, headers: dict[str, Any], *, requeued: bool) -> None:
-        if self.reliable_once is not None:
-            end_unrun(self, self.reliable_once, headers, requeued=requeued)
+    def _reliable_unfinished(
+        self, headers: dict[str, Any], *, requeued: bool, has_started: bool
+    ) -> None:
+        once = self.reliable_once
+        if once is not None:
+            end_unrun(self, once, headers, requeued=requeued, has_started=has_started)
 
     def _reliable_uncovered(self, headers: dict[str, Any]) -> None:
         if self.reliable_once is not None:
             uncover(self, self.reliable_once, headers)
 
     def _reliable_repeated(self, headers: dict[str, Any]) -> None:
-        if self.reliable_once is not None:
-            end_unrun(self, self.reliable_once, headers, requeued=False, is_routine=True)
+        once = self.reliable_once
+        if once is not None:
+            end_unrun(self, once, headers, requeued=False, has_started=True, is_routine=True)
 
     def _reliable_pause(self, headers: dict[str, Any]) -> SetAside | None:
         once = self.reliable_once

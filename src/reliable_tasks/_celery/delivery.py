@@ -76,7 +76,9 @@ class GuardedTask(Protocol):
     def _reliable_reserved(self, headers: dict[str, Any]) -> None:
         """A message was received: its headers can still be added to."""
 
-    def _reliable_unfinished(self, headers: dict[str, Any], *, requeued: bool) -> None:
+    def _reliable_unfinished(
+        self, headers: dict[str, Any], *, requeued: bool, has_started: bool
+    ) -> None:
         """A copy ended without its child having said so, or before it could start."""
 
     def _reliable_uncovered(self, headers: dict[str, Any]) -> None:
@@ -202,7 +204,9 @@ class DeliveredRequest(Request):
 
     def _settle(self, *, requeued: bool) -> None:
         self._leave(goes_back=requeued)
-        self._guard._reliable_unfinished(self.request_dict, requeued=requeued)
+        self._guard._reliable_unfinished(
+            self.request_dict, requeued=requeued, has_started=self._is_accepted
+        )
 
     def _note_start(self) -> None:
         self._held.count_start(self._delivery)

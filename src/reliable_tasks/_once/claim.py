@@ -21,8 +21,9 @@ OF_ONE_DELIVERY = (HOLDER, DELIVERY, "crashes", "x-delivery-count", "redelivered
 #: What becomes of a duplicate that somebody waits for: it ends as the task that it follows, runs
 #: when that one has ended, or fails.
 Then = Literal["join", "run", "fail"]
-#: Keys of `@once` are shorter; those of celery-once hold whole arguments.
-_LONGEST_SENT = 1024
+#: So many bytes of a key are sent. Keys of `@once` are shorter; those of celery-once hold whole
+#: arguments, and a frame of AMQP has room for 128 KiB of headers.
+_LONGEST_SENT = 32 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Claim:
     """Which key a message owns, or would like to, and as which attempt.
 
     Attributes:
-        name: The claim's name.
+        name: The claim's name; ``""`` in the header of a message if it is too long for one.
         owner: The task's id.
         attempt: Which continuation of the task the message is, from 0.
         follows: Who had the key when the task was called, where it was queued all the same.
@@ -78,8 +79,8 @@ class Claim:
     def as_sent(self) -> dict[str, Any]:
         """Return what a message carries over the wire; its worker makes a very long key anew."""
         header = self.as_header()
-        # A frame of AMQP has room for 128 KiB of headers.
-        return header if len(self.name) <= _LONGEST_SENT else {**header, "key": None}
+        is_short = len(self.name.encode()) <= _LONGEST_SENT
+        return header if is_short else {**header, "key": None}
 
     @property
     def as_owner(self) -> Claim:
@@ -101,9 +102,9 @@ class Claim:
         if not isinstance(header, dict) or not task_id or header.get("owner") != task_id:
             return None
         name, attempt = header.get("key"), header.get("attempt")
-        if not isinstance(name, str) or not isinstance(attempt, int):
+        if not isinstance(name, (str, type(None))) or not isinstance(attempt, int):
             return None
-        return cls(name, task_id, attempt, Follows.from_header(header.get("follows")))
+        return cls(name or "", task_id, attempt, Follows.from_header(header.get("follows")))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._once.claim import Claim
 from reliable_tasks._once.locks import Locks
 from reliable_tasks._once.once import Once
+from reliable_tasks._once.received import claim_of
 from reliable_tasks._once.silence import Silence
 from reliable_tasks._store.claims import Follow, Following
 from reliable_tasks.errors import FollowedTaskFailed, FollowTimeout, StoreError
@@ -116,6 +117,7 @@ def pause_of(task: Task[..., Any], once: Once, headers: dict[str, Any]) -> SetAs
         return None
     # An error here would end the worker.
     try:
+        claim = claim_of(task, once, headers)
         locks = once.locks(task)
         answer = None if _silence else _ask(once, locks, claim)
     except StoreError:
@@ -170,7 +172,7 @@ def _pause(answer: Following) -> SetAside:
 
 def _read(task: Task[..., Any], claim: Claim, answer: Following) -> Outcome | None:
     """Return how a followed task has ended, or ``None`` if nobody knows."""
-    if answer.followed == claim.owner:
+    if answer.followed in ("", claim.owner):
         return None
     if not keeps_results(task, is_ignored=bool(task.request.ignore_result)):
         outcome = _without_backend(answer)
@@ -178,9 +180,9 @@ def _read(task: Task[..., Any], claim: Claim, answer: Following) -> Outcome | No
         try:
             meta = task.backend.get_task_meta(answer.followed)
         except Exception as error:
+            task.request.update({_FOLLOWS: True})
             if answer.seconds <= 0:
                 return Outcome(error=FollowTimeout(claim.name, answer.followed))
-            task.request.update({_FOLLOWS: True})
             reason = f"the result of task {answer.followed} cannot be read: {error}"
             raise SetAside(reason, *_WHILE_UNAVAILABLE) from error
         outcome = _in_backend(meta, answer.followed)

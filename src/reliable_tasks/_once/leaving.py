@@ -65,7 +65,7 @@ def _leave(task: Any = None, state: str | None = None, retval: Any = None, **_: 
         once = getattr(task, "reliable_once", None)
         if once is not None and not isinstance(retval, DuplicateTaskError):
             # It failed before its body began, or ran without the lock Redis.
-            _end_unrun(task, once, vars(task.request), requeued=False)
+            _end_unrun(task, once, vars(task.request), requeued=False, is_unstarted=True)
 
 
 def _end(task: Task[..., Any], once: Once, claim: Claim, state: str) -> End | None:
@@ -91,18 +91,27 @@ def end_unrun(
     headers: dict[str, Any],
     *,
     requeued: bool,
+    has_started: bool = False,
     is_routine: bool = False,
 ) -> None:
     """End a copy whose child did not: it was killed, timed out, revoked or never started.
 
     With ``is_routine`` nothing is said if the claim turns out to be released already.
     """
+    is_unstarted = not (requeued or has_started or is_routine)
     if _silence and not requeued:
         logger.warning("The claim of task %s[%s] stays until it lapses", task.name, headers["id"])
         return
     # An error here would end the worker.
     try:
-        answered = _end_unrun(task, once, headers, requeued=requeued, is_routine=is_routine)
+        answered = _end_unrun(
+            task,
+            once,
+            headers,
+            requeued=requeued,
+            is_unstarted=is_unstarted,
+            is_routine=is_routine,
+        )
         if not answered and not is_routine:
             _silence.begin()
     except Exception:
@@ -115,6 +124,7 @@ def _end_unrun(
     headers: dict[str, Any],
     *,
     requeued: bool,
+    is_unstarted: bool,
     is_routine: bool = False,
 ) -> bool:
     try:
@@ -135,7 +145,7 @@ def _end_unrun(
             task, once, claim.turn, holder, goes_back=requeued, is_routine=True, end=end
         )
     if options.is_claimed_by_calls and not options.is_for_a_window:
-        if not requeued and is_by_name(claim, headers):
+        if is_unstarted and not options.is_freed_at_start and is_by_name(claim, headers):
             adopt(task, once, once.locks(task), claim)
         answered &= _release(
             task,

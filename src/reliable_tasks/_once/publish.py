@@ -90,7 +90,8 @@ def publish(task: Task[..., Any], once: Once, queue: Queue, call: Call) -> Relia
     is_retry = carried is not None and retries > 0
     # A retry keeps its claim whatever became of its arguments on the way; anything else that
     # comes with a claim (a replacement) goes on with it only if it is about the same key.
-    name = carried.name if carried and is_retry else once.claim_name(task, call.args, call.kwargs)
+    is_known = carried is not None and is_retry and carried.name
+    name = carried.name if carried and is_known else once.claim_name(task, call.args, call.kwargs)
     continued = carried if carried and carried.name == name else None
     claim = Claim(name, owner, continued.attempt + 1 if continued else retries)
     headers[CLAIM] = claim.as_sent()
@@ -107,7 +108,7 @@ def publish(task: Task[..., Any], once: Once, queue: Queue, call: Call) -> Relia
         claim_attempt=claim.attempt,
         ttl=once.ttl(locks.config) + delay_of(task.app, options),
         task=task.name,
-        holder=_holder(task, once, claim, continued, waited_for=call.is_waited_for),
+        holder=_holder(task, once, claim, continued, call),
     )
     send = _one_step if _is_one_script(task, locks, options, producer) else _two_steps
     answer = send(task, locks, wish, queue, headers, producer)
@@ -143,8 +144,12 @@ def _as_duplicate(
     )
     # A second call with the owner's own id cannot wait for it; what Celery calls so, as the last
     # of a canvas that the owner has become, is the owner.
-    is_itself = call.is_waited_for and answer.owner == call.task_id
-    is_raised = is_refused(task, call.task_id, options) and (not may_follow or is_itself)
+    is_itself = answer.owner == call.task_id
+    is_raised = (
+        call.is_waited_for
+        and is_refused(task, call.task_id, options)
+        and (not may_follow or is_itself)
+    )
     if not call.is_waited_for or is_raised:
         action = "raise" if is_raised else action
         _tell_conflict(task, claim, call.task_id, answer, action)
@@ -153,6 +158,8 @@ def _as_duplicate(
         return _existing(task, claim, answer, call.task_id)
     try:
         whom = follows(task, once, locks, claim, answer, ttl=ttl, may_follow=may_follow)
+        if whom is None:
+            headers[CLAIM] = _next_attempt(locks, claim).as_sent()
     except StoreError as error:
         if locks.config.on_store_error == "proceed":
             logger.warning("Task %s[%s] is queued as it is: %s", task.name, claim.owner, error)
@@ -166,6 +173,13 @@ def _as_duplicate(
     headers[CLAIM] = replace(claim, follows=whom).as_sent()
     _tell_conflict(task, claim, claim.owner, answer, "follow" if may_follow else "raise")
     return _following(task, claim, whom, queue(claim.owner, headers, call.producer))
+
+
+def _next_attempt(locks: Locks, claim: Claim) -> Claim:
+    """Return the claim of what comes after all that is known of its owner."""
+    record = locks.claims.read(claim.name)
+    known = [int(record.get(field) or 0) for field in ("attempt", "next_attempt")]
+    return replace(claim, attempt=max(claim.attempt, *(number + 1 for number in known)))
 
 
 def _tell_conflict(
@@ -202,13 +216,14 @@ def _how(once: Once) -> How:
 
 
 def _holder(
-    task: Task[..., Any], once: Once, claim: Claim, continued: Claim | None, *, waited_for: bool
+    task: Task[..., Any], once: Once, claim: Claim, continued: Claim | None, call: Call
 ) -> str:
     """Return the token of the run that continues its claim, or hands it on, or ``""``."""
     if continued is not None:
         run = Run.of(task)
         return run.holder if run is not None else ""
-    if not once.hands_on and not waited_for:
+    if not once.hands_on and is_refused(task, call.task_id, call.options):
+        # From its own body, not by what comes after it in a canvas.
         return ""
     caller: Any = task.app.current_task
     run = None if caller is None else Run.of(caller)

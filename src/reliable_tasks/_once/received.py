@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -39,10 +40,12 @@ def mark_copy(headers: dict[str, Any]) -> None:
 def claim_of(task: Task[..., Any], once: Once, headers: dict[str, Any]) -> Claim:
     """Return the claim that a message carries, or that of its arguments if it came by name."""
     claim = Claim.from_headers(headers, headers.get("id"))
-    if claim is None:
-        name = once.claim_name(task, headers.get("args"), headers.get("kwargs"))
-        claim = Claim(name, str(headers["id"]), int(headers.get("retries") or 0))
-    return claim
+    if claim is not None and claim.name:
+        return claim
+    name = once.claim_name(task, headers.get("args"), headers.get("kwargs"))
+    if claim is not None:
+        return replace(claim, name=name)
+    return Claim(name, str(headers["id"]), int(headers.get("retries") or 0))
 
 
 def is_by_name(claim: Claim, headers: dict[str, Any]) -> bool:

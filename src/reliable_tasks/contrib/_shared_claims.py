@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 from reliable_tasks._store.claims import Claims, Follow, Following, Release
@@ -78,15 +79,19 @@ class SharedClaims(Claims):
         self, name: str, *, task_id: str, followed: str, until: int | None, ttl: float
     ) -> Following:
         """Have a task follow another one, or learn how that one ended."""
-        # Nobody knows the task that has such a lock: whoever owns the key is followed.
-        whom = task_id if followed == THEIRS else followed
+        ask = partial(super().follow, name, task_id=task_id, until=until, ttl=ttl)
         try:
-            return super().follow(name, task_id=task_id, followed=whom, until=until, ttl=ttl)
+            if followed != THEIRS:
+                return ask(followed=followed)
+            # Nobody knows the task that has such a lock: whoever owns the key is followed.
+            known = ask(followed="")
+            is_new = known.code is Follow.FREE and known.followed == task_id
+            return ask(followed=task_id) if is_new else known
         except ScriptError as error:
             if _WRONG_TYPE not in error.reason:
                 raise
         if not followed:
-            return Following(Follow.FREE, "", ttl, 0, "")
+            return Following(Follow.FREE, task_id, ttl, 0, "")
         # Not by the server's clock; but when a task may give up waiting is all it decides.
         now = time.time() * 1000
         ends = now + ttl * 1000 if until is None else until

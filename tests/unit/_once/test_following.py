@@ -27,6 +27,7 @@ from reliable_tasks._once.claim import CLAIM, Follows
 from reliable_tasks._once.duplicate import is_refused, needs_value
 from reliable_tasks._once.entering import enter
 from reliable_tasks._once.following import pause_of
+from reliable_tasks._once.leaving import end_unrun
 from reliable_tasks._once.locks import locks_of
 from reliable_tasks._store.claims import Claims
 from tests.unit.harness import claims, run, run_all, take
@@ -278,7 +279,7 @@ class TestEnds:
         enter(task, task.reliable_once)
         task.pop_request()
         app.backend.mark_as_failure(first.id, TimeLimitExceeded(3))
-        task._reliable_unfinished(headers, requeued=False)
+        task._reliable_unfinished(headers, requeued=False, has_started=True)
         ended = run(app, message)
         assert isinstance(ended.value, FollowedTaskFailed)
         assert "TimeLimitExceeded" in str(ended.value)
@@ -314,6 +315,39 @@ class TestEnds:
         assert run(app, message).value == "done"
         assert len(runs) == 1
 
+    def test_the_word_of_an_end_is_missing_and_so_is_the_claim(
+        self, app: Celery, make: Any, runs: list[str]
+    ) -> None:
+        """What the main process was told, it and its child are told again: the end is read."""
+        task = make()
+        first, _ = followed_by_chain(task)
+        take(app)
+        message = take(app)
+        app.backend.mark_as_done(first.id, "done before")
+        forget_claims(app)
+        assert task._reliable_pause(dict(message.headers)) is None
+        assert run(app, message).value == "done before"
+        assert runs == []
+
+    def test_who_follows_a_new_owner_learns_that_its_time_is_over(
+        self, app: Celery, make: Any, runs: list[str]
+    ) -> None:
+        """Also where owners come and go without an end."""
+        task = make()
+        _, rest = followed_by_chain(task)
+        take(app)
+        message = take(app)
+        for _ in range(2):
+            forget_claims(app)
+            owner = task.delay(7)
+            take(app)
+            ended = run(app, message)
+            assert isinstance(ended.value, SetAside)
+            assert ended.value.waits_for == owner.id
+        message.headers[CLAIM]["follows"][1] = 1
+        assert isinstance(run(app, message).value, FollowTimeout)
+        assert (rest.parent.state, runs) == ("FAILURE", [])
+
     def test_a_result_that_cannot_be_read(
         self, app: Celery, make: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -322,7 +356,7 @@ class TestEnds:
         def away(*_: Any, **__: Any) -> None:
             raise ConnectionError("the backend is away")
 
-        first, _ = followed_by_chain(make())
+        first, _ = followed_by_chain(make(options={"autoretry_for": (Exception,)}))
         run(app, take(app))
         message = take(app)
         monkeypatch.setattr(type(app.backend), "get_task_meta", away)
@@ -348,6 +382,34 @@ class TestEnds:
         forget_claims(app)
         assert [run(app, message).value for message in messages] == ["done"] * 4
         assert len(runs) == 1
+
+    @pytest.mark.parametrize("how", ["revoked", "ignored"])
+    def test_one_looks_while_another_runs(
+        self, app: Celery, make: Any, runs: list[str], how: str
+    ) -> None:
+        """What it is told then holds when it looks again."""
+
+        def body(_: Any) -> str:
+            if how == "ignored" and len(runs) == 1:
+                raise Ignore
+            assert isinstance(run(app, second).value, SetAside)
+            return "done"
+
+        task = make(body)
+        first = task.delay(7)
+        owner = take(app)
+        for _ in range(2):
+            task.apply_async((7,), link=app.signature("after"))
+        one, second = take(app), take(app)
+        if how == "ignored":
+            run(app, owner)
+        else:
+            app.backend.mark_as_revoked(first.id)
+            end_unrun(task, task.reliable_once, dict(owner.headers), requeued=False)
+        before = len(runs)
+        assert run(app, one).value == "done"
+        assert run(app, second, redelivered=True).value == "done"
+        assert len(runs) == before + 1
 
     def test_an_id_that_is_used_again(self, app: Celery, make: Any, runs: list[str]) -> None:
         """The end of the task before is not that of this one."""
@@ -388,11 +450,16 @@ class TestBecomes:
         assert first.result == ("after done" if rest else "done")
         assert len(runs) == 2
 
-    def test_a_part_is_quicker_than_its_end(self, app: Celery, make: Any, runs: list[str]) -> None:
+    @pytest.mark.parametrize("retries", [0, 1])
+    def test_a_part_is_quicker_than_its_end(
+        self, app: Celery, make: Any, runs: list[str], retries: int
+    ) -> None:
         """The last part has the owner's id, and is published while that still has the key."""
 
         def body(task: Any) -> str:
-            if len(runs) == 1:
+            if len(runs) <= retries:
+                raise task.retry(countdown=0)
+            if len(runs) == retries + 1:
                 try:
                     task.replace(chain(app.tasks["after"].si(), task.si(7)))
                 except Ignore:
@@ -402,7 +469,7 @@ class TestBecomes:
 
         first = make(body).delay(7)
         run_all(app)
-        assert (first.result, runs) == ("done", [first.id] * 2)
+        assert (first.result, runs) == ("done", [first.id] * (retries + 2))
 
 
 class TestLate:
@@ -493,6 +560,10 @@ class TestRefused:
         task = make()
         assert needs_value(task, None, {})
         assert not needs_value(task, None, {"ignore_result": True})
+        first = task.delay(7)
+        assert task.delay(7).id == first.id, "nobody waits for that"
+        with pytest.raises(DuplicateTaskError):
+            task.apply_async((7,), link=app.signature("after"))
 
     def test_a_value_that_no_backend_keeps(self, app: Celery, make: Any, runs: list[str]) -> None:
         """The next task would wait for nothing, or get it; without a value all goes on."""

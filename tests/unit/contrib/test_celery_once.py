@@ -362,26 +362,82 @@ class TestAsTasksAreWritten:
         assert run(app, take(app)).value == 10
         assert server.keys("*") == []
 
-    def test_a_key_of_many_bytes(self, app: Celery, server: Any) -> None:
-        """It is not sent, for it may be longer than a header: the worker makes it anew."""
+    def test_a_call_of_its_own_with_a_callback(self, app: Celery) -> None:
+        """It is refused, too: nobody but Celery goes on with a canvas."""
+        runs = []
 
         @app.task(base=QueueOnce, name="t", bind=True)
-        def t(self: Any, text: str) -> int:
-            if not self.request.retries:
+        def t(self: Any) -> None:
+            runs.append(1)
+            with pytest.raises(AlreadyQueued):
+                self.apply_async(link=self.si())
+
+        app.tasks["t"].delay()
+        assert [ended.state for ended in run_all(app)] == ["SUCCESS"]
+        assert len(runs) == 1
+
+
+class TestLongKeys:
+    """A key that is longer than a header may be is not sent: the worker makes it anew."""
+
+    TEXT = "x" * 200_000
+
+    @pytest.fixture
+    def runs(self) -> list[int]:
+        """How often the task ran."""
+        return []
+
+    @pytest.fixture
+    def task(self, app: Celery, runs: list[int]) -> Any:
+        """A task whose argument is its key."""
+
+        @app.task(base=QueueOnce, name="t", bind=True, once={"graceful": True})
+        def t(self: Any, text: str, what: str = "") -> int:
+            runs.append(1)
+            if what == "retry" and len(runs) == 1:
                 raise self.retry(countdown=0)
+            if what == "replace" and len(runs) == 1:
+                raise self.replace(self.si(text, what))
             return len(text)
 
-        task, text = app.tasks["t"], "x" * 200_000
-        task.delay(text)
-        with pytest.raises(AlreadyQueued):
-            task.delay(text)
+        return app.tasks["t"]
+
+    @pytest.mark.parametrize("what", ["retry", "replace"])
+    def test_it_goes_on_with_its_claim(
+        self, app: Celery, task: Any, server: Any, what: str
+    ) -> None:
+        """As with any key."""
+        result = task.delay(self.TEXT, what)
         message = take(app)
         assert len(json.dumps(message.headers[CLAIM])) < 200
-        assert run(app, message).state == "RETRY"
-        with pytest.raises(AlreadyQueued):
-            task.delay(text)
+        run(app, message)
+        again = task.delay(self.TEXT, what)
+        assert again.state == states.REJECTED
         assert run(app, take(app)).value == 200_000
-        assert server.keys("qo_*") == []
+        assert (result.get(timeout=1), server.keys("qo_*")) == (200_000, [])
+
+    def test_a_duplicate_follows(self, app: Celery, task: Any, runs: list[int]) -> None:
+        """It is known whom, though not by the key."""
+        task.delay(self.TEXT)
+        owner = take(app)
+        task.apply_async((self.TEXT,), link=task.si("b"))
+        follower = take(app)
+        assert isinstance(task._reliable_pause({**follower.headers, "args": [self.TEXT]}), SetAside)
+        assert isinstance(run(app, follower).value, SetAside)
+        run(app, owner)
+        assert run(app, follower).value == 200_000
+        assert len(runs) == 1
+
+    def test_it_takes_no_lock_of_celery_onces(
+        self, app: Celery, task: Any, theirs: TheirBackend, server: Any
+    ) -> None:
+        """It has a claim of its own, though the header does not name it."""
+        task.delay(self.TEXT)
+        message, key = take(app), task.get_key((self.TEXT,))
+        server.delete(key)
+        theirs.raise_or_lock(key, 60)
+        assert isinstance(run(app, message).value, SetAside)
+        assert server.type(key) == "string"
 
 
 @pytest.mark.parametrize(
@@ -557,6 +613,36 @@ class TestRollingUpgrade:
         assert server.type(KEY) == "string", "it comes back"
         end_unrun(example, example.reliable_once, headers, requeued=False)
         assert server.keys("*") == []
+
+    @pytest.mark.parametrize("how", ["killed", "repeated"])
+    def test_the_end_of_a_run_frees_no_other_lock(
+        self, app: Celery, example: Any, theirs: TheirBackend, server: Any, how: str
+    ) -> None:
+        """What started has taken its own over: what is there now is another message's."""
+        send_as_theirs(app, theirs)
+        message = take(app)
+        run(app, message)
+        send_as_theirs(app, theirs)
+        headers = {**message.headers, "args": (10,), "kwargs": {}}
+        if how == "killed":
+            end_unrun(example, example.reliable_once, headers, requeued=False, has_started=True)
+        else:
+            example._reliable_repeated(headers)
+        assert server.type(KEY) == "string"
+
+    def test_a_graceful_message_of_theirs_comes_back(
+        self, app: Celery, theirs: TheirBackend, server: Any
+    ) -> None:
+        """It is the lock's holder, and follows nobody."""
+
+        @app.task(base=QueueOnce, name="mild", once={"graceful": True})
+        def mild(a: int) -> int:
+            return a
+
+        theirs.raise_or_lock("qo_mild_a-10", 60)
+        app.send_task("mild", (10,))
+        assert run(app, take(app), redelivered=True).value == 10
+        assert server.keys("qo_*") == []
 
     def test_who_follows_their_lock_follows_no_other_task(
         self, app: Celery, theirs: TheirBackend, server: Any

@@ -12,8 +12,8 @@
 --          follows. There stands '' while it is queued or runs, 'started' where it gave its key up
 --          when it started, its state when it has ended, and '>until:id' where it follows itself
 -- ARGV[1]  the task's id
--- ARGV[2]  id of the task that it follows; its own if that is the owner, whoever it is; '' if it
---          may follow somebody already
+-- ARGV[2]  id of the task that it follows, unless it follows another one by now; '' if it may
+--          follow somebody already; its own if it is to follow whoever has the key
 -- ARGV[3]  until when it follows, ms by the server's clock, or '' for the ttl from now on
 -- ARGV[4]  ttl, ms
 -- Returns: {0, followed, ms left, until, ''}     nobody has the key, and no end is known
@@ -23,16 +23,21 @@
 -- Commands: TIME HMGET GET SET PTTL
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local mine, ends, ttl = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[4])
+local mine, ttl = ARGV[1], tonumber(ARGV[4])
 local owner, runner, window = unpack(redis.call('HMGET', KEYS[1], 'owner', 'holder_owner',
     'window'))
-local followed = ARGV[2]
-if followed == '' then
-    followed = mine
+
+local function read(id)
+    local state = redis.call('GET', KEYS[2] .. id)
+    local until_then, next_one = string.match(state or '', '^>(%d*):(.*)$')
+    return not next_one and state, next_one, tonumber(until_then)
 end
 
+local _, before, since = read(mine)
+local ends = tonumber(ARGV[3]) or since or now + ttl
+local followed = before or ARGV[2]
+
 local function answer(code, state)
-    ends = ends or now + ttl
     return {code, followed, ends - now, string.format('%.0f', ends), state}
 end
 
@@ -46,25 +51,23 @@ if owner == mine then
     followed = ''
     return answer(3, '')
 end
-local state
--- Each has the place of the one before, so they are few.
-for _ = 1, 100 do
-    state = redis.call('GET', KEYS[2] .. followed)
-    local until_then, next_one = string.match(state or '', '^>(%d*):(.*)$')
-    if not next_one then
-        break
-    end
-    if followed == mine then
-        ends = ends or tonumber(until_then)
-    end
-    state, followed = nil, next_one
-    if followed == owner then
-        state = redis.call('GET', KEYS[2] .. followed)
-        break
-    end
-end
-if followed == mine and ARGV[2] == '' then
+if ARGV[2] == mine then
+    followed = mine
+elseif followed == '' then
+    followed = mine
     return answer(0, '')
+end
+local state
+if followed ~= mine then
+    -- Each has the place of the one before, so they are few.
+    for _ = 1, 100 do
+        local next_one
+        state, next_one = read(followed)
+        if not next_one or followed == owner or followed == mine then
+            break
+        end
+        followed = next_one
+    end
 end
 
 local function has_ended()
@@ -83,19 +86,22 @@ if not owner then
     if followed ~= mine then
         -- Others that follow the same one are to follow this one.
         note(followed, '>:' .. mine)
+    elseif ARGV[2] ~= mine then
+        -- It was told so before.
+        followed = before or ARGV[2]
     end
-    note(mine, '')
+    if not before then
+        note(mine, '')
+    end
     return answer(0, '')
 end
 if owner ~= followed and runner ~= followed then
-    local until_then = ''
-    if followed == mine then
-        ends = ends or now + ttl
-        until_then = string.format('%.0f', ends)
+    if followed ~= mine then
+        note(followed, '>:' .. owner)
     end
-    note(followed, '>' .. until_then .. ':' .. owner)
+    note(mine, '>' .. string.format('%.0f', ends) .. ':' .. owner)
     followed = owner
-    state = redis.call('GET', KEYS[2] .. followed)
+    state = read(followed)
     if has_ended() then
         return answer(2, state)
     end
