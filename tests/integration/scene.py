@@ -160,6 +160,14 @@ class Scene:
         )
         return float(events[-1].at)
 
+    def wait_followed(self, task_id: str, timeout: float = 15) -> None:
+        """Wait until a duplicate has come to a worker that follows a task."""
+        wait_until(
+            lambda: any(f"it follows task {task_id}" in worker.log for worker in self.workers),
+            timeout,
+            lambda: f"somebody who follows {task_id}\n{self.logs}",
+        )
+
     def wait_free(self, *args: Any, task: str = "act", timeout: float = 10) -> None:
         """Wait until nobody holds the key of a call: a result is stored before its claim goes."""
         wait_until(

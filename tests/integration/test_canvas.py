@@ -126,13 +126,13 @@ def test_a_callback_runs_whoever_has_its_key(
     shop: Scene, name: str, parts: Parts, kind: str
 ) -> None:
     """It is a duplicate, and what comes after it comes."""
-    shop.call("act", name, "wait")
+    owner = shop.call("act", name, "wait")
     shop.wait_starts(name)
     callback = parts.same.clone()
     callback.link(parts.plus(f"{name}, after"))
     what = "succeed" if kind == "link" else "fail"
     shop.call("bare", f"{name}, caller", what, **{kind: callback})
-    wait_until(lambda: shop.journal.events("end", name=f"{name}, caller"), SOON, lambda: shop.logs)
+    shop.wait_followed(owner.id)
     shop.journal.open(name)
     shop.wait_starts(f"{name}, after", timeout=SOON)
     assert shop.starts(name) == 1
@@ -239,11 +239,11 @@ def own(redis_server: EmbeddedServer, scenes: StartScene) -> Scene:
 
 def test_an_owner_that_was_purged(own: Scene, name: str) -> None:
     """Its claim goes with its message, and its duplicate runs."""
-    own.call("act", name, queue="elsewhere")
+    owner = own.call("act", name, queue="elsewhere")
     parts = Parts(own, name)
     result = own.keep(chain(parts.same, parts.plus("b")).apply_async())
     own.worker()
-    wait_until(lambda: "it follows task" in own.logs, SOON, lambda: own.logs)
+    own.wait_followed(owner.id)
     with own.app.connection_for_write() as connection:
         assert connection.default_channel.queue_purge("elsewhere") == 1
     assert result.get(timeout=SOON) == f"{name} > b"

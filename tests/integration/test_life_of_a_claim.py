@@ -253,6 +253,7 @@ def test_a_task_sent_by_name_takes_its_key_when_it_starts(shop: Scene, name: str
     by_task = shop.call("act", name, "wait")
     assert by_task.duplicate
     assert by_task.id == first.id
+    shop.wait_followed(first.id)
     shop.journal.open(name)
     assert (first.get(timeout=10), by_name.get(timeout=10)) == (name, name)
     shop.wait_free(name)

@@ -232,11 +232,11 @@ def test_a_dead_workers_once_task_starts_again_in_seconds(scene: Scene) -> None:
 def test_a_duplicate_in_a_chain_follows(scene: Scene, broker: Broker) -> None:
     """It waits in the broker, under an id of its own, and ends as the owner of its key."""
     scene.worker(concurrency=2)
-    scene.call("act", "order", "wait")
+    owner = scene.call("act", "order", "wait")
     scene.wait_starts("order")
     act, bare = scene.app.tasks["act"], scene.app.tasks["bare"]
     rest = scene.keep(chain(act.si("order"), bare.si("after")).apply_async())
-    scene.workers[0].wait_log("it follows task")
+    scene.wait_followed(owner.id)
     scene.journal.open("order")
     assert rest.get(timeout=20) == "after"
     assert (scene.starts("order"), scene.starts("after")) == (1, 1)
