@@ -201,12 +201,15 @@ def test_many_that_wait_leave_room_for_others(
     scene = scenes(redis_server.url, other_database(redis_server), limit=60)
     worker = scene.worker(pool="threads", concurrency=3)
     results = [scene.call("while_executing", name, "wait") for _ in range(120)]
-    worker.wait_log("waits in the broker for")
-    for n in range(6):
-        assert scene.call("act", f"{name}, other {n}").get(timeout=5)
+    worker.wait_log("waits in the broker for", timeout=60)
+    # The gate is shut: without room they would never end.
+    others = [scene.call("act", f"{name}, other {n}") for n in range(6)]
+    for other in others:
+        other.get(timeout=25)
+    assert scene.starts(name) == 1
     scene.journal.open(name)
     for result in results:
-        assert result.get(timeout=60) == name
+        assert result.get(timeout=90) == name
     assert (scene.starts(name), most_at_once(scene, name)) == (120, 1)
     assert "put back" not in worker.log, "nobody is at fault"
 
