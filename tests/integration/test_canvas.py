@@ -102,23 +102,24 @@ SHAPES: dict[str, tuple[Callable[[Parts], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_duplicate_ends_as_the_task_that_has_its_key(
-    shop: Scene, name: str, parts: Parts, shape: str
-) -> None:
-    """While that one runs nothing takes a slot for it; then all goes on."""
-    make, expected = SHAPES[shape]
-    owner = shop.call("act", name, "wait")
-    shop.wait_starts(name)
-    result = shop.keep(make(parts).apply_async())
-    others = [shop.call("act", f"{name}, other {n}") for n in range(SLOTS)]
+def test_duplicates_end_as_the_task_that_has_their_key(shop: Scene, name: str) -> None:
+    """Until it has ended nothing takes a slot for them; then all goes on, in each shape."""
+    all_parts = {shape: Parts(shop, f"{name} {n}") for n, shape in enumerate(SHAPES)}
+    owners = [shop.call("act", parts.name, countdown=4) for parts in all_parts.values()]
+    results = {
+        shape: shop.keep(SHAPES[shape][0](parts).apply_async())
+        for shape, parts in all_parts.items()
+    }
+    others = [shop.call("bare", f"{name}, other {n}") for n in range(SLOTS)]
     for other in others:
         other.get(timeout=SOON)
-    assert not result.ready()
-    shop.journal.open(name)
-    assert str(result.get(timeout=SOON)) == expected.format(n=name), shop.logs
-    assert owner.get(timeout=SOON) == name
-    shop.wait_free(name)
+    assert not [shape for shape, result in results.items() if result.ready()]
+    for shape, parts in all_parts.items():
+        expected = SHAPES[shape][1].format(n=parts.name)
+        assert str(results[shape].get(timeout=2 * SOON)) == expected, f"{shape}\n{shop.logs}"
+    for owner, parts in zip(owners, all_parts.values(), strict=True):
+        assert owner.get(timeout=SOON) == parts.name
+        shop.wait_free(parts.name)
 
 
 @pytest.mark.parametrize("kind", ["link", "link_error"])
