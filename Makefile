@@ -12,7 +12,7 @@ CELERY ?=
 ARGS   ?=
 # Real workers mostly wait: more test processes than two cores still help. Each process has
 # servers of its own, and tests that share workers run in one of them.
-WORKERS ?= -n 6 --dist loadgroup
+WORKERS ?= -n 5 --dist loadgroup
 
 VENV := .venv$(if $(CELERY),-$(CELERY))
 BIN  := $(VENV)/bin

@@ -42,17 +42,19 @@ class Hands:
     Args:
         url: Where it reaches the server.
         direct: A client of the same server which no fault concerns.
+        lease: Its lease (s).
     """
 
-    def __init__(self, url: str, direct: redis.Redis) -> None:
+    def __init__(self, url: str, direct: redis.Redis, lease: float = LEASE) -> None:
         self.broker = Broker(direct)
-        self.held = Held(self.broker.messages, LEASE, _client(url), _client(url))
+        self.held = Held(self.broker.messages, lease, _client(url), _client(url))
+        self._lease = lease
         self.keeper = Keeper.of(self.held)
 
     def take(self, task_id: str) -> Delivery:
         """Publish a task and fetch it."""
         self.broker.publish(task_id)
-        delivery = self.broker.fetch_one(self.held.worker, lease=LEASE)
+        delivery = self.broker.fetch_one(self.held.worker, lease=self._lease)
         self.held.take(delivery)
         return delivery
 
@@ -76,14 +78,14 @@ def _client(url: str) -> redis.Redis:
 
 
 @pytest.fixture
-def make_hands(redis_url: str) -> Iterator[Callable[[str], Hands]]:
+def make_hands(redis_url: str) -> Iterator[Callable[..., Hands]]:
     """Make a worker that reaches the server in a way of its own."""
     with redis.Redis.from_url(redis_url) as direct:
-        yield lambda url: Hands(url, direct)
+        yield lambda url, **options: Hands(url, direct, **options)
 
 
 @pytest.fixture
-def hands(make_hands: Callable[[str], Hands], redis_proxy: Proxy) -> Hands:
+def hands(make_hands: Callable[..., Hands], redis_proxy: Proxy) -> Hands:
     """A worker whose network can be broken."""
     return make_hands(redis_proxy.url())
 
@@ -393,6 +395,11 @@ class TestManyLapsed:
     COUNT = 2000
     #: Each way (s). In one go it would take six seconds to put them back.
     LATENCY = 0.05
+
+    @pytest.fixture
+    def hands(self, make_hands: Callable[..., Hands], redis_proxy: Proxy) -> Hands:
+        """A worker whose lease ends before they are all put back, however slow the machine."""
+        return make_hands(redis_proxy.url(), lease=4.0)
 
     @pytest.fixture
     def left(self, hands: Hands, redis_proxy: Proxy) -> Callable[[], int]:

@@ -51,7 +51,10 @@ class Journal:
         """Return the lines in order: all, or those of one event that say the given things."""
         if not self._file.exists():
             return []
-        lines = [Event(*json.loads(line)) for line in self._file.read_text().splitlines()]
+        text = self._file.read_text()
+        # What is being written this moment can be seen in part.
+        whole = text[: text.rfind("\n") + 1]
+        lines = [Event(*json.loads(line)) for line in whole.splitlines()]
         return [
             line
             for line in lines
