@@ -10,6 +10,7 @@ from typing import Any
 import hypothesis
 import pytest
 import redis
+from celery.result import AsyncResult
 
 from reliable_tasks._broker import keeper
 from reliable_tasks.demo._server import EmbeddedServer
@@ -44,6 +45,17 @@ def _shares_with_its_module(item: pytest.Item) -> bool:
     known: Any = getattr(item, "_fixtureinfo", None)
     found = known.name2fixturedefs.values() if known else ()
     return any(one.scope == "module" for definitions in found for one in definitions)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _results_are_collected_in_silence() -> Iterator[None]:
+    """Keep Celery from telling a server of each result that the garbage collector takes.
+
+    Where that server has been stopped since, it tries for 20 s, in the midst of another test.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(AsyncResult, "__del__")
+        yield
 
 
 @pytest.fixture(scope="session")

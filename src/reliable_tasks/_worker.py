@@ -19,6 +19,7 @@ from reliable_tasks._celery.channels import held_by
 from reliable_tasks._celery.consumer import CarryingConsumer, is_amqp
 from reliable_tasks._celery.delivery import give_back_what_waits, tell_events_to
 from reliable_tasks._celery.exits import is_stopping
+from reliable_tasks._celery.pools import wait_for_all_of_eventlets_pool
 from reliable_tasks._celery.signals import handle_signals_in_green_threads
 from reliable_tasks._once.locks import locks_of
 from reliable_tasks.errors import ConfigError
@@ -42,6 +43,7 @@ class KeeperStep(bootsteps.StartStopStep):
         super().__init__(parent, **options)
         # Made before the worker installs its handlers.
         handle_signals_in_green_threads()
+        wait_for_all_of_eventlets_pool()
         self._ticks: Any = None
         self._keeper: Keeper | None = None
 

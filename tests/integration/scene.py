@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import redis
 from celery import Celery
-from celery.result import AsyncResult
 
 from reliable_tasks import ReliableResult
 from reliable_tasks._once.locks import locks_of
@@ -58,7 +57,6 @@ class Scene:
             **(env or {}),
         }
         self._settings = settings or {}
-        self._results: list[Any] = []
         self._broker, self._backend = broker, backend
 
     def worker(self, **options: Any) -> WorkerProcess:
@@ -105,20 +103,12 @@ class Scene:
 
     def call(self, task: str, *args: Any, **options: Any) -> ReliableResult:
         """Queue a task; options are those of ``apply_async``."""
-        return self.keep(self.app.tasks[task].apply_async(args, **options))
+        result: ReliableResult = self.app.tasks[task].apply_async(args, **options)
+        return result
 
     def send(self, task: str, *args: Any) -> Any:
         """Queue a task by its name."""
-        return self.keep(self.app.send_task(task, args))
-
-    def keep(self, result: Any) -> Any:
-        """Keep a result: Celery tells the server when one is collected, also one that is gone."""
-        for other in (getattr(result, "parent", None), *getattr(result, "results", ())):
-            if other is not None:
-                self.keep(other)
-        if isinstance(result, AsyncResult):
-            self._results.append(result)
-        return result
+        return self.app.send_task(task, args)
 
     @property
     def claims(self) -> Claims:
@@ -192,6 +182,4 @@ class Scene:
         try:
             self.stop_workers()
         finally:
-            for result in self._results:
-                result.backend = None
             self.app.close()

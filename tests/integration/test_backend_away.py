@@ -98,7 +98,7 @@ def test_a_task_over_its_hard_limit_fails_when_the_backend_is_back(
 
 
 def _ends_as(scene: Scene, task_id: str, state: str) -> None:
-    result = scene.keep(scene.app.AsyncResult(task_id))
+    result = scene.app.AsyncResult(task_id)
     wait_until(
         lambda: result.state == state,
         15,

@@ -106,10 +106,7 @@ def test_duplicates_end_as_the_task_that_has_their_key(shop: Scene, name: str) -
     """Until it has ended nothing takes a slot for them; then all goes on, in each shape."""
     all_parts = {shape: Parts(shop, f"{name} {n}") for n, shape in enumerate(SHAPES)}
     owners = [shop.call("act", parts.name, countdown=4) for parts in all_parts.values()]
-    results = {
-        shape: shop.keep(SHAPES[shape][0](parts).apply_async())
-        for shape, parts in all_parts.items()
-    }
+    results = {shape: SHAPES[shape][0](parts).apply_async() for shape, parts in all_parts.items()}
     others = [shop.call("bare", f"{name}, other {n}") for n in range(SLOTS)]
     for other in others:
         other.get(timeout=SOON)
@@ -159,7 +156,7 @@ def test_the_failure_of_the_owner_is_that_of_its_duplicates(
     shop.call("act", name, "wait_and_fail")
     shop.wait_starts(name)
     rest = chain(parts.same, parts.plus("b")).on_error(parts.note_failure())
-    result = shop.keep(rest.apply_async())
+    result = rest.apply_async()
     shop.journal.open(name)
     with pytest.raises(ValueError, match=name):
         result.parent.get(timeout=SOON)
@@ -175,14 +172,12 @@ def test_a_duplicate_that_is_refused_fails_in_its_place(
     shop.wait_starts(name)
     with pytest.raises(DuplicateTaskError):
         chain(parts.strict, parts.plus("b")).apply_async()
-    in_group = shop.keep(group(parts.strict, parts.plus("b", "a")).apply_async())
-    in_chain = shop.keep(chain(parts.plus("a", ""), parts.strict, parts.plus("b")).apply_async())
-    in_chord = shop.keep(
-        chord(
-            [parts.strict, parts.plus("b", "a")], parts.collect("c").on_error(parts.note_failure())
-        ).apply_async()
-    )
-    as_body = shop.keep(chord([parts.plus("a", ""), parts.plus("b", "")], parts.strict)())
+    in_group = group(parts.strict, parts.plus("b", "a")).apply_async()
+    in_chain = chain(parts.plus("a", ""), parts.strict, parts.plus("b")).apply_async()
+    in_chord = chord(
+        [parts.strict, parts.plus("b", "a")], parts.collect("c").on_error(parts.note_failure())
+    ).apply_async()
+    as_body = chord([parts.plus("a", ""), parts.plus("b", "")], parts.strict)()
     for result in (in_group[0], in_chain.parent, as_body):
         with pytest.raises(DuplicateTaskError, match="owns"):
             result.get(timeout=SOON)
@@ -200,7 +195,7 @@ def test_a_duplicate_runs_if_nobody_knows_how_its_owner_ended(
     """The owner's result is gone: the key is free, and the duplicate takes it."""
     owner = shop.call("act", name, "wait")
     shop.wait_starts(name)
-    result = shop.keep(chain(parts.same, parts.plus("b")).apply_async(countdown=3))
+    result = chain(parts.same, parts.plus("b")).apply_async(countdown=3)
     shop.journal.open(name)
     owner.get(timeout=SOON)
     shop.wait_free(name)
@@ -222,7 +217,7 @@ def test_two_canvases_that_need_each_others_keys(shop: Scene, name: str) -> None
     """Neither waits for the other for ever."""
     act = shop.app.tasks["act"]
     one, two = (act.si(f"{name} {n}", "take_a_while") for n in (1, 2))
-    results = [shop.keep(chain(*pair).apply_async()) for pair in ((one, two), (two, one)) * 3]
+    results = [chain(*pair).apply_async() for pair in ((one, two), (two, one)) * 3]
     for result in results:
         result.get(timeout=SOON)
     for n in (1, 2):
@@ -242,7 +237,7 @@ def test_an_owner_that_was_purged(own: Scene, name: str) -> None:
     """Its claim goes with its message, and its duplicate runs."""
     owner = own.call("act", name, queue="elsewhere")
     parts = Parts(own, name)
-    result = own.keep(chain(parts.same, parts.plus("b")).apply_async())
+    result = chain(parts.same, parts.plus("b")).apply_async()
     own.worker()
     own.wait_followed(owner.id)
     with own.app.connection_for_write() as connection:
@@ -257,7 +252,7 @@ def test_an_owner_whose_worker_was_killed(own: Scene, name: str, task: str) -> N
     parts = Parts(own, name)
     own.call(task, name, "wait")
     same = own.app.tasks[task].si(name)
-    result = own.keep(chain(same, parts.plus("b")).apply_async())
+    result = chain(same, parts.plus("b")).apply_async()
     own.crew(2, concurrency=1)
     own.wait_starts(name)
     (start,) = own.journal.events("start", name=name)
@@ -280,7 +275,7 @@ def test_one_that_cannot_wait_any_longer(
     scene.call("act", name, "wait")
     scene.wait_starts(name)
     parts = Parts(scene, name)
-    result = scene.keep(chain(parts.same, parts.plus("b")).apply_async())
+    result = chain(parts.same, parts.plus("b")).apply_async()
     with pytest.raises(FollowTimeout, match="has not ended in time"):
         result.parent.get(timeout=SOON)
     assert scene.claim(name)
@@ -295,7 +290,7 @@ def test_a_thousand_that_follow_one(own: Scene, name: str) -> None:
     owner = own.call("act", name, "wait")
     own.wait_starts(name)
     parts = Parts(own, name)
-    results = own.keep(group([parts.same] * 1000).apply_async())
+    results = group([parts.same] * 1000).apply_async()
     others = [own.call("act", f"{name}, other {n}") for n in range(20)]
     for other in others:
         other.get(timeout=SOON)

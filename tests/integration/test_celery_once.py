@@ -45,7 +45,7 @@ def wait_unlocked(scene: Scene, key: str) -> None:
 def test_slow_task(shop: Scene) -> None:
     """Usage: a second call raises until the first has ended."""
     slow_task = shop.app.tasks["slow_task"]
-    result = shop.keep(slow_task.delay())
+    result = slow_task.delay()
     for error in (AlreadyQueued, celery_once.AlreadyQueued):
         with pytest.raises(error):
             slow_task.delay()
@@ -53,18 +53,18 @@ def test_slow_task(shop: Scene) -> None:
             slow_task.apply_async()
     assert result.get(timeout=10) == "Done!"
     wait_unlocked(shop, "qo_slow_task")
-    assert shop.keep(slow_task.delay()).get(timeout=10) == "Done!"
+    assert slow_task.delay().get(timeout=10) == "Done!"
 
 
 def test_graceful(shop: Scene) -> None:
     """By the task, and by the call."""
     graceful, slow_add = shop.app.tasks["graceful"], shop.app.tasks["slow_add"]
-    result = shop.keep(graceful.delay())
+    result = graceful.delay()
     for again in (graceful.delay(), graceful.apply_async(once={"graceful": True})):
         assert isinstance(again, EagerResult)
         assert again.state == states.REJECTED
     assert result.get(timeout=10) == "Done!"
-    first = shop.keep(slow_add.apply_async(args=(10, 1), once={"graceful": True}))
+    first = slow_add.apply_async(args=(10, 1), once={"graceful": True})
     second = slow_add.apply_async(args=(10, 1), once={"graceful": True})
     assert (first.get(timeout=10), second.state) == (11, states.REJECTED)
 
@@ -72,19 +72,19 @@ def test_graceful(shop: Scene) -> None:
 def test_keys(shop: Scene) -> None:
     """One argument counts."""
     slow_add = shop.app.tasks["slow_add"]
-    one = shop.keep(slow_add.delay(1, 1))
+    one = slow_add.delay(1, 1)
     with pytest.raises(AlreadyQueued):
         slow_add.delay(1, 2)
-    two = shop.keep(slow_add.delay(2, 2))
+    two = slow_add.delay(2, 2)
     assert (one.get(timeout=10), two.get(timeout=10)) == (2, 4)
 
 
 def test_unlock_before_run(shop: Scene) -> None:
     """The key is free when the task starts."""
     unlocked = shop.app.tasks["unlocked"]
-    first = shop.keep(unlocked.delay())
+    first = unlocked.delay()
     wait_unlocked(shop, "qo_unlocked")
-    second = shop.keep(unlocked.delay())
+    second = unlocked.delay()
     assert (first.get(timeout=10), second.get(timeout=10)) == ("Done!", "Done!")
 
 

@@ -271,9 +271,9 @@ def test_a_task_sent_by_name_and_killed_runs_again(shop: Scene, name: str) -> No
 def test_chains_and_groups_claim_for_each_of_their_tasks(shop: Scene, name: str) -> None:
     """Canvas publishes through apply_async, so each task holds its key and frees it."""
     act = shop.app.tasks["act"]
-    done = shop.keep(chain(act.si(f"{name}-1"), act.si(f"{name}-2")).apply_async())
+    done = chain(act.si(f"{name}-1"), act.si(f"{name}-2")).apply_async()
     assert done.get(timeout=10) == f"{name}-2"
-    both = shop.keep(group(act.si(f"{name}-3"), act.si(f"{name}-4")).apply_async())
+    both = group(act.si(f"{name}-3"), act.si(f"{name}-4")).apply_async()
     assert both.get(timeout=10) == [f"{name}-3", f"{name}-4"]
     for number in (1, 2, 3, 4):
         assert shop.starts(f"{name}-{number}") == 1

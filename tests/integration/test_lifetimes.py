@@ -148,9 +148,7 @@ def test_the_last_call_of_several_runs(shop: Scene, name: str) -> None:
 def test_a_replaced_chain_ends(shop: Scene, name: str) -> None:
     """Who waits for its last task is told."""
     task = shop.app.tasks["replace"]
-    result = shop.keep(
-        chain(task.si(name).set(countdown=0.5), shop.app.tasks["bare"].si(name)).apply_async()
-    )
+    result = chain(task.si(name).set(countdown=0.5), shop.app.tasks["bare"].si(name)).apply_async()
     second = shop.call("replace", name)
     assert second.get(timeout=10) == name
     with pytest.raises(TaskRevokedError):

@@ -84,7 +84,7 @@ class Fleet:
         if not stock:
             return str(self.scene.call("show", name, seconds, **options).id)
         sent = self.stock_app.send_task("show", (name, seconds), **options)
-        return str(self.scene.keep(sent).id)
+        return str(sent.id)
 
     def done(self, name: str, timeout: float = 30) -> None:
         """Wait until a task has ended, and its message is acknowledged."""

@@ -235,7 +235,7 @@ def test_a_duplicate_in_a_chain_follows(scene: Scene, broker: Broker) -> None:
     owner = scene.call("act", "order", "wait")
     scene.wait_starts("order")
     act, bare = scene.app.tasks["act"], scene.app.tasks["bare"]
-    rest = scene.keep(chain(act.si("order"), bare.si("after")).apply_async())
+    rest = chain(act.si("order"), bare.si("after")).apply_async()
     scene.wait_followed(owner.id)
     scene.journal.open("order")
     assert rest.get(timeout=20) == "after"
