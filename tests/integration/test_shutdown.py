@@ -86,6 +86,15 @@ def _ended(busy: Busy) -> set[str]:
     return {result.get(timeout=5) for result in busy.results if result.state == "SUCCESS"}
 
 
+def _tracebacks(worker: WorkerProcess) -> int:
+    """Count what a worker could not handle.
+
+    Not what Celery's pool says in its finalizer when it reads from a pipe whose child was killed
+    in the midst of a word.
+    """
+    return worker.log.count("Traceback") - worker.log.count("in _help_stuff_finish")
+
+
 def _run_the_rest(busy: Busy) -> dict[str, int]:
     """Let another worker run what is left, and return how often each task was started.
 
@@ -114,7 +123,7 @@ def test_a_cold_shutdown_hands_back_what_it_kills(
     assert time.monotonic() - began >= soft
     assert _left(broker) == _nothing_held(4), scene.logs
     assert _ended(busy) == set()
-    assert "Traceback" not in worker.log, scene.logs
+    assert not _tracebacks(worker), scene.logs
     assert _run_the_rest(busy) == {"first": 2, "second": 1, "third": 1}
 
 
@@ -143,7 +152,7 @@ def test_a_cold_shutdown_waits_for_what_it_cannot_kill(
     worker.wait(SOON)
     assert _left(broker) == _nothing_held(3), scene.logs
     assert _ended(busy) == {"first"}
-    assert "Traceback" not in worker.log, scene.logs
+    assert not _tracebacks(worker), scene.logs
     assert _run_the_rest(busy) == {"first": 1, "second": 1, "third": 1}
 
 
@@ -162,7 +171,7 @@ def test_what_ends_during_a_soft_shutdown_has_ended(
     ended = _ended(busy)
     assert "first" in ended
     assert _left(broker) == _nothing_held(4 - len(ended)), scene.logs
-    assert "Traceback" not in worker.log, scene.logs
+    assert not _tracebacks(worker), scene.logs
     assert _run_the_rest(busy) == {"first": 1, "second": 1, "third": 1}
 
 
@@ -181,5 +190,5 @@ def test_a_warm_shutdown_ends_what_runs_and_hands_back_the_rest(
     ended = _ended(busy)
     assert "first" in ended
     assert _left(broker) == _nothing_held(4 - len(ended)), scene.logs
-    assert "Traceback" not in worker.log, scene.logs
+    assert not _tracebacks(worker), scene.logs
     assert _run_the_rest(busy) == {"first": 1, "second": 1, "third": 1}
