@@ -6,6 +6,7 @@ from uuid import uuid4
 
 import pytest
 import redis
+from celery.exceptions import TaskRevokedError
 
 from reliable_tasks import TaskExited
 from reliable_tasks.demo._server import EmbeddedServer
@@ -78,6 +79,26 @@ def test_a_failure_frees_the_key(shop: Scene, name: str) -> None:
     with pytest.raises(ValueError, match=name):
         result.get(timeout=10)
     shop.wait_free(name)
+
+
+@pytest.mark.parametrize("task", ["act", "while_executing, early ack"])
+def test_a_task_that_is_terminated_frees_its_key(
+    shop: Scene, pool: str, name: str, task: str
+) -> None:
+    """Also where its message was acknowledged long before."""
+    result = shop.call(task, name, "wait")
+    shop.wait_starts(name)
+    result.revoke(terminate=True)
+    if pool in ("threads", "solo"):
+        # Nothing stops it; what Celery says of its state depends on the version.
+        shop.journal.open(name)
+    else:
+        with pytest.raises(TaskRevokedError):
+            result.get(timeout=10)
+    shop.wait_free(name, task=task)
+    turn = f"{shop.claim_name(name, task=task)}:turn"
+    wait_until(lambda: not shop.claims.read(turn), 10, lambda: shop.logs)
+    assert shop.starts(name) == 1
 
 
 def test_a_policy_retries(shop: Scene, name: str) -> None:

@@ -84,7 +84,12 @@ class ReliableRequest(GuardedRequest):
     def terminate(self, pool: Any, signal: Any = None) -> None:
         """Kill a task that was revoked while it runs; its claim is released when it is dead."""
         self._ends_here = bool(self.time_start)
+        # Only gevent's and eventlet's pools have this.
+        greenlet = getattr(pool, "_pool_map", {}).get(self.worker_pid) if self._ends_here else None
         super().terminate(pool, signal)
+        if greenlet is not None:
+            # Its pool tells of it as of one that has ended by itself.
+            greenlet.link(lambda _: self._settle(requeued=False))
 
     def on_failure(
         self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
