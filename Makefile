@@ -5,6 +5,7 @@
 #   make test                the whole test suite, on the newest Celery we support
 #   make test CELERY=5.6     the same on an older Celery, in an environment of its own
 #   make test ARGS="-k once" hand arguments to pytest
+#   make bench-table         see who has a key, in every lifetime, way of ending and pool
 #   make chaos               break workers, Redis and connections for a minute, and count
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ VENV := .venv$(if $(CELERY),-$(CELERY))
 BIN  := $(VENV)/bin
 PIN  := $(if $(CELERY),"celery==$(CELERY).*")
 
-.PHONY: demo test lint docs bench chaos clean
+.PHONY: demo test lint docs bench bench-table chaos clean
 .DELETE_ON_ERROR:
 # Installed once and kept: make would delete stamps that only a pattern rule names.
 .SECONDARY:
@@ -48,6 +49,9 @@ docs: $(VENV)/.installed-docs
 bench: $(VENV)/.installed-test
 	@test -d benchmarks || { echo "there are no benchmarks yet" >&2; exit 1; }
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-table: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.table $(ARGS)
 
 chaos: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.chaos kills --quick --systems ours

@@ -26,6 +26,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("reliable")
 
 
+# With it Celery tells a server of each result that the garbage collector takes: where that server
+# has been stopped since, for 20 s, and in the midst of another test.
+del AsyncResult.__del__
+
+
 # Before pytest-xdist reads its own mark.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,17 +50,6 @@ def _shares_with_its_module(item: pytest.Item) -> bool:
     known: Any = getattr(item, "_fixtureinfo", None)
     found = known.name2fixturedefs.values() if known else ()
     return any(one.scope == "module" for definitions in found for one in definitions)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _results_are_collected_in_silence() -> Iterator[None]:
-    """Keep Celery from telling a server of each result that the garbage collector takes.
-
-    Where that server has been stopped since, it tries for 20 s, in the midst of another test.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delattr(AsyncResult, "__del__")
-        yield
 
 
 @pytest.fixture(scope="session")
