@@ -44,11 +44,11 @@ def _leave(task: Any = None, state: str | None = None, retval: Any = None, **_: 
     if run is not None and state in _ENDED:
         goes_back = state == states.REJECTED and bool(getattr(retval, "requeue", False))
         is_over = not goes_back and state != states.RETRY
-        end = _end(task, run.once, run.claim, state if state in _FINAL else _SOMEHOW)
+        told = state if state in _FINAL else _SOMEHOW
+        end = _end(task, run.once, run.claim, told) if is_over else None
         if run.held is not None:
-            of_run = end if is_over else None
-            _release(task, run.once, run.held, run.holder, goes_back=goes_back, end=of_run)
-        elif end is not None and is_over:
+            _release(task, run.once, run.held, run.holder, goes_back=goes_back, end=end)
+        elif end is not None:
             _note_end(task, run, end)
         if state == states.RETRY and run.once.options.is_freed_at_start:
             # The retry has taken the key again; where that is a step of its own, it counts now.

@@ -177,17 +177,7 @@ class QueueOnce(ReliableTask):
         cls.reliable_once = _QueueOnce(cls, app)
         return bound
 
-    def apply_async(
-        self,
-        args: Any = None,
-        kwargs: Any = None,
-        task_id: str | None = None,
-        producer: Any = None,
-        link: Any = None,
-        link_error: Any = None,
-        shadow: str | None = None,
-        **options: Any,
-    ) -> Any:
+    def apply_async(self, *args: Any, **options: Any) -> Any:
         """Queue the task; takes what Celery's `apply_async` takes, and ``once={...}``.
 
         Returns:
@@ -201,9 +191,7 @@ class QueueOnce(ReliableTask):
         while True:
             refused: AlreadyQueued | None = None
             try:
-                result = super().apply_async(
-                    *(args, kwargs, task_id, producer, link, link_error, shadow), **options
-                )
+                result = super().apply_async(*args, **options)
             except AlreadyQueued as error:
                 refused = error
             else:
