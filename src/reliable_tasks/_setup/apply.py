@@ -230,7 +230,11 @@ class StartCheck(bootsteps.Step):
                 if is_stock
                 else "a task that hangs there is not stopped"
             )
-            logger.warning("The %s pool does not enforce hard time limits: %s", pool, consequence)
+            enforces = "enforces" if pool == "gevent" else "does not enforce"
+            where = " where a task waits, and nowhere else" if pool == "gevent" else ""
+            logger.warning(
+                "The %s pool %s hard time limits%s: %s", pool, enforces, where, consequence
+            )
         _refuse_exclusive(app, facts, pool)
 
 
