@@ -30,17 +30,22 @@ workers and a real server: each lifetime, each way of ending, each pool. The tes
 """
 
 
+#: Where, how it ended, of which lifetime: the moments and what was seen then.
+Rows = dict[str, dict[str, dict[str, list[tuple[str, str]]]]]
+
+
 class _Seen:
     """What the rows of the table were, as pytest reports them."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, dict[str, dict[str, list[str]]]] = {}
+        self.rows: Rows = {}
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         for name, value in report.user_properties if report.when == "call" else ():
             if name == "row":
                 where, ending, seen = value
-                self.rows.setdefault(where, {})[ending] = seen
+                # A solo worker's rows come in parts.
+                self.rows.setdefault(where, {}).setdefault(ending, {}).update(seen)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,7 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _as_text(rows: dict[str, dict[str, dict[str, list[str]]]]) -> str:
+def _as_text(rows: Rows) -> str:
+    from tests.integration.apps.ends import LIFETIMES
     from tests.integration.test_ends import OF_CALLS, OF_TASKS, OF_WORKERS, POOLS
 
     made_with = ", ".join(f"{name} {value}" for name, value in machine.describe().items())
@@ -67,12 +73,11 @@ def _as_text(rows: dict[str, dict[str, dict[str, list[str]]]]) -> str:
     endings = [*OF_TASKS, *OF_WORKERS]
     order = [str(ending) for ending in (*endings, *OF_CALLS)]
     for where in (*POOLS, *sorted(set(rows) - set(POOLS))):
-        lifetimes = list(next(iter(rows[where].values())))
         parts += [f"## {where}", ""]
-        parts += [f"| how it ends | when | {' | '.join(lifetimes)} |"]
-        parts += ["|---" * (2 + len(lifetimes)) + "|"]
+        parts += [f"| how it ends | when | {' | '.join(LIFETIMES)} |"]
+        parts += ["|---" * (2 + len(LIFETIMES)) + "|"]
         for ending in sorted(rows[where], key=order.index):
-            columns = [[seen.split(": ") for seen in one] for one in rows[where][ending].values()]
+            columns = [rows[where][ending][lifetime] for lifetime in LIFETIMES]
             # Moments in lines below each other, as far as Markdown has such.
             cells = ["<br>".join(moment for moment, _ in columns[0])]
             cells += ["<br>".join(state for _, state in column) for column in columns]

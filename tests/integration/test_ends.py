@@ -19,7 +19,7 @@ from uuid import uuid4
 import gevent
 import pytest
 import redis
-from celery import VERSION, states
+from celery import Task, states
 from kombu import Producer
 from kombu.exceptions import EncodeError, OperationalError
 
@@ -29,13 +29,13 @@ from tests.integration.conftest import StartScene, lose_connections, other_datab
 from tests.integration.scene import Scene
 from tests.support import WorkerProcess, wait_until
 
-POOLS = ("prefork", "threads", "solo", "gevent")
+POOLS = ("prefork", "threads", "solo", "gevent", "eventlet")
 #: How many rows of the other pools than prefork are run, where not all are.
 SAMPLE = 8
 #: Slots of a worker: enough for a task of each lifetime.
 SLOTS = 6
 #: How long a task that is stopped by its limit may run (s): until its claim was looked at.
-LIMIT = 4
+LIMIT = 12
 
 FREE, OWNED, HELD, TURN = "free", "owned", "held", "turn"
 _OF_CALLS = dict.fromkeys(ends.LIFETIMES, OWNED)
@@ -68,6 +68,10 @@ def who_has(scene: Scene, task: str, name: str, task_id: str | None = None) -> s
     return " and ".join(found) or FREE
 
 
+#: What there was of each lifetime's claim, by the moment.
+Seen = dict[str, list[tuple[str, str]]]
+
+
 class Row:
     """A task of each lifetime, all in one worker, which all end in the same way.
 
@@ -77,6 +81,7 @@ class Row:
         ending: How they end.
         lifetimes: Which of them there are.
         start: Starts a worker for them; or has one that is shared take them.
+        queue: Where they are queued.
     """
 
     def __init__(
@@ -88,10 +93,11 @@ class Row:
         start: Callable[[Row], WorkerProcess],
         queue: str = "celery",
     ) -> None:
+        self.worker: WorkerProcess
         self.scene, self.pool = scene, pool
         self.queue = queue
         self.names = {lifetime: uuid4().hex[:8] for lifetime in lifetimes}
-        self.seen: dict[str, list[str]] = {lifetime: [] for lifetime in lifetimes}
+        self.seen: Seen = {lifetime: [] for lifetime in lifetimes}
         self._ending, self._start = ending, start
         self.options = {"queue": queue, **ending.options}
         self.results = {
@@ -99,7 +105,6 @@ class Row:
             for lifetime, name in self.names.items()
         }
         self.note("queued", QUEUED)
-        self.worker: WorkerProcess
 
     def go(self) -> None:
         """See them from their start to their end."""
@@ -112,6 +117,9 @@ class Row:
         if ending.runs == 2:
             self.note_start("running again", 2)
             self.open(2)
+        if ending.runs == 0:
+            for result in self.results.values():
+                self.worker.wait_log(f"Discarding revoked task: .*{result.id}", timeout=30)
         for lifetime, result in self.results.items():
             wait_until(
                 lambda result=result: result.state == ending.state,
@@ -121,8 +129,12 @@ class Row:
                 ),
             )
         self.note("over", OVER)
-        for name in self.names.values():
-            assert self.scene.starts(name) == ending.runs, self.scene.logs
+
+    def check_starts(self) -> None:
+        """Check that none was started once more, now that nobody will any more."""
+        for lifetime, name in self.names.items():
+            about = f"{self._ending} of {lifetime}\n{self.scene.logs}"
+            assert self.scene.starts(name) == self._ending.runs, about
 
     def start_another(self) -> None:
         """Start a worker in place of the one that is gone."""
@@ -153,7 +165,7 @@ class Row:
                 f"seen until now: {self.seen[lifetime]}\n{self.scene.logs}"
             ),
         )
-        self.seen[lifetime].append(f"{moment}: {expected}")
+        self.seen[lifetime].append((moment, expected))
 
     def _state(self, lifetime: str) -> str:
         task_id = self.results[lifetime].id
@@ -169,6 +181,12 @@ def _nothing(row: Row) -> None:
 
 def _go_on(row: Row) -> None:
     row.open(1)
+
+
+def _see_the_end(row: Row) -> None:
+    row.open(1)
+    for name in row.names.values():
+        wait_until(lambda name=name: row.scene.journal.events("end", name=name), 30)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,14 +222,15 @@ class Ending:
 
 
 def _revoke(row: Row) -> None:
-    for result in row.results.values():
-        row.scene.app.control.revoke(result.id)
-        wait_until(lambda result=result: result.id in _revoked(row.scene), 20)
+    ids = {result.id for result in row.results.values()}
 
+    def are_revoked() -> bool:
+        # A green worker can be ready a moment before it listens.
+        row.scene.app.control.revoke(list(ids))
+        known = row.scene.app.control.inspect(timeout=2, limit=1).revoked() or {}
+        return ids <= {task_id for found in known.values() for task_id in found}
 
-def _revoked(scene: Scene) -> list[str]:
-    known = scene.app.control.inspect(timeout=2, limit=1).revoked() or {}
-    return [task_id for ids in known.values() for task_id in ids]
+    wait_until(are_revoked, 30)
 
 
 def _terminate(row: Row) -> None:
@@ -246,13 +265,13 @@ def _lose_connections(row: Row) -> None:
 
 def _stop_warm(row: Row) -> None:
     row.worker.terminate()
-    row.worker.wait_log("Warm shutdown")
+    row.worker.wait_log("Warm shutdown", timeout=30)
     row.open(1)
 
 
 def _stop_soft(row: Row) -> None:
     row.worker.send_signal(signal.SIGQUIT)
-    row.worker.wait_log("Initiating Soft Shutdown")
+    row.worker.wait_log("Initiating Soft Shutdown", timeout=30)
     row.open(1)
 
 
@@ -265,7 +284,7 @@ def _stop_cold(row: Row) -> None:
 
 def _stop_cold_in_the_end(row: Row) -> None:
     row.worker.send_signal(signal.SIGQUIT)
-    row.worker.wait_log(r"Cold shutdown|Hitting Ctrl\+C")
+    row.worker.wait_log(r"Hitting Ctrl\+C", timeout=30)
     row.open(1)
 
 
@@ -278,10 +297,11 @@ _STOPPED = "Celery cannot stop its tasks"
 OF_TASKS = (
     Ending(name="success"),
     Ending(name="failure", how="fail", state=states.FAILURE),
-    Ending(name="Ignore", how="ignore", state=states.STARTED),
+    # Its state is that of a task that runs.
+    Ending(name="Ignore", how="ignore", state=states.STARTED, meanwhile=_see_the_end),
     Ending(name="Reject", how="reject", state=states.FAILURE),
     Ending(name="Reject, requeue", how="requeue", runs=2),
-    Ending(name="replace", how="replace", runs=2),
+    Ending(name="replace", how="replace_same", runs=2),
     Ending(name="SystemExit", how="exit", state=states.FAILURE),
     Ending(name="retry", how="retry", runs=2, meanwhile=_take_retry),
     Ending(name="no retry left", how="retry in vain", state=states.FAILURE),
@@ -291,14 +311,14 @@ OF_TASKS = (
         state=states.FAILURE,
         options={"soft_time_limit": LIMIT},
         meanwhile=_nothing,
-        not_in=dict.fromkeys(("threads", "solo", "gevent"), _SOFT_LIMITS),
+        not_in=dict.fromkeys(POOLS[1:], _SOFT_LIMITS),
     ),
     Ending(
         name="hard time limit",
         state=states.FAILURE,
         options={"time_limit": LIMIT},
         meanwhile=_nothing,
-        not_in=dict.fromkeys(("threads", "solo"), _HARD_LIMITS),
+        not_in=dict.fromkeys(("threads", "solo", "eventlet"), _HARD_LIMITS),
     ),
     Ending(name="revoked before its start", state=states.REVOKED, runs=0, before=_revoke),
     Ending(
@@ -314,17 +334,17 @@ OF_TASKS = (
         name="child killed",
         how="die",
         runs=2,
-        not_in=dict.fromkeys(("threads", "solo", "gevent"), _CHILDREN),
+        not_in=dict.fromkeys(POOLS[1:], _CHILDREN),
     ),
 )
-if VERSION >= (5, 7):
+if hasattr(Task, "retry_on_worker_lost"):
     OF_TASKS += (
         Ending(
             name="child killed, retry_on_worker_lost",
             how="die",
             runs=2,
             kind=ends.RETRIED,
-            not_in=dict.fromkeys(("threads", "solo", "gevent"), _CHILDREN),
+            not_in=dict.fromkeys(POOLS[1:], _CHILDREN),
         ),
     )
 #: Those that are of a worker, or of what it is connected to.
@@ -335,7 +355,7 @@ OF_WORKERS = (
     Ending(
         name="soft shutdown",
         meanwhile=_stop_soft,
-        settings={"worker_soft_shutdown_timeout": 5.0},
+        settings={"worker_soft_shutdown_timeout": 12.0},
     ),
     Ending(
         name="cold shutdown",
@@ -348,18 +368,22 @@ OF_WORKERS = (
         name="cold shutdown, which waits",
         meanwhile=_stop_cold_in_the_end,
         settings={"worker_soft_shutdown_timeout": 0.0},
-        not_in=dict.fromkeys(("prefork", "gevent"), "it stops its tasks"),
+        not_in=dict.fromkeys(("prefork", "gevent", "eventlet"), "it stops its tasks"),
     ),
 )
 
 
-def _rows() -> list[tuple[str, Ending]]:
-    """Return the rows that are run: all, or prefork's and a sample."""
+def _rows() -> list[tuple[str, Ending, Sequence[str]]]:
+    """Return the rows that are run: all, or prefork's and a sample.
+
+    A solo worker has one slot: each of its rows is of one lifetime.
+    """
     rows = [
-        (pool, ending)
+        (pool, ending, lifetimes)
         for pool in POOLS
         for ending in (*OF_TASKS, *OF_WORKERS)
         if pool not in ending.not_in
+        for lifetimes in ([[one] for one in ends.LIFETIMES] if pool == "solo" else [ends.LIFETIMES])
     ]
     if os.environ.get("RT_TABLE") == "all":
         return rows
@@ -369,35 +393,43 @@ def _rows() -> list[tuple[str, Ending]]:
 
 def _those_of(endings: Sequence[Ending]) -> pytest.MarkDecorator:
     rows = [row for row in _rows() if row[1] in endings]
-    ids = [f"{pool}-{ending}" for pool, ending in rows]
-    return pytest.mark.parametrize(("pool", "ending"), rows, ids=ids)
+    ids = [
+        "-".join([pool, str(ending), *(lifetimes if len(lifetimes) == 1 else ())])
+        for pool, ending, lifetimes in rows
+    ]
+    return pytest.mark.parametrize(("pool", "ending", "lifetimes"), rows, ids=ids)
 
 
-def _batches(pool: str) -> list[Sequence[str]]:
-    # One slot: one task.
-    return [[lifetime] for lifetime in ends.LIFETIMES] if pool == "solo" else [ends.LIFETIMES]
+class Shops:
+    """A worker of each pool that is asked for, and what was run there."""
+
+    def __init__(self, server: EmbeddedServer, start: StartScene) -> None:
+        self.rows: list[Row] = []
+        self._server, self._start = server, start
+        self._scenes: dict[str, Scene] = {}
+
+    def __getitem__(self, pool: str) -> Scene:
+        if pool not in self._scenes:
+            urls = (other_database(self._server, 2 * len(self._scenes) + n) for n in (0, 1))
+            self._scenes[pool] = self._start(*urls, module=ends)
+            self._scenes[pool].worker(pool=pool, concurrency=SLOTS)
+        return self._scenes[pool]
 
 
 @pytest.fixture(scope="module")
-def shops(module_redis: EmbeddedServer, module_scenes: StartScene) -> Callable[[str], Scene]:
-    """Start a worker of each pool that is asked for, once."""
-    started: dict[str, Scene] = {}
-
-    def start(pool: str) -> Scene:
-        if pool not in started:
-            urls = (other_database(module_redis, 2 * len(started) + n) for n in (0, 1))
-            started[pool] = module_scenes(*urls, limit=60, module=ends)
-            started[pool].worker(pool=pool, concurrency=1 if pool == "solo" else SLOTS)
-        return started[pool]
-
-    return start
+def shops(module_redis: EmbeddedServer, module_scenes: StartScene) -> Iterator[Shops]:
+    """Start the workers that the module's tests share."""
+    shops = Shops(module_redis, module_scenes)
+    yield shops
+    for row in shops.rows:
+        row.check_starts()
 
 
 @pytest.fixture
-def note(record_property: Callable[[str, object], None]) -> Iterator[Callable[..., None]]:
+def note(record_property: Callable[[str, object], None]) -> Callable[..., None]:
     """Keep what was seen of a row for the table."""
 
-    def keep(where: str, ending: Ending | str, seen: Mapping[str, list[str]]) -> None:
+    def keep(where: str, ending: Ending | str, seen: Seen) -> None:
         record_property("row", [where, str(ending), seen])
 
     return keep
@@ -405,22 +437,20 @@ def note(record_property: Callable[[str, object], None]) -> Iterator[Callable[..
 
 @_those_of(OF_TASKS)
 def test_a_task_ends(
-    shops: Callable[[str], Scene], note: Callable[..., None], pool: str, ending: Ending
+    shops: Shops, note: Callable[..., None], pool: str, ending: Ending, lifetimes: Sequence[str]
 ) -> None:
     """Its worker goes on."""
-    scene = shops(pool)
+    scene = shops[pool]
     (worker,) = scene.workers
 
     def take(row: Row) -> WorkerProcess:
         scene.control("add_consumer", row.queue, worker)
         return worker
 
-    seen: dict[str, list[str]] = {}
-    for lifetimes in _batches(pool):
-        row = Row(scene, pool, ending, lifetimes, take, queue=uuid4().hex[:8])
-        row.go()
-        seen |= row.seen
-    note(pool, ending, seen)
+    row = Row(scene, pool, ending, lifetimes, take, queue=uuid4().hex[:8])
+    shops.rows.append(row)
+    row.go()
+    note(pool, ending, row.seen)
     assert worker.running
 
 
@@ -431,26 +461,16 @@ def test_a_task_ends_as_its_worker_does(
     note: Callable[..., None],
     pool: str,
     ending: Ending,
+    lifetimes: Sequence[str],
 ) -> None:
     """Or goes on in another one."""
-    seen: dict[str, list[str]] = {}
-    for lifetimes in _batches(pool):
-        scene = scenes(
-            redis_server.url,
-            other_database(redis_server),
-            limit=60,
-            module=ends,
-            settings=dict(ending.settings),
-        )
-
-        def start(row: Row) -> WorkerProcess:
-            return row.scene.worker(pool=pool, concurrency=SLOTS)
-
-        row = Row(scene, pool, ending, lifetimes, start)
-        row.go()
-        seen |= row.seen
-        scene.stop_workers()
-    note(pool, ending, seen)
+    urls = (redis_server.url, other_database(redis_server))
+    scene = scenes(*urls, module=ends, settings=dict(ending.settings))
+    row = Row(scene, pool, ending, lifetimes, lambda _: scene.worker(pool=pool, concurrency=SLOTS))
+    row.go()
+    scene.stop_workers()
+    row.check_starts()
+    note(pool, ending, row.seen)
 
 
 class _Interrupted:
@@ -556,5 +576,5 @@ def test_a_call_comes_to_nothing(
             scene.call(f"ends {lifetime}", task_id, failure.argument, task_id=task_id)
         found = who_has(scene, f"ends {lifetime}", task_id, task_id)
         assert found == expected[lifetime], lifetime
-        seen[lifetime] = [f"over: {found}"]
+        seen[lifetime] = [("over", found)]
     note(f"client, lock on {where}", ending, seen)

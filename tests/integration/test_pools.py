@@ -86,7 +86,8 @@ def test_a_task_that_is_terminated_frees_its_key(
     shop: Scene, pool: str, name: str, task: str
 ) -> None:
     """Also where its message was acknowledged long before."""
-    result = shop.call(task, name, "wait")
+    # A claim of a task with a short limit would lapse soon.
+    result = shop.call(task, name, "wait", time_limit=60)
     shop.wait_starts(name)
     result.revoke(terminate=True)
     if pool in ("threads", "solo"):
@@ -99,6 +100,36 @@ def test_a_task_that_is_terminated_frees_its_key(
     turn = f"{shop.claim_name(name, task=task)}:turn"
     wait_until(lambda: not shop.claims.read(turn), 10, lambda: shop.logs)
     assert shop.starts(name) == 1
+
+
+@pytest.mark.parametrize("kind", ["prefork", "gevent", "eventlet"])
+def test_a_task_that_is_terminated_while_it_waits_for_a_slot(
+    redis_server: EmbeddedServer, scenes: StartScene, name: str, kind: str
+) -> None:
+    """It gets the slot, and ends as revoked; its worker goes on."""
+    urls = (redis_server.url, other_database(redis_server))
+    scene = scenes(*urls, limit=60, settings={"worker_prefetch_multiplier": 4})
+    worker = scene.worker(pool=kind, concurrency=1)
+    first = scene.call("act", f"{name}, first", "wait")
+    scene.wait_starts(f"{name}, first")
+    second = scene.call("act", name)
+    worker.wait_log(rf"{second.id}\] received")
+    second.revoke(terminate=True)
+    wait_until(lambda: second.id in _revoked(scene), 20)
+    scene.journal.open(f"{name}, first")
+    assert first.get(timeout=20) == f"{name}, first"
+    with pytest.raises(TaskRevokedError):
+        second.get(timeout=20)
+    scene.wait_free(name)
+    assert scene.call("act", name).get(timeout=20) == name
+    assert scene.starts(name) == 1
+    with redis.Redis.from_url(redis_server.url) as broker:
+        wait_until(lambda: not broker.exists("unacked", "celery"), 20, lambda: scene.logs)
+
+
+def _revoked(scene: Scene) -> list[str]:
+    known = scene.app.control.inspect(timeout=2, limit=1).revoked() or {}
+    return [task_id for ids in known.values() for task_id in ids]
 
 
 def test_a_policy_retries(shop: Scene, name: str) -> None:

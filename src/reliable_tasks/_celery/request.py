@@ -49,6 +49,7 @@ class ReliableRequest(GuardedRequest):
     """Celery's request, with nothing lost between a child's death and its message's end."""
 
     _already_revoked: bool
+    _terminate_on_ack: Any
     _times_unstored = 0
     _is_end_stored = False
 
@@ -86,10 +87,12 @@ class ReliableRequest(GuardedRequest):
         self._ends_here = bool(self.time_start)
         # Only gevent's and eventlet's pools have this.
         greenlet = getattr(pool, "_pool_map", {}).get(self.worker_pid) if self._ends_here else None
-        super().terminate(pool, signal)
-        if greenlet is not None:
-            # Its pool tells of it as of one that has ended by itself.
-            greenlet.link(lambda _: self._settle(requeued=False))
+        try:
+            super().terminate(pool, signal)
+        finally:
+            if greenlet is not None:
+                # Its pool tells of it as of one that has ended by itself.
+                greenlet.link(lambda _: self._settle(requeued=False))
 
     def on_failure(
         self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
@@ -176,6 +179,9 @@ class ReliableRequest(GuardedRequest):
         if should_terminate() and not self._has_free_slot:
             # It waited for the slot of one that was killed just now, or on Celery 5.6 that ended
             # in its thread. Nobody would kill it; its message goes back with the prefetched.
+            raise quiet_exit()
+        if self._is_green and self._terminate_on_ack is not None and self.revoked():
+            # Celery would kill the greenlet that this runs in, and nobody would hear of it.
             raise quiet_exit()
         if delivery is not None and self.task.acks_late and not delivery.is_started:
             if delivery.is_ended or self._held.may_be_over(delivery):

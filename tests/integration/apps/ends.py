@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from typing import Any, get_args
 
 from celery import Celery, Task
-from celery.exceptions import Ignore, Reject
 
 from reliable_tasks import ReliableTask, once
 from reliable_tasks._once.options import Lifetime
@@ -59,30 +57,14 @@ def build(broker: str, backend: str | None = None, **options: Any) -> Celery:
 
 def _end(task: Task, name: str, how: str) -> None:
     match how:
-        case "succeed":
-            pass
-        case "fail":
-            raise ValueError(name)
-        case "ignore":
-            raise Ignore
-        case "reject":
-            raise Reject("told to", requeue=False)
-        case "requeue":
-            raise Reject("told to", requeue=True)
-        case "replace":
-            raise task.replace(task.s(name))
-        case "exit":
-            raise SystemExit(3)
         case "retry":
             raise task.retry(queue=parked(name), countdown=0)
         case "retry in vain":
             raise task.retry(exc=ValueError(name), max_retries=0)
         case "retry unsent":
             raise task.retry(args=(name, object()), countdown=0)
-        case "die":
-            os.kill(os.getpid(), signal.SIGKILL)
         case _:
-            raise NotImplementedError(how)
+            shop.ACTIONS[how](task, name)
 
 
 app = build(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 #: A gate that nobody opens ends the task that waits for it.
-_GATE_TIMEOUT = 30.0
+_GATE_TIMEOUT = 60.0
 
 
 @dataclass(frozen=True, slots=True)

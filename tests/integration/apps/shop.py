@@ -239,7 +239,8 @@ def _spin(task: Task, name: str) -> None:
         pass
 
 
-_ACTIONS = {
+#: What a task can be told to do, by its name.
+ACTIONS = {
     action.__name__.removeprefix("_"): action
     for action in (
         *(
@@ -292,13 +293,13 @@ def build(
     @once(key="{name}")
     def act(self: Task, name: str, what: str = "succeed") -> str:
         with told(self, name):
-            _ACTIONS[what](self, name)
+            ACTIONS[what](self, name)
         return name
 
     @app.task(shared=False, name="bare", base=ReliableTask, bind=True, **limits)
     def bare(self: Task, name: str, what: str = "succeed") -> str:
         with told(self, name):
-            _ACTIONS[what](self, name)
+            ACTIONS[what](self, name)
         return name
 
     @app.task(shared=False, name="strict", base=ReliableTask, bind=True, **limits)
@@ -321,7 +322,7 @@ def build(
         @once(key="{name}", **options)
         def lives(self: Task, name: str, what: str = "succeed", text: str = "") -> str:
             with told(self, name):
-                _ACTIONS[what](self, name)
+                ACTIONS[what](self, name)
             return text or name
 
     @app.task(shared=False, name="brief", base=ReliableTask, bind=True, **limits)

@@ -17,12 +17,14 @@ wait_for_all_of_eventlets_pool()
 
 def run(name, seconds):
     eventlet.sleep(seconds)
-    print(name)
+    # The next look at the pool comes before the slot's next task.
+    eventlet.patcher.original("time").sleep(0.2)
+    return name
 
 pool = TaskPool(1)
 pool.start()
-pool.apply_async(run, ("first", 0.3))
-eventlet.spawn(pool.apply_async, run, ("second", 0.1))
+pool.apply_async(run, ("first", 0.3), callback=print)
+eventlet.spawn(pool.apply_async, run, ("second", 0.1), callback=print)
 eventlet.sleep(0.1)
 pool.stop()
 print("ended")
