@@ -101,6 +101,10 @@ class Scene:
 
         wait_until(answer, 20, lambda: f"an answer to {command}\n{self.logs}")
 
+    def release(self, queue: str) -> None:
+        """Have the first worker read a queue too: what was called there has waited until now."""
+        self.control("add_consumer", queue, self.workers[0])
+
     def call(self, task: str, *args: Any, **options: Any) -> ReliableResult:
         """Queue a task; options are those of ``apply_async``."""
         result: ReliableResult = self.app.tasks[task].apply_async(args, **options)

@@ -105,12 +105,13 @@ SHAPES: dict[str, tuple[Callable[[Parts], Any], str]] = {
 def test_duplicates_end_as_the_task_that_has_their_key(shop: Scene, name: str) -> None:
     """Until it has ended nothing takes a slot for them; then all goes on, in each shape."""
     all_parts = {shape: Parts(shop, f"{name} {n}") for n, shape in enumerate(SHAPES)}
-    owners = [shop.call("act", parts.name, countdown=4) for parts in all_parts.values()]
+    owners = [shop.call("act", parts.name, queue=name) for parts in all_parts.values()]
     results = {shape: SHAPES[shape][0](parts).apply_async() for shape, parts in all_parts.items()}
     others = [shop.call("bare", f"{name}, other {n}") for n in range(SLOTS)]
     for other in others:
         other.get(timeout=SOON)
     assert not [shape for shape, result in results.items() if result.ready()]
+    shop.release(name)
     for shape, parts in all_parts.items():
         expected = SHAPES[shape][1].format(n=parts.name)
         assert str(results[shape].get(timeout=2 * SOON)) == expected, f"{shape}\n{shop.logs}"
@@ -195,11 +196,12 @@ def test_a_duplicate_runs_if_nobody_knows_how_its_owner_ended(
     """The owner's result is gone: the key is free, and the duplicate takes it."""
     owner = shop.call("act", name, "wait")
     shop.wait_starts(name)
-    result = chain(parts.same, parts.plus("b")).apply_async(countdown=3)
+    result = chain(parts.same.set(queue=name), parts.plus("b")).apply_async()
     shop.journal.open(name)
     owner.get(timeout=SOON)
     shop.wait_free(name)
     owner.forget()
+    shop.release(name)
     assert result.get(timeout=SOON) == f"{name} > b"
     assert shop.starts(name) == 2
 

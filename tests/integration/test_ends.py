@@ -246,7 +246,7 @@ def _take_retry(row: Row) -> None:
     row.open(1)
     row.note("waits for its retry", QUEUED)
     for name in row.names.values():
-        row.scene.control("add_consumer", ends.parked(name), row.worker)
+        row.scene.release(ends.parked(name))
 
 
 def _kill(row: Row) -> None:
@@ -444,7 +444,7 @@ def test_a_task_ends(
     (worker,) = scene.workers
 
     def take(row: Row) -> WorkerProcess:
-        scene.control("add_consumer", row.queue, worker)
+        scene.release(row.queue)
         return worker
 
     row = Row(scene, pool, ending, lifetimes, take, queue=uuid4().hex[:8])

@@ -268,8 +268,9 @@ class TestHungRuns:
         """A task is set aside by its child, waits longer than it might have run, and runs once."""
         scene = _hanging(scenes, redis_server, limit=1, RT_HUNG_AFTER="0")
         crew = scene.crew(2)
-        result = scene.call("act", "order", countdown=1)
+        result = scene.call("act", "order", queue="order")
         scene.run_elsewhere("order", result.id, lease=14.0)
+        scene.release("order")
         assert result.get(timeout=30) == "order"
         assert scene.starts("order") == 1
         logs = "\n".join(worker.log for worker in crew)

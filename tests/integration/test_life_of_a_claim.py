@@ -172,25 +172,6 @@ def test_a_task_that_wants_no_result_frees_its_key(shop: Scene, name: str, what:
     shop.wait_free(name)
 
 
-def test_a_task_revoked_before_it_starts_frees_its_key(shop: Scene, name: str) -> None:
-    """The worker that finds the task revoked gives its key back."""
-    result = shop.call("act", name, countdown=1)
-    shop.app.control.revoke(result.id)
-    with pytest.raises(TaskRevokedError):
-        result.get(timeout=10)
-    shop.wait_free(name)
-    assert shop.starts(name) == 0
-
-
-def test_a_task_that_expires_frees_its_key(shop: Scene, name: str) -> None:
-    """The worker that finds the task expired gives its key back."""
-    result = shop.call("act", name, countdown=1, expires=0.3)
-    with pytest.raises(TaskRevokedError):
-        result.get(timeout=10)
-    shop.wait_free(name)
-    assert shop.starts(name) == 0
-
-
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
 def test_a_task_terminated_while_it_runs_frees_its_key(shop: Scene, name: str, how: str) -> None:
     """revoke(terminate=True) ends the task for good, and its claim."""
@@ -287,13 +268,12 @@ def test_an_older_message_whose_claim_lapsed_is_not_run_beside_a_newer(
 
     The older one follows it, for its ttl.
     """
-    queue = f"late-{name}"
-    older = shop.call("brief", name, queue=queue)
+    older = shop.call("brief", name, queue=name)
     shop.wait_free(name, task="brief")
     newer = shop.call("brief", name)
     assert not newer.duplicate
     shop.wait_starts(name)
-    shop.app.control.add_consumer(queue, reply=True)
+    shop.release(name)
     with pytest.raises(FollowTimeout) as caught:
         older.get(timeout=10)
     assert caught.value.owner == newer.id
@@ -305,10 +285,9 @@ def test_an_older_message_whose_claim_lapsed_is_not_run_beside_a_newer(
 
 def test_a_message_whose_claim_lapsed_takes_the_key_again(shop: Scene, name: str) -> None:
     """A key that lapsed in a long queue and that nobody took is taken at the start."""
-    queue = f"late-{name}"
-    result = shop.call("brief", name, queue=queue)
+    result = shop.call("brief", name, queue=name)
     shop.wait_free(name, task="brief")
-    shop.app.control.add_consumer(queue, reply=True)
+    shop.release(name)
     shop.wait_starts(name)
     assert shop.claim(name, task="brief")["owner"] == result.id
     shop.journal.open(name)

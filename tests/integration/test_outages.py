@@ -271,8 +271,9 @@ class TestWorker:
     def test_gone_at_the_start(self, far: Callable[..., tuple[Scene, Proxy]], name: str) -> None:
         """The message waits until the lock Redis answers: no failure, no attempt used up."""
         scene, proxy = far()
-        result = scene.call("act", name, countdown=1)
+        result = scene.call("act", name, queue=name)
         proxy.refuse()
+        scene.release(name)
         scene.workers[0].wait_log(f"{result.id}.* set aside")
         assert scene.starts(name) == 0
         assert result.state in ("PENDING", "STARTED")
