@@ -102,7 +102,7 @@ def test_a_task_that_is_terminated_frees_its_key(
     assert shop.starts(name) == 1
 
 
-@pytest.mark.parametrize("kind", ["prefork", "gevent", "eventlet"])
+@pytest.mark.parametrize("kind", ["prefork", "threads", "gevent", "eventlet"])
 def test_a_task_that_is_terminated_while_it_waits_for_a_slot(
     redis_server: EmbeddedServer, scenes: StartScene, name: str, kind: str
 ) -> None:

@@ -180,8 +180,8 @@ class ReliableRequest(GuardedRequest):
             # It waited for the slot of one that was killed just now, or on Celery 5.6 that ended
             # in its thread. Nobody would kill it; its message goes back with the prefetched.
             raise quiet_exit()
-        if self._terminate_on_ack is not None and self._is_green and self.revoked():
-            # Celery would kill the greenlet that this runs in, and nobody would hear of it.
+        if self._terminate_on_ack is not None and not self._has_free_slot and self.revoked():
+            # Celery would kill what this runs in, and nobody would hear of it.
             raise quiet_exit()
         if delivery is not None and self.task.acks_late and not delivery.is_started:
             if delivery.is_ended or self._held.may_be_over(delivery):
