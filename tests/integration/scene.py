@@ -114,6 +114,11 @@ class Scene:
         """Queue a task by its name."""
         return self.app.send_task(task, args)
 
+    def revoked(self) -> set[str]:
+        """Ask a worker which tasks it knows to be revoked."""
+        known = self.app.control.inspect(timeout=2, limit=1).revoked() or {}
+        return {task_id for ids in known.values() for task_id in ids}
+
     @property
     def claims(self) -> Claims:
         """The app's claims."""

@@ -227,8 +227,7 @@ def _revoke(row: Row) -> None:
     def are_revoked() -> bool:
         # A green worker can be ready a moment before it listens.
         row.scene.app.control.revoke(list(ids))
-        known = row.scene.app.control.inspect(timeout=2, limit=1).revoked() or {}
-        return ids <= {task_id for found in known.values() for task_id in found}
+        return ids <= row.scene.revoked()
 
     wait_until(are_revoked, 30)
 

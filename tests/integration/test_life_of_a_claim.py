@@ -172,6 +172,25 @@ def test_a_task_that_wants_no_result_frees_its_key(shop: Scene, name: str, what:
     shop.wait_free(name)
 
 
+def test_a_task_revoked_before_it_starts_frees_its_key(shop: Scene, name: str) -> None:
+    """The worker that finds the task revoked gives its key back."""
+    result = shop.call("act", name, countdown=1)
+    shop.app.control.revoke(result.id)
+    with pytest.raises(TaskRevokedError):
+        result.get(timeout=10)
+    shop.wait_free(name)
+    assert shop.starts(name) == 0
+
+
+def test_a_task_that_expires_frees_its_key(shop: Scene, name: str) -> None:
+    """The worker that finds the task expired gives its key back."""
+    result = shop.call("act", name, countdown=1, expires=0.3)
+    with pytest.raises(TaskRevokedError):
+        result.get(timeout=10)
+    shop.wait_free(name)
+    assert shop.starts(name) == 0
+
+
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
 def test_a_task_terminated_while_it_runs_frees_its_key(shop: Scene, name: str, how: str) -> None:
     """revoke(terminate=True) ends the task for good, and its claim."""

@@ -110,7 +110,7 @@ def test_one_is_queued_and_one_runs(shop: Scene, name: str) -> None:
 
 def test_the_key_is_free_when_its_task_starts(shop: Scene, name: str) -> None:
     """The next call runs beside it."""
-    first = shop.call("until_executing", name, "wait", queue=name)
+    first = shop.call("until_executing", name, "wait", queue=name, countdown=0.5)
     assert shop.call("until_executing", name).id == first.id
     shop.release(name)
     shop.wait_starts(name)
@@ -135,7 +135,8 @@ def test_a_window(shop: Scene, name: str) -> None:
 
 def test_the_last_call_of_several_runs(shop: Scene, name: str) -> None:
     """The last arguments win; with a countdown that is debounce."""
-    results = [shop.call("replace", name, "succeed", text, queue=name) for text in ("a", "b", "c")]
+    later = {"queue": name, "countdown": 0.5}
+    results = [shop.call("replace", name, "succeed", text, **later) for text in ("a", "b", "c")]
     shop.release(name)
     assert results[-1].get(timeout=10) == "c"
     for result, successor in pairwise(results):
@@ -148,7 +149,9 @@ def test_the_last_call_of_several_runs(shop: Scene, name: str) -> None:
 def test_a_replaced_chain_ends(shop: Scene, name: str) -> None:
     """Who waits for its last task is told."""
     task = shop.app.tasks["replace"]
-    result = chain(task.si(name).set(queue=name), shop.app.tasks["bare"].si(name)).apply_async()
+    result = chain(
+        task.si(name).set(queue=name, countdown=0.5), shop.app.tasks["bare"].si(name)
+    ).apply_async()
     second = shop.call("replace", name)
     shop.release(name)
     assert second.get(timeout=10) == name

@@ -115,7 +115,7 @@ def test_a_task_that_is_terminated_while_it_waits_for_a_slot(
     second = scene.call("act", name)
     worker.wait_log(rf"{second.id}\] received")
     second.revoke(terminate=True)
-    wait_until(lambda: second.id in _revoked(scene), 20)
+    wait_until(lambda: second.id in scene.revoked(), 20)
     scene.journal.open(f"{name}, first")
     assert first.get(timeout=20) == f"{name}, first"
     with pytest.raises(TaskRevokedError):
@@ -125,11 +125,6 @@ def test_a_task_that_is_terminated_while_it_waits_for_a_slot(
     assert scene.starts(name) == 1
     with redis.Redis.from_url(redis_server.url) as broker:
         wait_until(lambda: not broker.exists("unacked", "celery"), 20, lambda: scene.logs)
-
-
-def _revoked(scene: Scene) -> list[str]:
-    known = scene.app.control.inspect(timeout=2, limit=1).revoked() or {}
-    return [task_id for ids in known.values() for task_id in ids]
 
 
 def test_a_policy_retries(shop: Scene, name: str) -> None:

@@ -230,11 +230,12 @@ class StartCheck(bootsteps.Step):
                 if is_stock
                 else "a task that hangs there is not stopped"
             )
-            enforces = "enforces" if pool == "gevent" else "does not enforce"
-            where = " where a task waits, and nowhere else" if pool == "gevent" else ""
-            logger.warning(
-                "The %s pool %s hard time limits%s: %s", pool, enforces, where, consequence
+            enforces = (
+                "enforces hard time limits where a task waits, and nowhere else"
+                if pool == "gevent"
+                else "does not enforce hard time limits"
             )
+            logger.warning("The %s pool %s: %s", pool, enforces, consequence)
         _refuse_exclusive(app, facts, pool)
 
 
