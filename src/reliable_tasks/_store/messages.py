@@ -311,7 +311,7 @@ class Messages:
         rest = iter(tags)
         calls: list[Call] = []
         while batch := list(islice(rest, _RENEWED_AT_ONCE)):
-            calls.append((keys, [ms(lease), *batch]))
+            calls.append((keys, [ms(lease), json.dumps(batch)]))
         answers = load("message_renew").on_each(server, calls)
         return [text(tag) for answer in answers for tag in answer]
 

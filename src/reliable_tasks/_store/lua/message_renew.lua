@@ -3,7 +3,7 @@
 -- KEYS[1]  leases: sorted set, tag -> end of the lease, ms
 -- KEYS[2]  unacked_index: sorted set, tag -> seconds; stock sweepers go by it
 -- ARGV[1]  lease, ms
--- ARGV[2..]  the tags, at most 250
+-- ARGV[2]  the tags, at most 250: a JSON list, for a client packs one argument sooner than many
 -- Returns: the tags among them whose delivery is over
 -- Uses: admit_writes
 -- Commands: TIME ZADD ZMSCORE
@@ -11,16 +11,19 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local lease_end = string.format('%.0f', now + ARGV[1])
 local index_score = string.format('%.3f', (now + ARGV[1]) / 1000)
-local leases, index, tags = {}, {}, {}
-for i = 2, #ARGV do
-    local place = 2 * (i - 2)
-    leases[place + 1], leases[place + 2] = lease_end, ARGV[i]
-    index[place + 1], index[place + 2] = index_score, ARGV[i]
-    tags[i - 1] = ARGV[i]
+local tags = cjson.decode(ARGV[2])
+local scored = {}
+local function score_all(score)
+    for i, tag in ipairs(tags) do
+        scored[2 * i - 1], scored[2 * i] = score, tag
+    end
+    return unpack(scored)
 end
 admit_writes(KEYS[1])
-redis.call('ZADD', KEYS[1], 'XX', unpack(leases))
-redis.call('ZADD', KEYS[2], 'XX', unpack(index))
+redis.call('ZADD', KEYS[2], 'XX', score_all(index_score))
+if redis.call('ZADD', KEYS[1], 'XX', 'CH', score_all(lease_end)) == #tags then
+    return {}
+end
 local over = {}
 for i, score in ipairs(redis.call('ZMSCORE', KEYS[1], unpack(tags))) do
     if not score then
