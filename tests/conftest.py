@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 import redis
 from celery.result import AsyncResult
+from kombu import pools
 
 from reliable_tasks._broker import keeper
 from reliable_tasks.demo._server import EmbeddedServer
@@ -147,3 +148,12 @@ def _no_keepers_left() -> Iterator[None]:
         one.stop()
     wait_until(lambda: not any(one._is_running for one in keepers), 10)
     keeper._keepers.clear()
+
+
+@pytest.fixture(autouse=True)
+def _no_connections_left() -> Iterator[None]:
+    """Close what kombu pools for all apps of a process: one killed here fails the next test's."""
+    yield
+    for pool in pools.connections.values():
+        # With nothing left in it, `force_close_all` alone has the next to ask wait for ever.
+        pool.resize(pool.limit, reset=True)

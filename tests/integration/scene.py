@@ -7,7 +7,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
-import redis
 from celery import Celery
 
 from reliable_tasks import ReliableResult
@@ -87,19 +86,14 @@ class Scene:
     def control(self, command: str, queue: str, worker: WorkerProcess) -> None:
         """Have a worker add or cancel a consumer, and ask again until it says that it has.
 
-        A green one can be ready a moment before it listens. And kombu shares connections among
-        all apps of a process: another test may have killed this one's, and Celery does not try
-        again.
+        A green one can be ready a moment before it listens.
         """
         ask = getattr(self.app.control, command)
-
-        def answer() -> Any:
-            try:
-                return ask(queue, destination=[worker.hostname], reply=True, timeout=2)
-            except redis.ConnectionError:
-                return None
-
-        wait_until(answer, 20, lambda: f"an answer to {command}\n{self.logs}")
+        wait_until(
+            lambda: ask(queue, destination=[worker.hostname], reply=True, timeout=2),
+            20,
+            lambda: f"an answer to {command}\n{self.logs}",
+        )
 
     def release(self, queue: str) -> None:
         """Have the first worker read a queue too: what was called there has waited until now."""

@@ -392,6 +392,7 @@ class TestEndUnrun:
         """A copy whose twin has ended finds the claim released."""
         headers = self.headers(app, task)
         locks_of(app).claims.client.redis.flushall()
+        caplog.clear()
         end_unrun(task, task.reliable_once, headers, requeued=False, is_routine=True)
         assert caplog.text == ""
 
