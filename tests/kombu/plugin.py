@@ -72,9 +72,8 @@ class Transport(transport.Transport):
             return super().drain_events(connection, timeout=timeout)
         except TimeoutError:
             for one in self.cycle._channels:
-                client = vars(one).get("client")
-                is_connected = client is not None and client.connection._sock is not None
-                is_idle = is_connected and not one._in_poll
+                consumer = getattr(vars(one).get("client"), "connection", None)
+                is_idle = consumer is not None and consumer._sock and not one._in_poll
                 if is_idle and one.active_queues and one.qos.can_consume():
                     one._brpop_start()
             raise
