@@ -128,8 +128,11 @@ class Scene:
         """Return the claim of a call, empty where the key is free."""
         return self.claims.read(self.claim_name(*args, task=task))
 
-    def run_elsewhere(self, name: str, owner: str, *, lease: float) -> None:
-        """Let another copy of a call hold its claim, as if it ran on another host."""
+    def run_elsewhere(self, name: str, owner: str, *, lease: float = 60.0) -> None:
+        """Let another copy of a call hold its claim, as if it ran on another host.
+
+        Do this while its message waits in a queue that no worker reads.
+        """
         self.claims.enter(
             self.claim_name(name),
             owner=owner,
@@ -139,6 +142,10 @@ class Scene:
             ttl=60.0,
             task="act",
         )
+
+    def let_go_elsewhere(self, name: str, owner: str) -> None:
+        """Let that other copy be gone."""
+        self.run_elsewhere(name, owner, lease=0.01)
 
     def starts(self, name: str) -> int:
         """Say how often a call was started."""

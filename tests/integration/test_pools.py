@@ -138,13 +138,12 @@ def test_a_policy_retries(shop: Scene, name: str) -> None:
 def test_a_copy_of_a_running_task_is_set_aside(shop: Scene, name: str) -> None:
     """A message whose other copy runs waits in the worker without a slot, then runs."""
     result = shop.call("act", name, queue=name)
-    shop.run_elsewhere(name, result.id, lease=60.0)
+    shop.run_elsewhere(name, result.id)
     shop.release(name)
     shop.workers[0].wait_log(f"{result.id}.* set aside")
     assert shop.call("act", f"{name}, meanwhile").get(timeout=10) == f"{name}, meanwhile"
     assert shop.starts(name) == 0
-    # That copy is gone.
-    shop.run_elsewhere(name, result.id, lease=0.01)
+    shop.let_go_elsewhere(name, result.id)
     assert result.get(timeout=10) == name
     shop.wait_free(name)
     (started,) = shop.journal.events("start", name=name)

@@ -176,10 +176,11 @@ def test_what_was_rescheduled_is_not_run_again(
     scene = scenes(rabbitmq_url, redis_url, limit=60, module=goes_on)
     for number in range(TIMES):
         name = f"order {number}"
+        result = scene.call("act", name)
+        scene.run_elsewhere(name, result.id)
         first = scene.worker(concurrency=1)
-        result = scene.call("act", name, countdown=1)
-        scene.run_elsewhere(name, result.id, lease=4.0)
         wait_until(lambda first=first: not first.running, 20, lambda: scene.logs)
+        scene.let_go_elsewhere(name, result.id)
         second = scene.worker(concurrency=1)
         assert result.get(timeout=30) == name
         broker.wait_empty()
