@@ -295,7 +295,8 @@ def test_a_thousand_that_follow_one(own: Scene, name: str) -> None:
     results = group([parts.same] * 1000).apply_async()
     others = [own.call("act", f"{name}, other {n}") for n in range(20)]
     for other in others:
-        other.get(timeout=SOON)
+        # A thousand messages came before it.
+        other.get(timeout=3 * SOON)
     wait_until(lambda: "waits in the broker for" in own.logs, SOON, lambda: own.logs)
     slots = own.journal.events("slot", name=name)
     assert [slot.data["id"] for slot in slots] == [owner.id]

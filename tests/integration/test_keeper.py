@@ -24,7 +24,7 @@ from tests.conformance.broker import Broker, message
 from tests.integration.apps import alone, hanging, shop
 from tests.integration.conftest import StartScene, other_database
 from tests.integration.scene import Scene
-from tests.support import Proxy, WorkerProcess, wait_until
+from tests.support import Lag, Proxy, WorkerProcess, wait_until
 
 #: Of a keeper in this process, which asks nobody how short a lease may be (s).
 LEASE = 2.0
@@ -419,9 +419,11 @@ class TestManyLapsed:
         """It ends after half a second and one more round; the next ones do the rest."""
         count = 0
         while left():
-            before = time.monotonic()
-            put_back = sweep(hands.held, hands.held.keepers, hands.broker.now(), "")
-            assert time.monotonic() - before < 2.0
+            with Lag() as lag:
+                before = time.monotonic()
+                put_back = sweep(hands.held, hands.held.keepers, hands.broker.now(), "")
+                took = time.monotonic() - before
+            assert took < 2.0 + lag.seconds
             assert 0 < put_back <= self.COUNT / 2
             count += put_back
         assert count == self.COUNT
@@ -439,8 +441,11 @@ class TestManyLapsed:
 
         def all_put_back() -> bool:
             now = hands.broker.now()
-            assert now - hands.broker.server.zscore(beats, worker) / 1000 < _SILENT
+            silent = now - hands.broker.server.zscore(beats, worker) / 1000
+            # What the machine takes from all of its processes is not the sweep's.
+            assert silent < _SILENT + lag.seconds
             assert now < hands.lease_end(own)
             return not left()
 
-        wait_until(all_put_back, 40)
+        with Lag() as lag:
+            wait_until(all_put_back, 40)
