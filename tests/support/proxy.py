@@ -160,12 +160,14 @@ class _Link:
         self._server = server
         self._cut_at_reply = False
         self.lost_data = False
+        # Before anybody else can close them.
+        for sock in (client, server):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.settimeout(None)
 
     def start(self) -> None:
-        for source, sink in ((self._client, self._server), (self._server, self._client)):
-            source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            source.settimeout(None)
-            threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+        for way in ((self._client, self._server), (self._server, self._client)):
+            threading.Thread(target=self._pump, args=way, daemon=True).start()
 
     def reset(self) -> None:
         _reset(self._client)

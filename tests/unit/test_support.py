@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -175,6 +178,34 @@ def test_a_lost_reply_is_that_of_a_command_that_ran(
             client.incr("n")
         assert client.incr("n") == 2
     assert redis_client.get("n") == "2"
+
+
+def test_a_proxy_outlives_a_server_that_resets_its_connections() -> None:
+    """It goes on to take connections, whenever in their making they are lost."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            for _ in range(300):
+                taken, _ = server.accept()
+                taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                taken.close()
+            taken, _ = server.accept()
+            with taken:
+                taken.sendall(b"at last")
+
+        serving = threading.Thread(target=serve, daemon=True)
+        serving.start()
+        with Proxy(server.getsockname()[1]) as proxy:
+            for _ in range(300):
+                with (
+                    contextlib.suppress(OSError),
+                    socket.create_connection(("127.0.0.1", proxy.port), timeout=5) as lost,
+                ):
+                    lost.sendall(b"anybody?")
+                    lost.recv(1)
+            with socket.create_connection(("127.0.0.1", proxy.port), timeout=5) as kept:
+                assert kept.recv(100) == b"at last"
+        serving.join(timeout=5)
 
 
 def test_a_monitor_lists_what_clients_sent(redis_url: str, redis_client: redis.Redis) -> None:
