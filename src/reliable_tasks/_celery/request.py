@@ -185,9 +185,11 @@ class ReliableRequest(GuardedRequest):
             raise quiet_exit()
         if delivery is not None and self.task.acks_late and not delivery.is_started:
             if delivery.is_ended or self._held.may_be_over(delivery):
-                # It waited in the pool, where nobody asked; the task's body says no.
+                # It waited in the pool, where nobody asked; the task's body says no. No start is
+                # counted, which would come between the message's hand-back and its answer.
                 self.request_dict[IN_DOUBT] = True
-            self._note_start()
+            else:
+                self._note_start()
         if delivery is not None and self.task.acks_late:
             self._expect_end()
         super().on_accepted(pid, time_accepted)

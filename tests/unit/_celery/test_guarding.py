@@ -292,13 +292,22 @@ class TestHeldOnLease:
         assert post.crashes == 1
         assert post.delivery.renew_until == float("inf")
 
+    @pytest.mark.parametrize("is_given_back", [False, True])
     def test_in_a_pool_that_queues_it_may_be_over_when_it_starts(
-        self, bench: Bench, post: Post
+        self, bench: Bench, post: Post, is_given_back: bool
     ) -> None:
-        """Nobody can be asked there: the task's body is told, and says no."""
+        """Nobody can be asked there: the task's body is told, and says no.
+
+        It is no start that could crash: one that is counted while a worker that ends gives the
+        message back would never be taken back.
+        """
         bench.consumer.pool.uses_semaphore = False
         request = post.receive()
         assert not request.revoked()
-        post.be_silent()
+        if is_given_back:
+            post.delivery.is_ended = True
+        else:
+            post.be_silent()
         request.on_accepted(1, time.monotonic())
         assert request.request_dict["reliable_in_doubt"]
+        assert post.crashes == 0
