@@ -19,6 +19,7 @@ from benchmarks.broker.holder import QUEUE, connect, fill, take
 from benchmarks.broker.processes import start
 from benchmarks.broker.result import Result
 from benchmarks.broker.slowlog import Longest, Slowlog
+from benchmarks.machine import longest_stall
 from benchmarks.spread import percentile
 from reliable_tasks._broker.keeper import Keeper
 from reliable_tasks._broker.sweep import BEAT
@@ -28,6 +29,8 @@ from tests.support import wait_until
 #: What must not be reached: by the 99th percentile of the beats that renew, and by a command of
 #: the server (ms).
 _BEAT_MS, _COMMAND_MS = 50.0, 5.0
+#: How long the machine is watched where a command took longer (s).
+_WATCHED = 60
 _LEASE = 15.0
 #: A dead worker's messages must all be put back by then (s), or something is wrong.
 _BOUND = 120.0
@@ -125,9 +128,15 @@ def _after_a_death(count: int) -> dict[str, Any]:
 
 
 def _too_long(name: str, longest: Longest) -> list[str]:
+    """Return the goal that was missed, unless the machine itself may have taken the time."""
     if longest.ms < _COMMAND_MS:
         return []
-    return [f"{name}: a command took {longest}, not under {_COMMAND_MS:g} ms: {longest.command}"]
+    what = f"{name}: a command took {longest}, not under {_COMMAND_MS:g} ms: {longest.command}"
+    stall = longest_stall(_WATCHED)
+    if stall >= _COMMAND_MS > longest.tenth:
+        print(f"not judged, for this machine stalls for {stall:.2f} ms by itself: {what}")
+        return []
+    return [what]
 
 
 @contextmanager

@@ -479,9 +479,23 @@ def test_many_leases_are_renewed_in_bounded_steps(broker: Broker) -> None:
     deliveries = broker.fetch(count=1203, lease=5)
     tags = [delivery.tag for delivery in deliveries]
     broker.settle(deliveries[700])
-    assert broker.messages.renew(broker.server, iter(tags), 600) == [tags[700]]
+    assert broker.messages.renew(broker.server, tags, 600) == [tags[700]]
     assert min(broker.leases.values()) > broker.now() + 500
     assert len(broker.leases) == 1202
+
+
+def test_stock_sweepers_times_are_renewed_in_turns(broker: Broker) -> None:
+    """Those of one half, and the next time those of the other one; of the leases, all."""
+    put(broker, *(f"t{n}" for n in range(40)))
+    tags = [delivery.tag for delivery in broker.fetch(count=40, lease=5)]
+    broker.messages.renew(broker.server, tags, 60, turn=7)
+    first = {tag for tag, score in broker.index.items() if score > broker.now() + 50}
+    assert 0 < len(first) < 40
+    assert min(broker.leases.values()) > broker.now() + 50
+    broker.messages.renew(broker.server, tags, 900, turn=8)
+    second = {tag for tag, score in broker.index.items() if score > broker.now() + 800}
+    assert first ^ second == set(tags)
+    assert not first & second
 
 
 def test_nothing_to_renew_asks_nothing(broker: Broker) -> None:

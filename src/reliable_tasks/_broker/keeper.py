@@ -54,6 +54,7 @@ class Keeper:
         self._server_id = ""
         self._connection = ""
         self._beat_at = 0.0
+        self._renewals = 0
         self._named_at = 0.0
         self._is_unreachable = False
         self._reached_at = self._sweeps_from = 0.0
@@ -191,7 +192,9 @@ class Keeper:
             return
         # The lease begins for the server when it gets this, which is later.
         sent_at = time.monotonic()
-        held.note_over(held.messages.renew(server, held.to_renew(sent_at), held.lease))
+        tags = held.to_renew(sent_at)
+        held.note_over(held.messages.renew(server, tags, held.lease, turn=self._renewals))
+        self._renewals += 1
         held.renewed_at = sent_at
         note_renewal(sent_at, held.lease)
 
