@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -94,6 +95,20 @@ class Scene:
             20,
             lambda: f"an answer to {command}\n{self.logs}",
         )
+
+    def wait_listening(self, workers: Sequence[WorkerProcess]) -> None:
+        """Wait until workers answer, as those do that have a connection and consume by it."""
+        names = {worker.hostname for worker in workers}
+
+        def all_answer() -> bool:
+            # One of its own: those of the pool may have been killed with the workers'.
+            with self.app.connection_for_write() as connection:
+                answers = self.app.control.ping(
+                    destination=sorted(names), limit=len(names), timeout=2, connection=connection
+                )
+            return names == {name for answer in answers for name in answer}
+
+        wait_until(all_answer, 20, lambda: f"answers of {sorted(names)}\n{self.logs}")
 
     def release(self, queue: str) -> None:
         """Have the first worker read a queue too: what was called there has waited until now."""

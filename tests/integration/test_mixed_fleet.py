@@ -41,6 +41,10 @@ def _stock(visibility_timeout: float) -> dict[str, Any]:
     }
 
 
+def _reading(queue: str) -> list[str]:
+    return ["--without-mingle", "--without-gossip", "-Q", queue]
+
+
 class Fleet:
     """Workers of both kinds on one broker, and producers of both kinds."""
 
@@ -56,9 +60,9 @@ class Fleet:
         self._server, self._directory = server, directory
         self._plain: list[WorkerProcess] = []
 
-    def ours(self) -> WorkerProcess:
+    def ours(self, *, queue: str = "celery") -> WorkerProcess:
         """Start a worker with our transport."""
-        return self.scene.worker()
+        return self.scene.worker(args=_reading(queue))
 
     def stock(
         self, visibility_timeout: float = SHORT, *, plain: bool = False, queue: str = "celery"
@@ -66,12 +70,14 @@ class Fleet:
         """Start a worker without: of the same app, or of one without this library."""
         settings = _stock(visibility_timeout)
         if not plain:
-            return self.scene.worker(settings={"reliable_broker": "stock", **settings})
+            return self.scene.worker(
+                settings={"reliable_broker": "stock", **settings}, args=_reading(queue)
+            )
         worker = WorkerProcess(
             "tests.integration.apps.plain",
             broker_url=self._server.url,
             result_url=other_database(self._server),
-            args=["--without-mingle", "--without-gossip", "-Q", queue],
+            args=_reading(queue),
             env={"RT_JOURNAL": str(self._directory), "RT_SETTINGS": json.dumps(settings)},
         )
         self._plain.append(worker)
@@ -166,14 +172,18 @@ def test_tasks_on_both_sides_with_kills_on_both_sides(
     here = fleet()
     # As stock needs it: longer than its longest task.
     timeout = SECONDS + 4
-    ours = here.ours()
+    ours, survivor = here.ours(), here.ours(queue="elsewhere")
+    stock = here.stock(timeout, queue="elsewhere")
+    other = here.stock(timeout, plain=True, queue="elsewhere")
+    # All are up before the first task is, so that no start takes a part of its time.
     here.send(f"{name} ours", SECONDS)
     here.scene.wait_starts(f"{name} ours")
-    stock = here.stock(timeout)
+    here.scene.control("add_consumer", "celery", stock)
     here.send(f"{name} stock", SECONDS, stock=True)
     taken_at = here.scene.wait_starts(f"{name} stock")
     assert here.runs(f"{name} stock") == [stock.hostname]
-    survivor, other = here.ours(), here.stock(timeout, plain=True)
+    for worker in (survivor, other):
+        here.scene.control("add_consumer", "celery", worker)
     ours.kill_group()
     stock.kill_group()
     killed_at = time.time()
