@@ -73,6 +73,7 @@ class Scene:
             # Workers that do not wait for each other start in half the time.
             "args": ["--without-mingle", "--without-gossip"],
             "env": {**self._env, "RT_SETTINGS": json.dumps(settings)},
+            "warm": True,
             **options,
         }
         waits = given.pop("waits", True)

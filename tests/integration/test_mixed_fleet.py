@@ -78,6 +78,7 @@ class Fleet:
             broker_url=self._server.url,
             result_url=other_database(self._server),
             args=_reading(queue),
+            warm=True,
             env={"RT_JOURNAL": str(self._directory), "RT_SETTINGS": json.dumps(settings)},
         )
         self._plain.append(worker)

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Self
 
 from reliable_tasks.demo._server import tied_to_parent
+from tests.support.forkserver import Forked, fork_server
 from tests.support.processes import live_processes
 from tests.support.wait import wait_until
 
 _ROOT = Path(__file__).resolve().parents[2]
 _READY = re.compile(r" ready\.\s*$", re.MULTILINE)
+#: Those that patch no modules, which would have to come before all imports.
+_WARM_POOLS = frozenset({"prefork", "solo", "threads"})
 
 
 class WorkerProcess:
@@ -40,6 +43,8 @@ class WorkerProcess:
         env: More environment variables.
         loglevel: The worker's log level.
         ready_timeout: Seconds that it may take to start.
+        warm: Fork it from a process that has imported Celery, where its pool allows that:
+            ready in a sixth of the time. Of ``env``, what Python reads when it starts is lost.
     """
 
     def __init__(
@@ -55,13 +60,15 @@ class WorkerProcess:
         env: Mapping[str, str] | None = None,
         loglevel: str = "INFO",
         ready_timeout: float = 30.0,
+        warm: bool = False,
     ) -> None:
         self.hostname = hostname or f"w{uuid.uuid4().hex[:8]}@test"
         self._ready_timeout = ready_timeout
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Forked | None = None
+        self._is_warm = warm and pool in _WARM_POOLS
         self._is_gone = False
         self._command = [
-            *(sys.executable, "-m", "celery", "-A", app, "worker"),
+            *("-A", app, "worker"),
             *("--pool", pool),
             *("--concurrency", str(concurrency)),
             *("--hostname", self.hostname),
@@ -109,9 +116,18 @@ class WorkerProcess:
     def start(self, *, wait: bool = True) -> None:
         """Start the worker and, unless told otherwise, wait until it takes tasks."""
         self._is_gone = False
+        self._process = self._fork() if self._is_warm else self._spawn()
+        if wait:
+            self.wait_ready()
+
+    def _fork(self) -> Forked:
+        server = fork_server(self._env["PYTHONPATH"])
+        return server.start(self._command, self._env, _ROOT, self._log)
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                tied_to_parent(self._command),
+            return subprocess.Popen(
+                tied_to_parent([sys.executable, "-m", "celery", *self._command]),
                 cwd=_ROOT,
                 env=self._env,
                 stdin=subprocess.DEVNULL,
@@ -119,8 +135,6 @@ class WorkerProcess:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        if wait:
-            self.wait_ready()
 
     def wait_ready(self) -> None:
         """Wait until the worker takes tasks, and fail with its log if it never does."""
