@@ -13,6 +13,7 @@ from celery.worker import state
 from celery.worker.consumer.tasks import Tasks
 
 from reliable_tasks._broker.beside import beside
+from reliable_tasks._broker.fence import take_page
 from reliable_tasks._broker.held import all_held
 from reliable_tasks._broker.keeper import Keeper
 from reliable_tasks._celery.channels import held_by
@@ -44,6 +45,8 @@ class KeeperStep(bootsteps.StartStopStep):
         # Made before the worker installs its handlers.
         handle_signals_in_green_threads()
         wait_for_all_of_eventlets_pool()
+        # Before the pool is.
+        take_page()
         self._ticks: Any = None
         self._keeper: Keeper | None = None
 

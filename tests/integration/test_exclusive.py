@@ -83,11 +83,12 @@ def _lets_go_in_time(died: float, lease_end: float) -> bool:
 
 
 @pytest.mark.parametrize("task", ["exclusive", "exclusive_hog"])
+@pytest.mark.parametrize("warm", [False, True], ids=["started by itself", "forked with the other"])
 def test_it_dies_with_its_main_process_stopped(
-    scene: Scene, redis_client: redis.Redis, task: str
+    scene: Scene, redis_client: redis.Redis, task: str, warm: bool
 ) -> None:
     """The child ends itself, also while its task keeps Python's lock; then another one runs it."""
-    worker = scene.worker(concurrency=1)
+    worker = scene.worker(concurrency=1, warm=warm)
     scene.call(task, "alone", LONG)
     scene.wait_starts("alone")
     death = death_of(_child_of(scene, "alone"))
@@ -96,7 +97,7 @@ def test_it_dies_with_its_main_process_stopped(
         redis_client.ping()
         redis_client.ping()
         (lease_end,) = _lease_ends(redis_client)
-        scene.worker(concurrency=1)
+        scene.worker(concurrency=1, warm=warm)
         second = scene.wait_starts("alone", 2, timeout=4 * LEASE)
         died = death.result(timeout=0)
     assert _lets_go_in_time(died, lease_end), (died, lease_end, scene.logs)

@@ -17,12 +17,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["Fenced", "exclusively", "note_renewal"]
+__all__ = ["Fenced", "exclusively", "note_renewal", "take_page"]
 
 #: When the last confirmed renewal was sent (monotonic s, the same in all processes of a host),
-#: and for how long it lasts (s). Anonymous and shared: children are forked with it.
-_page = mmap.mmap(-1, 16)
+#: and for how long it lasts (s).
 _layout = struct.Struct("dd")
+#: Where that is written. Anonymous and shared: children are forked with it.
+_page = mmap.mmap(-1, _layout.size)
+_page_of = os.getpid()
 
 #: So long before the lease ends the task is dead (s), or a tenth of the lease if that is less.
 _MARGIN = 1.0
@@ -32,6 +34,17 @@ _LOOK = 0.25
 
 class Fenced(Exception):
     """The lease may have ended already: an exclusive task must not start."""
+
+
+def take_page() -> None:
+    """Have a page that this worker shares with its children alone, before they are forked.
+
+    One that was itself forked, from a process that had imported this, has the page of its
+    siblings: their renewals would keep its own children alive.
+    """
+    global _page, _page_of
+    if _page_of != os.getpid():
+        _page, _page_of = mmap.mmap(-1, _layout.size), os.getpid()
 
 
 def note_renewal(sent_at: float, lease: float) -> None:
