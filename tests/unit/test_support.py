@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import socket
 import struct
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import redis
@@ -103,6 +105,24 @@ def test_a_server_does_not_outlive_a_killed_parent() -> None:
     wait_until(lambda: not is_alive(int(pid)), message=f"server {pid} gone")
     # Nobody was left to remove it.
     shutil.rmtree(home)
+
+
+def test_what_belongs_together_is_run_by_one_process(tmp_path: Path) -> None:
+    """The mark is heard: else each process would start the workers and servers of each module."""
+    tests = tmp_path / "test_group.py"
+    tests.write_text(
+        "import os, pathlib, pytest\n"
+        "@pytest.mark.xdist_group('together')\n"
+        "@pytest.mark.parametrize('n', range(8))\n"
+        "def test_one(n):\n"
+        "    name = os.environ['PYTEST_XDIST_WORKER']\n"
+        "    pathlib.Path(__file__).with_name(f'{name}.ran').touch()\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "xdist", "-n", "2", "--dist", "loadgroup"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    subprocess.run([*command, "--rootdir", ".", tests.name], cwd=tmp_path, env=env, check=True)
+    assert len([*tmp_path.glob("*.ran")]) == 1
 
 
 def test_wait_until_returns_what_it_waited_for() -> None:
