@@ -86,7 +86,7 @@ class ForkServer:
             text=True,
         )
         self._lock = threading.Lock()
-        self._started: queue.SimpleQueue[Forked] = queue.SimpleQueue()
+        self._started: queue.SimpleQueue[Forked | None] = queue.SimpleQueue()
         self._alive: dict[int, Forked] = {}
         threading.Thread(target=self._listen, name="fork server", daemon=True).start()
 
@@ -104,7 +104,9 @@ class ForkServer:
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-            return self._started.get(timeout=30)
+            forked = self._started.get(timeout=30)
+        assert forked, "the fork server has ended"
+        return forked
 
     def kill(self) -> None:
         """End it with SIGKILL, and with it all that it forked."""
@@ -127,6 +129,7 @@ class ForkServer:
         # It was killed, and the kernel has killed its workers with it.
         for forked in self._alive.values():
             forked.ended(-signal.SIGKILL)
+        self._started.put(None)
 
 
 @functools.cache
