@@ -11,9 +11,9 @@
 PYTHON ?= python3
 CELERY ?=
 ARGS   ?=
-# Real workers mostly wait: more test processes than two cores still help. Each process has
+# Real workers mostly wait: five test processes a core do no harm. Each process has
 # servers of its own, and tests that share workers run in one of them.
-WORKERS ?= -n 5 --dist loadgroup
+WORKERS ?= -n 10 --dist loadgroup
 
 VENV := .venv$(if $(CELERY),-$(CELERY))
 BIN  := $(VENV)/bin
