@@ -184,7 +184,8 @@ class ReliableRequest(GuardedRequest):
             # Celery would kill what this runs in, and nobody would hear of it.
             raise quiet_exit()
         if delivery is not None and self.task.acks_late and not delivery.is_started:
-            if delivery.is_ended or self._held.may_be_over(delivery):
+            may_be_over = delivery.is_ended or self._held.may_be_over(delivery)
+            if may_be_over and not self._has_free_slot:
                 # It waited in the pool, where nobody asked; the task's body says no. No start is
                 # counted, which would come between the message's hand-back and its answer.
                 self.request_dict[IN_DOUBT] = True

@@ -311,3 +311,13 @@ class TestHeldOnLease:
         request.on_accepted(1, time.monotonic())
         assert request.request_dict["reliable_in_doubt"]
         assert post.crashes == 0
+
+    def test_where_a_child_has_it_already_its_start_is_counted(self, post: Post) -> None:
+        """It cannot be told any more, so it runs: a count that did not get through is made up."""
+        request = post.receive()
+        assert not request.revoked()
+        post.held.uncount_start(post.delivery)
+        post.be_silent()
+        request.on_accepted(1, time.monotonic())
+        assert "reliable_in_doubt" not in request.request_dict
+        assert post.crashes == 1
