@@ -132,8 +132,10 @@ def _too_long(name: str, longest: Longest) -> list[str]:
     if longest.ms < _COMMAND_MS:
         return []
     what = f"{name}: a command took {longest}, not under {_COMMAND_MS:g} ms: {longest.command}"
+    if longest.tenth >= _COMMAND_MS:
+        return [what]
     stall = longest_stall(_WATCHED)
-    if stall >= _COMMAND_MS > longest.tenth:
+    if longest.ms <= stall:
         print(f"not judged, for this machine stalls for {stall:.2f} ms by itself: {what}")
         return []
     return [what]
