@@ -11,7 +11,7 @@
 PYTHON ?= python3
 CELERY ?=
 ARGS   ?=
-# Real workers mostly wait: five test processes a core do no harm. Each process has
+# Real workers mostly wait: ten test processes do two cores no harm. Each process has
 # servers of its own, and tests that share workers run in one of them.
 WORKERS ?= -n 10 --dist loadgroup
 

@@ -31,7 +31,10 @@ def warm(request: pytest.FixtureRequest) -> bool:
 def test_a_worker_runs_a_task(
     start_worker: StartWorker, redis_url: str, result_url: str, pool: str, warm: bool
 ) -> None:
-    """A worker of every pool is ready when it says so, and stops in an orderly way."""
+    """A worker of every pool is ready when it says so, and stops in an orderly way.
+
+    A green one is started plainly whatever it is asked.
+    """
     worker = start_worker(APP, pool=pool, warm=warm)
     with Celery(broker=redis_url, backend=result_url) as client:
         assert client.send_task(f"{APP}.add", (1, 2)).get(timeout=10) == 3

@@ -48,15 +48,13 @@ def serve() -> dict[str, Any]:
                 sys.exit()
             *lines, rest = (rest + got).split(b"\n")
             for line in lines:
-                pid = os.fork()
-                if not pid:
+                if not os.fork():
                     _leave(server)
                     selector.close()
                     for end in (wakes, alarm):
                         os.close(end)
                     asked: dict[str, Any] = json.loads(line)
                     return asked
-                _tell(pid=pid)
 
 
 def _tell(**said: int) -> None:
@@ -76,12 +74,14 @@ def _tell_ends() -> None:
 
 def _leave(server: int) -> None:
     """Keep nothing of the server but its end, which is this one's, too."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != server:
+    refused = ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if refused or os.getppid() != server:
         os._exit(1)
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
+    # Now there is a group to kill.
+    _tell(pid=os.getpid())
 
 
 def be_worker(command: list[str], env: dict[str, str], cwd: str, log: str) -> None:

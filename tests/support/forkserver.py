@@ -1,9 +1,10 @@
 """Workers of one test process, forked from one that has imported Celery already.
 
 What a worker does until it is ready is nearly all Celery's imports: 0.6 of 0.7 s of a core, for
-each of some five hundred. A fork of a process that did nothing but import has them for nothing.
-From there on it is a worker like any other: ``celery.__main__.main()`` in a process of its own,
-which imports its app, and lives and dies as it would.
+each of some five hundred. A fork of a process that did nothing but import has them for nothing;
+this library's too, for Celery imports what adds commands to it. From there on it is a worker like
+any other: ``celery.__main__.main()`` in a process of its own, which imports its app, and lives
+and dies as it would.
 
 Green pools patch modules before they are imported, so their workers have to be started plainly.
 """
@@ -11,6 +12,7 @@ Green pools patch modules before they are imported, so their workers have to be 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -63,13 +65,16 @@ class Forked:
     def send_signal(self, signum: int) -> None:
         """Send a signal, unless it has ended."""
         if self.returncode is None:
-            os.kill(self.pid, signum)
+            # It may have ended, and nobody has said so yet.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signum)
 
 
 class ForkServer:
     """A process that has imported Celery, and forks a worker whenever it is asked to.
 
-    It and what it forked end with the process that made it.
+    It and what it forked end with the process that made it, and with the thread of that: make it
+    in the main one.
 
     Args:
         python_path: Its ``PYTHONPATH``, and that of its workers.
@@ -99,12 +104,18 @@ class ForkServer:
             cwd: Where it runs.
             log: The file.
         """
+        assert self._process.poll() is None, "the fork server has ended"
         request = {"command": [*command], "env": {**env}, "cwd": str(cwd), "log": str(log)}
         with self._lock:
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-            forked = self._started.get(timeout=30)
+            try:
+                forked = self._started.get(timeout=30)
+            except queue.Empty:
+                # What it says later would be taken for the answer to another question.
+                self.kill()
+                raise
         assert forked, "the fork server has ended"
         return forked
 
@@ -113,7 +124,8 @@ class ForkServer:
         self._process.kill()
         self._process.wait()
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(OSError):  # Of what it has not read.
+            self._process.stdin.close()
 
     def _listen(self) -> None:
         assert self._process.stdout is not None

@@ -43,8 +43,8 @@ class WorkerProcess:
         env: More environment variables.
         loglevel: The worker's log level.
         ready_timeout: Seconds that it may take to start.
-        warm: Fork it from a process that has imported Celery, where its pool allows that:
-            ready in a sixth of the time. Of ``env``, what Python reads when it starts is lost.
+        warm: Fork it from a process that has imported Celery: ready in a sixth of the time.
+            A green one, and one whose ``env`` Python itself reads, are started plainly.
     """
 
     def __init__(
@@ -65,7 +65,8 @@ class WorkerProcess:
         self.hostname = hostname or f"w{uuid.uuid4().hex[:8]}@test"
         self._ready_timeout = ready_timeout
         self._process: subprocess.Popen[bytes] | Forked | None = None
-        self._is_warm = warm and pool in _WARM_POOLS
+        is_plain = any(variable.startswith("PYTHON") for variable in env or ())
+        self._is_warm = warm and pool in _WARM_POOLS and sys.platform == "linux" and not is_plain
         self._is_gone = False
         self._command = [
             *("-A", app, "worker"),
