@@ -17,6 +17,14 @@ from tests.integration.apps import shop
 from tests.integration.apps.journal import Journal
 from tests.support import WorkerProcess, wait_until
 
+#: Arguments of workers that do not wait for each other: they start in half the time.
+ALONE = ["--without-mingle", "--without-gossip"]
+
+
+def reading(queues: str) -> list[str]:
+    """Return the arguments of a worker of some queues, e.g. ``"a,b"``."""
+    return [*ALONE, "-Q", queues]
+
 
 class Scene:
     """The shop app, its workers and its journal.
@@ -70,8 +78,7 @@ class Scene:
         given = {
             "broker_url": self._broker,
             "result_url": self._backend,
-            # Workers that do not wait for each other start in half the time.
-            "args": ["--without-mingle", "--without-gossip"],
+            "args": ALONE,
             "env": {**self._env, "RT_SETTINGS": json.dumps(settings)},
             "warm": True,
             **options,

@@ -13,7 +13,7 @@ import redis
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.apps import adverse
 from tests.integration.conftest import StartScene, lose_connections, other_database
-from tests.integration.scene import Scene
+from tests.integration.scene import ALONE, Scene
 from tests.support import wait_until
 
 #: When the task is due that outlives the connection (s).
@@ -60,7 +60,7 @@ def test_a_task_that_waited_through_a_lost_connection_tells_of_itself(
 ) -> None:
     """With -E it sends its events by the connection that there is now."""
     scene = _scene(scenes, redis_server, module_redis, {})
-    arguments = ["--without-mingle", "--without-gossip", "-E"]
+    arguments = [*ALONE, "-E"]
     worker = scene.worker(pool=pool, concurrency=1, args=arguments)
     result = scene.call("wait", "due", countdown=DUE)
     worker.wait_log(rf"{result.id}\] received")

@@ -17,7 +17,7 @@ from celery import Celery
 
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.conftest import StartScene, other_database
-from tests.integration.scene import Scene
+from tests.integration.scene import Scene, reading
 from tests.support import WorkerProcess, wait_until
 
 #: Seconds that a long task runs; the promise is to be shown with 60.
@@ -41,10 +41,6 @@ def _stock(visibility_timeout: float) -> dict[str, Any]:
     }
 
 
-def _reading(queue: str) -> list[str]:
-    return ["--without-mingle", "--without-gossip", "-Q", queue]
-
-
 class Fleet:
     """Workers of both kinds on one broker, and producers of both kinds."""
 
@@ -62,7 +58,7 @@ class Fleet:
 
     def ours(self, *, queue: str = "celery") -> WorkerProcess:
         """Start a worker with our transport."""
-        return self.scene.worker(args=_reading(queue))
+        return self.scene.worker(args=reading(queue))
 
     def stock(
         self, visibility_timeout: float = SHORT, *, plain: bool = False, queue: str = "celery"
@@ -71,13 +67,13 @@ class Fleet:
         settings = _stock(visibility_timeout)
         if not plain:
             return self.scene.worker(
-                settings={"reliable_broker": "stock", **settings}, args=_reading(queue)
+                settings={"reliable_broker": "stock", **settings}, args=reading(queue)
             )
         worker = WorkerProcess(
             "tests.integration.apps.plain",
             broker_url=self._server.url,
             result_url=other_database(self._server),
-            args=_reading(queue),
+            args=reading(queue),
             warm=True,
             env={"RT_JOURNAL": str(self._directory), "RT_SETTINGS": json.dumps(settings)},
         )

@@ -22,7 +22,7 @@ from kombu.exceptions import OperationalError
 from reliable_tasks._broker.channel import Channel
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.conftest import StartScene, other_database
-from tests.integration.scene import Scene
+from tests.integration.scene import ALONE, Scene, reading
 from tests.support import Monitor, WorkerProcess, wait_until
 from tests.support.redis_variants import Certificates, tls_server
 
@@ -84,10 +84,6 @@ def _wait_idle(scene: Scene, client: redis.Redis, prefix: str = "", timeout: flo
     )
 
 
-def _queues(names: str) -> list[str]:
-    return ["--without-mingle", "--without-gossip", "-Q", names]
-
-
 class TestProducers:
     """A producer of the caller's own leads where it leads, and its claim goes with it."""
 
@@ -142,7 +138,7 @@ class TestOrder:
                     for priority in (9, 0):
                         text = f"{queue}{number} {priority}"
                         scene.call("show", text, queue=queue, priority=priority)
-            scene.worker(settings={"reliable_broker": mode}, args=_queues("b,c,a"))
+            scene.worker(settings={"reliable_broker": mode}, args=reading("b,c,a"))
             orders.append(_wait_runs(scene, 18))
             scene.stop_workers()
         assert orders[0] == orders[1]
@@ -203,10 +199,10 @@ class TestQueues:
             assert scene.call("show", f"{name} {number}").get(timeout=10)
         _wait_idle(first, redis_client)
 
-    def test_three_queues(self, shop: Shop, name: str) -> None:
+    def test_threereading(self, shop: Shop, name: str) -> None:
         """One worker serves several queues, and each wakes it at once."""
         scene = shop()
-        scene.worker(args=_queues("one,two,three"))
+        scene.worker(args=reading("one,two,three"))
         for number, queue in enumerate(("one", "two", "three", "one", "three")):
             sent_at = time.time()
             scene.call("show", f"{name} {number}", queue=queue)
@@ -376,7 +372,7 @@ class TestControl:
     def test_events(self, shop: Shop, name: str) -> None:
         """What Flower does: events of a task arrive, and make the state that it shows."""
         scene = shop()
-        scene.worker(args=["--without-mingle", "--without-gossip", "-E"])
+        scene.worker(args=[*ALONE, "-E"])
         state = scene.app.events.State()
         with scene.app.connection_for_read() as connection:
             receiver = scene.app.events.Receiver(connection, handlers={"*": state.event})
@@ -395,7 +391,7 @@ class TestControl:
     def test_autoscale(self, shop: Shop, name: str) -> None:
         """A pool that grows with its work runs as many at once, and goes on when it shrank."""
         scene = shop(worker_autoscaler="celery.worker.autoscale:Autoscaler")
-        scene.worker(args=["--without-mingle", "--without-gossip", "--autoscale=3,1"])
+        scene.worker(args=[*ALONE, "--autoscale=3,1"])
         for number in range(3):
             scene.call("act", f"{name} {number}", "wait")
         for number in range(3):

@@ -13,7 +13,7 @@ import redis
 
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.conftest import other_database
-from tests.integration.scene import Scene
+from tests.integration.scene import Scene, reading
 from tests.support import Proxy, wait_until
 
 LEASE = 4.0
@@ -91,7 +91,7 @@ def test_a_worker_that_is_handed_what_it_runs(
     with Proxy(redis_server.port) as proxy:
         cut = scene.worker(pool=pool, concurrency=2, broker_url=proxy.url())
         # It sweeps, and has no use for the message.
-        sweeper = scene.worker(args=["--without-mingle", "--without-gossip", "-Q", "other"])
+        sweeper = scene.worker(args=reading("other"))
         scene.call("act", "order", "wait")
         scene.wait_starts("order")
         proxy.black_hole()
