@@ -199,7 +199,7 @@ class TestQueues:
             assert scene.call("show", f"{name} {number}").get(timeout=10)
         _wait_idle(first, redis_client)
 
-    def test_threereading(self, shop: Shop, name: str) -> None:
+    def test_three_queues(self, shop: Shop, name: str) -> None:
         """One worker serves several queues, and each wakes it at once."""
         scene = shop()
         scene.worker(args=reading("one,two,three"))
