@@ -212,6 +212,7 @@ def test_many_that_wait_leave_room_for_others(
     scene.journal.open(name)
     # On 5.6 get() can take a second for each that has ended, when there is nothing to listen to.
     wait_until(lambda: all(result.successful() for result in results), 90, lambda: scene.logs)
+    assert [result.result for result in results] == [name] * 120
     assert (scene.starts(name), most_at_once(scene, name)) == (120, 1)
     assert "put back" not in worker.log, "nobody is at fault"
 
