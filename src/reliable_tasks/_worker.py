@@ -20,7 +20,7 @@ from reliable_tasks._celery.channels import held_by
 from reliable_tasks._celery.consumer import CarryingConsumer, is_amqp
 from reliable_tasks._celery.delivery import give_back_what_waits, tell_events_to
 from reliable_tasks._celery.exits import is_stopping
-from reliable_tasks._celery.pools import wait_for_all_of_eventlets_pool
+from reliable_tasks._celery.pools import notice_dead_children, wait_for_all_of_eventlets_pool
 from reliable_tasks._celery.signals import handle_signals_in_green_threads
 from reliable_tasks._once.locks import locks_of
 from reliable_tasks.errors import ConfigError
@@ -52,6 +52,7 @@ class KeeperStep(bootsteps.StartStopStep):
 
     def start(self, parent: Any) -> None:
         """Start the keeper; Celery calls it each time the consumer has connected."""
+        notice_dead_children(parent.pool)
         held = held_by(parent.task_consumer.channel)
         if held is None:  # One that holds nothing yet is false.
             held = _beside(parent)

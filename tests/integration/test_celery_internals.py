@@ -19,7 +19,7 @@ from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Celery, Task, bootsteps, shared_task, states
 from celery.app.trace import TraceInfo
-from celery.concurrency import asynpool
+from celery.concurrency import asynpool, prefork
 from celery.exceptions import Ignore, Reject, Retry
 from celery.local import PromiseProxy, Proxy, maybe_evaluate
 from celery.worker import state
@@ -345,6 +345,16 @@ class TestTransfers:
         """By the names that are read."""
         assert "self._fileno_to_outq = {}" in inspect.getsource(asynpool.AsynPool.__init__)
         assert "self._cache = {}" in inspect.getsource(billiard_pool.Pool.__init__)
+
+    def test_the_end_of_a_child_is_an_event(self) -> None:
+        """Whose handler is looked up on the pool for each child, and looks for it once."""
+        handler = asynpool.AsynPool._event_process_exit
+        assert list(inspect.signature(handler).parameters) == ["self", "hub", "proc"]
+        assert "self.maintain_pool()" in inspect.getsource(handler)
+        tracks = inspect.getsource(asynpool.AsynPool._track_child_process)
+        assert "self._event_process_exit, hub, proc)" in tracks
+        assert "self._pool = []" in inspect.getsource(billiard_pool.Pool.__init__)
+        assert "self._pool" in inspect.getsource(prefork.TaskPool.on_start)
 
     def test_what_reads_a_result_is_a_generator(self) -> None:
         """The event loop keeps it as the callback of its pipe."""

@@ -18,10 +18,6 @@ Record = Callable[[str, object], None]
 
 #: In so long a worker's death is known, also where it was the one that looks for the dead (s).
 FOUND = 5.0
-#: In so long the pool of a worker looks at its children again (s). Of a child's end it hears by a
-#: pipe, which the kernel closes a moment before the child can be waited for: a pool that is quick
-#: enough to look in that moment finds the child alive.
-LOOKED = 5.0
 #: What the sweep, the restart and a busy machine may add (s).
 GRACE = 5.0
 
@@ -64,12 +60,25 @@ def _nothing_left(scene: Scene, starts: dict[str, int]) -> None:
 def test_a_task_whose_child_is_killed_runs_once_more(
     shop: Scene, name: str, record_testsuite_property: Record
 ) -> None:
-    """A pool child killed mid-task: the worker notices, and the task runs again."""
+    """A pool child killed mid-task: the worker notices at once, and the task runs again."""
     (started,) = shop.journal.events("start", name=name)
     killed = time.time()
     os.kill(started.pid, signal.SIGKILL)
-    _restarted(shop, name, killed, LOOKED + GRACE, record_testsuite_property)
+    _restarted(shop, name, killed, GRACE, record_testsuite_property)
     _nothing_left(shop, {"bare": 1, "claimed": 1, name: 2})
+
+
+def test_the_death_of_a_child_is_never_left_to_the_next_round(
+    scenes: StartScene, redis_server: EmbeddedServer
+) -> None:
+    """Of many that die, none is noticed only when Celery looks at its pool, each 5 s."""
+    worker = scenes(redis_server.url, other_database(redis_server)).worker(concurrency=2)
+    for _ in range(12):
+        child = worker.child_pids()[0]
+        os.kill(child, signal.SIGKILL)
+        noticed = f"pid:{child} exited with"
+        wait_until(lambda line=noticed: line in worker.log, 2.5, lambda: worker.log)
+        wait_until(lambda: len(worker.child_pids()) == 2, message="another child")
 
 
 def test_a_task_whose_worker_is_killed_runs_once_more(

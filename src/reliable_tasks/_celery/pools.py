@@ -1,4 +1,4 @@
-"""The end of eventlet's pool."""
+"""What Celery's pools miss: the end of a child, and of eventlet's last task."""
 
 from __future__ import annotations
 
@@ -7,10 +7,38 @@ from typing import Any
 
 from celery.signals import eventlet_pool_preshutdown
 
-__all__ = ["wait_for_all_of_eventlets_pool"]
+__all__ = ["notice_dead_children", "wait_for_all_of_eventlets_pool"]
 
+#: After so many seconds it is looked again for a child that has closed its pipe. What still runs
+#: then has not died, and Celery's own round comes each 5 s.
+_LOOK_AGAIN = (0.01, 0.04, 0.2, 1.0)
 #: How often a pool that is to end is looked at (s).
 _LOOK = 0.05
+
+
+def notice_dead_children(pool: Any) -> None:
+    """Have a prefork worker notice at once that a child has died, from now on.
+
+    Celery looks when the child's pipe is closed. The kernel does that a moment before the child
+    can be waited for, and a worker that looks in that moment finds it alive.
+    """
+    prefork: Any = getattr(pool, "_pool", None)
+    # Of the instance, where this was done before.
+    if not hasattr(prefork, "_event_process_exit") or "_event_process_exit" in vars(prefork):
+        return
+    look = prefork._event_process_exit
+
+    def look_until_it_is_seen(hub: Any, child: Any) -> None:
+        look(hub, child)
+        for seconds in _LOOK_AGAIN:
+            hub.call_later(seconds, _look_for, prefork, child)
+
+    prefork._event_process_exit = look_until_it_is_seen
+
+
+def _look_for(prefork: Any, child: Any) -> None:
+    if child in prefork._pool:
+        prefork.maintain_pool()
 
 
 def wait_for_all_of_eventlets_pool() -> None:
