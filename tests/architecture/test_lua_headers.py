@@ -180,3 +180,23 @@ def test_the_readme_lists_every_script_and_all_its_commands() -> None:
     expected = {path.stem: Script.read(path).needed for path in SCRIPTS}
     assert {name: set(commands.split()) for name, commands in rows} == expected
     assert [name for name, _ in rows] == sorted(expected)
+
+
+#: What they write is new, and a full server may refuse it: nothing is lost by that.
+_PUBLISHES = {"claim_acquire", "claim_continue", "message_publish"}
+#: Writes that a full server never refuses; after one it refuses nothing of the script.
+_FREES = {"DEL", "HDEL", "ZREM", "ZREMRANGEBYSCORE", "RPOP", "LTRIM", "PEXPIRE"}
+_WRITES = _FREES | {"HSET", "HINCRBY", "SET", "ZADD", "RPUSH", "LPUSH"}
+
+
+def test_a_full_server_refuses_nothing_to_a_task_that_is_queued(script: Script) -> None:
+    """Before its first write that takes memory a script frees some, or says that it must go on."""
+    if script.name in _PUBLISHES:
+        return
+    pattern = "|".join([_CALL.pattern, *(rf"\b({name})\(" for name in script.uses)])
+    for found in re.finditer(pattern, script.code):
+        name = next(one for one in found.groups() if one)
+        called = {name.upper()} if name not in FUNCTIONS else FUNCTIONS[name].listed & _WRITES
+        if called & _WRITES:
+            assert called <= _FREES, f"{name} comes before admit_writes"
+            return

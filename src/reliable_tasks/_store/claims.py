@@ -299,8 +299,7 @@ class Claims:
 
     def note_end(self, end: End, *, owner: str) -> None:
         """Note how a task ended that has freed its key before, for those that follow it."""
-        with self.reading("write") as server:
-            server.set(self.keys.followed(end.name, owner), end.state, xx=True, keepttl=True)
+        self._ask("claim_note_end", [self.keys.followed(end.name, owner)], [end.state])
 
     def _ask(
         self,

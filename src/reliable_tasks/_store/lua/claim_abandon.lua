@@ -5,6 +5,7 @@
 -- ARGV[2]  token of the publish that failed
 -- Returns: 1  taken back; who had the claim before has it again
 --          0  nothing to take back: gone, changed since, or started, so published after all
+-- Uses: admit_writes
 -- Commands: HMGET HSET HDEL DEL
 local owner, token, next_attempt, holder, holder_owner, replaces, replaces_attempt =
     unpack(redis.call('HMGET', KEYS[1], 'owner', 'token', 'next_attempt', 'holder',
@@ -12,6 +13,7 @@ local owner, token, next_attempt, holder, holder_owner, replaces, replaces_attem
 if owner ~= ARGV[1] or token ~= ARGV[2] then
     return 0
 end
+admit_writes(KEYS[1])
 if next_attempt then
     redis.call('HDEL', KEYS[1], 'next_attempt', 'token')
     return 1

@@ -6,10 +6,11 @@
 -- ARGV[1]  owner: the task's id
 -- ARGV[2]  attempt: which continuation of the task this is
 -- Returns: nothing
--- Uses: claim_confirm
+-- Uses: claim_confirm admit_writes
 -- Commands: HMGET GET HSET HDEL SET PTTL
 local owner, replaces, hands_on = unpack(redis.call('HMGET', KEYS[1], 'owner', 'replaces',
     'hands_on'))
+admit_writes(KEYS[1])
 if owner == ARGV[1] then
     claim_confirm(KEYS[1], KEYS[2])
 elseif not owner

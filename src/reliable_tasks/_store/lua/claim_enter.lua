@@ -22,7 +22,7 @@
 --                                                     is not known yet who has it
 --          {5, owner, 0, fence}                       the call was replaced by that owner's
 --          {0, its owner, ms until it lapses, fence}  another task owns the key
--- Uses: covered_until claim_confirm in_doubt
+-- Uses: covered_until claim_confirm in_doubt admit_writes
 -- Commands: TIME HMGET GET ZSCORE HDEL HSET PEXPIRE PTTL
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -32,6 +32,7 @@ local owner, attempt, holder, fence, holder_attempt, holder_owner, replaces, sin
 local covered = covered_until(KEYS[3], delivery, ends, now)
 local runs = holder and covered > now
 local hands_on = false
+admit_writes(KEYS[1])
 if owner ~= ARGV[1] then
     if holder_owner == ARGV[1] and runs then
         if holder == ARGV[3] then

@@ -20,6 +20,7 @@
 --          {1, followed, ms left, until, ''}     that task owns it, or runs
 --          {2, followed, ms left, until, state}  that task has ended
 --          {3, '', ms left, until, ''}           the key is the task's own
+-- Uses: admit_writes
 -- Commands: TIME HMGET GET SET PTTL
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -42,6 +43,7 @@ local function answer(code, state)
 end
 
 local function note(id, what)
+    admit_writes(KEYS[1])
     -- Longer than anybody follows, so that each learns that its time is over.
     redis.call('SET', KEYS[2] .. id, what, 'PX',
         math.max(2 * ttl, redis.call('PTTL', KEYS[2] .. id)))

@@ -20,8 +20,9 @@
 --                          has its place
 --          {3, ''}         it had lapsed already
 --          {0, its owner}  not ours: another task's, or another run's
--- Uses: covered_until claim_give_back
+-- Uses: covered_until claim_give_back admit_writes
 -- Commands: TIME HMGET EXISTS HSET HDEL SET PEXPIRE PTTL DEL
+admit_writes(KEYS[1])
 if ARGV[7] ~= '' then
     if ARGV[8] ~= '' then
         redis.call('SET', KEYS[5] .. ARGV[1], ARGV[7], 'PX', ARGV[8])

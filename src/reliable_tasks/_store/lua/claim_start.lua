@@ -13,7 +13,7 @@
 --          {4, owner, ms to wait, fence}  it is not known yet who has the claim
 --          {5, owner, 0, fence}      the call was replaced by that owner's
 --          {0, its owner, ms until it lapses, fence}  another task owns the key
--- Uses: claim_confirm in_doubt
+-- Uses: claim_confirm in_doubt admit_writes
 -- Commands: HMGET GET SET PTTL DEL
 local owner, attempt, fence, replaces, since = unpack(redis.call('HMGET', KEYS[1], 'owner',
     'attempt', 'fence', 'replaces', 'since'))
@@ -38,6 +38,7 @@ end
 if tonumber(attempt) > tonumber(ARGV[2]) then
     return {2, owner, 0, fence}
 end
+admit_writes(KEYS[1])
 -- It was published, for it is here.
 claim_confirm(KEYS[1], KEYS[2])
 redis.call('DEL', KEYS[1])

@@ -5,6 +5,7 @@
 -- ARGV[1]  holder: token of the run
 -- ARGV[2]  grace: how long it may take to kill the child, ms
 -- Returns: 1, or 0 if it does not hold the claim
+-- Uses: admit_writes
 -- Commands: TIME HMGET HSET HDEL PEXPIRE
 local holder, ends, allowance = unpack(redis.call('HMGET', KEYS[1], 'holder', 'lease_end',
     'allowance'))
@@ -13,6 +14,7 @@ if holder ~= ARGV[1] then
 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+admit_writes(KEYS[1])
 ends = math.max(tonumber(ends), now + ARGV[2])
 redis.call('HSET', KEYS[1], 'lease_end', string.format('%.0f', ends))
 redis.call('HDEL', KEYS[1], 'delivery')

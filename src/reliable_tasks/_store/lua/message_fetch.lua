@@ -33,6 +33,7 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local lease_end = string.format('%.0f', now + lease)
 local index_score = string.format('%.3f', (now + lease) / 1000)
 
+admit_writes(leases)
 local function guard(tag, message)
     local ok, decoded = pcall(cjson.decode, message)
     local headers = ok and type(decoded) == 'table' and decoded['headers']
@@ -61,7 +62,6 @@ if ARGV[6] == '1' then
     return taken
 end
 
-admit_writes(leases)
 local order, is_empty, size = {}, {}, 0
 for queue = 1, queues do
     order[queue] = queue

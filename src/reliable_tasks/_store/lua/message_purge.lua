@@ -8,10 +8,11 @@
 -- ARGV[3]  claims: what the key of a claim begins with; the name follows in braces
 -- ARGV[4]  replaced: the same of tasks whose calls were replaced; a colon and the id follow
 -- Returns: how many there were
--- Uses: covered_until claim_give_back
+-- Uses: covered_until claim_give_back admit_writes
 -- Commands: TIME RPOP HMGET DEL
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+admit_writes(KEYS[1])
 local function free(claim)
     local name = '{' .. claim.key .. '}'
     local key = ARGV[3] .. name

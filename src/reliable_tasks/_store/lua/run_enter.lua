@@ -11,7 +11,7 @@
 -- Returns: {1, crashes, 0}             let in
 --          {2, crashes, 0}             over: a copy of this order ended, or was continued
 --          {3, crashes, ms of lease}   another copy is alive
--- Uses: hold_run
+-- Uses: hold_run admit_writes
 -- Commands: TIME HMGET HINCRBY HDEL HSET ZADD
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -23,6 +23,7 @@ local ended, last = tonumber(done or -1), tonumber(begun or -1)
 if ARGV[3] == '1' and (ended >= order or last > order) then
     return {2, crashes, 0}
 end
+admit_writes(KEYS[2])
 local held = hold_run(KEYS[2], KEYS[1], ARGV[1], now, ARGV[4])
 if held[1] ~= 1 then
     return held

@@ -4,8 +4,10 @@
 -- ARGV[1]  tag of the delivery
 -- ARGV[2]  how much to count: 1 or -1
 -- Returns: nothing of interest
+-- Uses: admit_writes
 -- Commands: HGET HINCRBY
 if redis.call('HGET', KEYS[1], 'tag') == ARGV[1] then
+    admit_writes(KEYS[1])
     redis.call('HINCRBY', KEYS[1], 'crashes', ARGV[2])
 end
 return 0

@@ -8,12 +8,14 @@
 -- ARGV[3]  cursor: where to go on, '0' at first
 -- Returns: {cursor, how many leases were ended}; the cursor is '0' at the end
 --          {'', 0}  it was heard of
+-- Uses: admit_writes
 -- Commands: TIME ZSCORE ZSCAN ZADD
 local time = redis.call('TIME')
 local beat = redis.call('ZSCORE', KEYS[2], ARGV[1])
 if not beat or time[1] * 1000 + math.floor(time[2] / 1000) - beat < tonumber(ARGV[2]) then
     return {'', 0}
 end
+admit_writes(KEYS[1])
 local cursor, found =
     unpack(redis.call('ZSCAN', KEYS[1], ARGV[3], 'MATCH', ARGV[1] .. ':*', 'COUNT', 200))
 for i = 1, #found, 2 do
