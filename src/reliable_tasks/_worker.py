@@ -23,6 +23,7 @@ from reliable_tasks._celery.exits import is_stopping
 from reliable_tasks._celery.pools import notice_dead_children, wait_for_all_of_eventlets_pool
 from reliable_tasks._celery.signals import handle_signals_in_green_threads
 from reliable_tasks._once.locks import locks_of
+from reliable_tasks._once.waiting import keep_claims
 from reliable_tasks.errors import ConfigError
 
 __all__ = ["KeeperStep"]
@@ -47,12 +48,16 @@ class KeeperStep(bootsteps.StartStopStep):
         wait_for_all_of_eventlets_pool()
         # Before the pool is.
         take_page()
-        self._ticks: Any = None
+        self._ticks: list[Any] = []
         self._keeper: Keeper | None = None
 
     def start(self, parent: Any) -> None:
         """Start the keeper; Celery calls it each time the consumer has connected."""
         notice_dead_children(parent.pool)
+        for tick in self._ticks:
+            # A green pool's timer returns the first of the greenlets that follow each other.
+            getattr(tick, "entry", tick).cancel()
+        self._ticks = [parent.timer.call_repeatedly(_TICK, keep_claims, (parent.app,))]
         held = held_by(parent.task_consumer.channel)
         if held is None:  # One that holds nothing yet is false.
             held = _beside(parent)
@@ -68,9 +73,6 @@ class KeeperStep(bootsteps.StartStopStep):
         atexit.unregister(_leave_all)
         atexit.register(_leave_all)
         _keepers[parent.controller] = keeper
-        if self._ticks is not None:
-            # A green pool's timer returns the first of the greenlets that follow each other.
-            getattr(self._ticks, "entry", self._ticks).cancel()
         is_loop_of_its_own = not getattr(parent.pool, "is_green", False) and (
             type(parent.pool).__module__ != "celery.concurrency.solo"
         )
@@ -78,7 +80,7 @@ class KeeperStep(bootsteps.StartStopStep):
         tick = keeper.main_loop_turns if is_loop_of_its_own else keeper.say_what_is_unsaid
         # A loop that never begins to turn has hung, too.
         tick()
-        self._ticks = parent.timer.call_repeatedly(_TICK, tick)
+        self._ticks.append(parent.timer.call_repeatedly(_TICK, tick))
         self._keeper = keeper
 
     def stop(self, parent: Any) -> None:

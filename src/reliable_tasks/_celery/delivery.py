@@ -10,12 +10,13 @@ import time
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 from celery import Celery
 from celery.worker.request import Request
 
 from reliable_tasks._celery.channels import held_by, is_lost
+from reliable_tasks._celery.consumer import copy_of
 from reliable_tasks._celery.headers import DELIVERY, TIMES_SET_ASIDE, WAITS_FOR
 from reliable_tasks._celery.receiving import check_request
 from reliable_tasks._celery.registry import hard_limit
@@ -26,6 +27,7 @@ __all__ = [
     "give_back_what_waits",
     "remember_consumer",
     "tell_events_to",
+    "waiting_requests",
 ]
 
 #: A run that outlives its hard limit by so much has hung (s): its lease is left to end.
@@ -34,6 +36,8 @@ _HUNG_AFTER = 30.0
 _consumers: WeakKeyDictionary[Celery, weakref.ref[Any]] = WeakKeyDictionary()
 
 
+#: All requests that somebody still has.
+_known: WeakSet[DeliveredRequest] = WeakSet()
 #: The request of each message that is held, by the tag of its delivery.
 _received: WeakValueDictionary[str, DeliveredRequest] = WeakValueDictionary()
 
@@ -63,6 +67,16 @@ def tell_events_to(app: Celery, dispatcher: Any) -> None:
     for request in list(_received.values()):
         if request.app is app:
             request.eventer = dispatcher
+
+
+def waiting_requests(app: Celery) -> list[DeliveredRequest]:
+    """Return the requests of an app's messages that wait in this worker."""
+    return [
+        request
+        for request in copy_of(_known)
+        # What has ended, or went back, is forgotten by others and kept by the timer.
+        if request.app is app and request.waits and not request.is_given_back
+    ]
 
 
 def remember_consumer(app: Celery, consumer: Any) -> None:
@@ -95,7 +109,12 @@ class GuardedTask(Protocol):
 
 
 class DeliveredRequest(Request):
-    """Celery's request, which knows its delivery, its consumer and its task's guard."""
+    """Celery's request, which knows its delivery, its consumer and its task's guard.
+
+    Attributes:
+        received_at: When its message came, or its timeout was started anew (monotonic s).
+        kept_at: When its claim was kept last while it waits (monotonic s), or 0.
+    """
 
     _context: Any
     _message: Any
@@ -106,7 +125,9 @@ class DeliveredRequest(Request):
     def __init__(self, message: Any, **options: Any) -> None:
         super().__init__(message, **options)
         check_request(self)
-        self._received_at = time.monotonic()
+        self.received_at = time.monotonic()
+        self.kept_at = 0.0
+        _known.add(self)
         self._ends_here = False
         self._is_cancelled = False
         self._is_requeued = False
@@ -168,6 +189,11 @@ class DeliveredRequest(Request):
     def waits(self) -> bool:
         """Whether no pool has the task yet."""
         return not self._is_accepted and self._apply_result is None and not self.acknowledged
+
+    @property
+    def is_given_back(self) -> bool:
+        """Whether this worker has its message no more."""
+        return self._delivery is not None and bool(self._delivery.is_ended)
 
     @property
     def is_told_to_end(self) -> bool:

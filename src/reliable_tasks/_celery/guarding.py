@@ -45,12 +45,12 @@ class GuardedRequest(PatientRequest):
             return True
         limit = hard_limit(self.task, self.time_limits)
         slack = self._guard._reliable_slack(timeout)
-        held = time.monotonic() - self._received_at
+        held = time.monotonic() - self.received_at
         if held + limit <= timeout - slack:
             return True
         restarted_at = time.monotonic()
         if held < timeout - slack and stock.restart_timeout(self.message):
-            self._received_at = restarted_at
+            self.received_at = restarted_at
             return True
         task_ready(self)
         logger.warning(

@@ -143,6 +143,8 @@ class _Copy:
         claim = self.claim
         by_name = is_by_name(claim, vars(self.task.request))
         if claim.follows is None and (not by_name or may_have_started(self.task)):
+            if not by_name and not self.locks.are_made_by_broker:
+                self._see_its_call()
             return
         ticket = self.locks.claims.acquire(
             claim.name,
@@ -159,6 +161,13 @@ class _Copy:
         known = (claim.owner, claim.follows.owner if claim.follows else None)
         if ticket.code is Publish.DUPLICATE and ticket.owner not in known:
             self._end_late(Ticket(Entry.DUPLICATE, ticket.owner, ticket.seconds, ticket.fence))
+
+    def _see_its_call(self) -> None:
+        """Make sure that no other call has the place of this one's, whose publish had failed."""
+        ticket = self.locks.claims.keep(self.claim.name, owner=self.claim.owner)
+        if ticket.code is Entry.PREDECESSOR_RUNNING:
+            raise _until_free("another call is taking its place", _WHILE_ENDING, ticket)
+        self._check(ticket)
 
     def _release(self, claim: Claim) -> None:
         """Free what this copy has taken, or its call: it does not run."""
@@ -270,11 +279,11 @@ class _Copy:
 
     def _keep_waiting(self) -> None:
         """Keep the key of a call that waits for longer than it might in the queue."""
-        store, claim = self.locks.claims, self.claim
-        if not store.keep(claim.name, owner=claim.owner, ttl=self.once.ttl(self.locks.config)):
-            successor = store.replaced_by(claim.name, claim.owner)
-            if successor is not None:
-                self._revoke(f"task {successor} has taken its place")
+        claim = self.claim
+        ticket = self.locks.claims.keep(
+            claim.name, owner=claim.owner, ttl=self.once.ttl(self.locks.config)
+        )
+        self._check(ticket)
 
     def _revoke(self, reason: str) -> NoReturn:
         logger.warning("Task %s[%s] is not run: %s", self.task.name, self.claim.owner, reason)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -21,6 +21,8 @@ __all__ = ["Claims", "End", "Entry", "Follow", "Following", "Publish", "Release"
 
 
 Code = TypeVar("Code", bound=IntEnum)
+#: The keys and the arguments of a script.
+Asked = tuple[list[str], list[str | int]]
 
 
 class Publish(IntEnum):
@@ -200,9 +202,14 @@ class Claims:
             Publish, self._ask("claim_continue", [self.keys.claim(name)], args, self._replicas)
         )
 
-    def abandon(self, name: str, *, owner: str, token: str) -> bool:
-        """Take back a publish that failed."""
-        return bool(self._ask("claim_abandon", [self.keys.claim(name)], [owner, token]))
+    def abandon(self, name: str, *, owner: str, token: str, in_doubt: bool = False) -> bool:
+        """Take back a publish that failed; return whether there was something to take back.
+
+        One that is ``in_doubt`` may have queued its message: until that is seen, its claim is
+        unconfirmed, and the next call takes its place.
+        """
+        keys = [self.keys.claim(name), self.keys.replaced(name)]
+        return bool(self._ask("claim_abandon", keys, [owner, token, "1" if in_doubt else ""]))
 
     def confirm(self, name: str, *, owner: str, attempt: int) -> None:
         """Note that the message is queued of a call that took a claim over."""
@@ -214,9 +221,20 @@ class Claims:
         args: list[str | int] = [holder, ms(grace)]
         return bool(self._ask("claim_uncover", [self.keys.claim(name)], args))
 
-    def keep(self, name: str, *, owner: str, ttl: float) -> bool:
-        """Keep the claim of a message that waits in a worker, for another while (s)."""
-        return bool(self._ask("claim_keep", [self.keys.claim(name)], [owner, ms(ttl)]))
+    def keep(self, name: str, *, owner: str, ttl: float = 0) -> Ticket[Entry]:
+        """Keep the claim of a message that is seen, for another while (s), or learn who has it."""
+        keys = [self.keys.claim(name), self.keys.replaced(name)]
+        return _ticket(Entry, self._ask("claim_keep", keys, [owner, ms(ttl)]))
+
+    def keep_each(self, kept: Iterable[tuple[str, str, float]]) -> None:
+        """Keep the claims of some messages: for each its name, its owner, and for how long (s)."""
+        self._ask_each(
+            "claim_keep",
+            [
+                ([self.keys.claim(name), self.keys.replaced(name)], [owner, ms(ttl)])
+                for name, owner, ttl in kept
+            ],
+        )
 
     def enter(
         self,
@@ -309,6 +327,11 @@ class Claims:
         replicas: Replicas = NO_REPLICAS,
     ) -> Any:
         return load(script)(self.client, keys, args, replicas)
+
+    def _ask_each(
+        self, script: str, calls: Sequence[Asked], replicas: Replicas = NO_REPLICAS
+    ) -> list[Any]:
+        return load(script).for_each(self.client, calls, replicas)
 
     def _both(self, name: str) -> list[str]:
         return [self.keys.claim(name), self.keys.ended(name)]

@@ -22,6 +22,7 @@ class State(StrEnum):
     """What becomes of a key that is taken."""
 
     QUEUED = "queued"
+    UNCONFIRMED = "unconfirmed"
     RUNNING = "running"
     INTERRUPTED = "interrupted"
     WINDOW = "window"
@@ -38,7 +39,8 @@ class Record:
         owner: Id of the task that has it.
         state: Whether that waits in the queue or for its turn, runs, or was interrupted (its
             worker is gone, and its message comes back); or the key is taken for a window of time.
-            One that is unreadable was written by somebody else.
+            Of one that is unconfirmed nobody knows whether its message was queued: the next call
+            takes its place. One that is unreadable was written by somebody else.
         attempt: The latest one that is known.
         age: Since when it has it (s).
         expires_in: Until it lapses if nobody renews or releases it (s).
@@ -66,6 +68,8 @@ class Record:
     ) -> Record:
         """Read a claim's fields, by the lease (ms) of the delivery that its holder runs."""
         state = State.WINDOW if "window" in fields else State.QUEUED
+        if fields.get("unconfirmed") == fields["owner"]:
+            state = State.UNCONFIRMED
         # The holder of another task's run says nothing of the one that waits for its end.
         if "holder" in fields and "holder_owner" not in fields:
             # As covered_until.lua has it.

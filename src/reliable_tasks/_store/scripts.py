@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
 
@@ -33,9 +33,13 @@ __all__ = [
 # A reply can be lost after the script ran. Every script is written to be repeated, so one that
 # failed on the way is sent again, where redis-py's own retries are off (they cannot know).
 _PAUSE = 0.05
+#: So many are under way at once where a script is run for many: each blocks the server alone, and
+#: their answers need room.
+_AT_ONCE = 250
 
 _USES = re.compile(r"^-- Uses: (.+)$", re.MULTILINE)
 
+_Answer = TypeVar("_Answer")
 Key = str | bytes
 Argument = str | bytes | int
 Call = tuple[Sequence[Key], Sequence[Argument]]
@@ -108,14 +112,22 @@ class Script:
                 as long as the client's timeout; or too few replicas have the write.
             ScriptError: The server refused (no permission, out of memory, read only).
         """
-        started = time.monotonic()
-        try:
-            return self._evaluate(client, keys, args, replicas)
-        except StoreUnavailable:
-            if time.monotonic() - started > client.timeout / 2:
-                raise
-            time.sleep(_PAUSE)
-            return self._evaluate(client, keys, args, replicas)
+        return self._twice(client, lambda: self.on(client.redis, keys, args, replicas))
+
+    def for_each(
+        self, client: Client, calls: Sequence[Call], replicas: Replicas = NO_REPLICAS
+    ) -> list[Any]:
+        """Run the script for each of some keys and arguments, some hundreds under way at once.
+
+        Raises:
+            StoreUnavailable: As when it is called for one; any number of them may have run.
+            ScriptError: The server refused one of them.
+        """
+        answers: list[Any] = []
+        for begin in range(0, len(calls), _AT_ONCE):
+            some = calls[begin : begin + _AT_ONCE]
+            answers += self._twice(client, partial(self.on_each, client.redis, some, replicas))
+        return answers
 
     def on(
         self,
@@ -131,34 +143,59 @@ class Script:
         Raises:
             redis.ConnectionError: Too few ``replicas`` have what was written; it is written.
         """
-        run = _run_and_wait if replicas.count else _run
+        if replicas.count:
+            return self.on_each(server, [(keys, args)], replicas)[0]
         try:
-            return run(server, replicas, "EVALSHA", self.sha, len(keys), *keys, *args)
+            return execute(server, "EVALSHA", self.sha, len(keys), *keys, *args)
         except redis.exceptions.NoScriptError:
-            return run(server, replicas, "EVAL", self.source, len(keys), *keys, *args)
+            return execute(server, "EVAL", self.source, len(keys), *keys, *args)
 
-    def on_each(self, server: redis.Redis, calls: Sequence[Call]) -> list[Any]:
+    def on_each(
+        self, server: redis.Redis, calls: Sequence[Call], replicas: Replicas = NO_REPLICAS
+    ) -> list[Any]:
         """Run the script once for each of some keys and arguments, all under way at once.
 
         An error of one is raised when all have run.
         """
-        answers = self._pipelined(server, calls, "EVALSHA", self.sha)
-        if any(isinstance(answer, redis.exceptions.NoScriptError) for answer in answers):
-            # None of them has run.
-            answers = self._pipelined(server, calls, "EVAL", self.source)
-        return checked(answers)
+        try:
+            return self._pipelined(server, calls, replicas, "EVALSHA", self.sha)
+        except redis.exceptions.NoScriptError:
+            # Mostly none of them has run, and each can be repeated.
+            return self._pipelined(server, calls, replicas, "EVAL", self.source)
 
     def _pipelined(
-        self, server: redis.Redis, calls: Sequence[Call], command: str, script: str
+        self,
+        server: redis.Redis,
+        calls: Sequence[Call],
+        replicas: Replicas,
+        command: str,
+        script: str,
     ) -> list[Any]:
         commands = [(command, script, len(keys), *keys, *args) for keys, args in calls]
-        return pipelined(server, commands)
+        if replicas.count:
+            # In one go on one connection: WAIT is about what its own connection has written.
+            commands.append(("WAIT", replicas.count, round(replicas.timeout * 1000)))
+        answers = checked(pipelined(server, commands))
+        if replicas.count and (reached := int(answers.pop())) < replicas.count:
+            raise redis.exceptions.ConnectionError(
+                f"only {reached} of {replicas.count} replicas have the write after "
+                f"{replicas.timeout:g} s (reliable_wait_replicas)"
+            )
+        return answers
 
-    def _evaluate(
-        self, client: Client, keys: list[str], args: list[str | int], replicas: Replicas
-    ) -> Any:
+    def _twice(self, client: Client, run: Callable[[], _Answer]) -> _Answer:
+        started = time.monotonic()
         try:
-            return self.on(client.redis, keys, args, replicas)
+            return self._once(client, run)
+        except StoreUnavailable:
+            if time.monotonic() - started > client.timeout / 2:
+                raise
+            time.sleep(_PAUSE)
+            return self._once(client, run)
+
+    def _once(self, client: Client, run: Callable[[], _Answer]) -> _Answer:
+        try:
+            return run()
         except redis.exceptions.ReadOnlyError as error:
             leave_replica(client.redis)
             raise StoreUnavailable(client.shown_url, str(error)) from error
@@ -166,22 +203,6 @@ class Script:
             raise StoreUnavailable(client.shown_url, str(error)) from error
         except redis.RedisError as error:
             raise ScriptError(self.name, str(error)) from error
-
-
-def _run(server: redis.Redis, _: Replicas, *command: Any) -> Any:
-    return execute(server, *command)
-
-
-def _run_and_wait(server: redis.Redis, replicas: Replicas, *command: Any) -> Any:
-    # In one go on one connection: WAIT is about what its own connection has written.
-    wait = ("WAIT", replicas.count, round(replicas.timeout * 1000))
-    answer, reached = checked(pipelined(server, [command, wait]))
-    if int(reached) < replicas.count:
-        raise redis.exceptions.ConnectionError(
-            f"only {reached} of {replicas.count} replicas have the write after "
-            f"{replicas.timeout:g} s (reliable_wait_replicas)"
-        )
-    return answer
 
 
 @cache

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from reliable_tasks._store.claims import Claims, Follow, Following, Release
+from reliable_tasks._store.claims import Asked, Claims, Follow, Following, Release
 from reliable_tasks._store.keys import Keys
 from reliable_tasks._store.scripts import NO_REPLICAS, Replicas
 from reliable_tasks.errors import ScriptError, StoreError
@@ -21,10 +22,9 @@ _ANSWERS: dict[str, Any] = {
     "claim_release": _NOT_OURS,
     "claim_abandon": 0,
     "claim_uncover": 0,
-    "claim_keep": 0,
     "claim_free": 0,
 }
-_TICKETS = ("claim_acquire", "claim_continue", "claim_enter", "claim_start")
+_TICKETS = ("claim_acquire", "claim_continue", "claim_enter", "claim_keep", "claim_start")
 #: A lock that never lapses is asked about as one that lives for an hour (ms).
 _NEVER = 3_600_000
 _WRONG_TYPE = "WRONGTYPE"
@@ -114,6 +114,12 @@ class SharedClaims(Claims):
             if script not in _ANSWERS:
                 raise
             return _ANSWERS[script]
+
+    def _ask_each(
+        self, script: str, calls: Sequence[Asked], replicas: Replicas = NO_REPLICAS
+    ) -> list[Any]:
+        # Any of the keys may be locked by celery-once.
+        return [self._ask(script, *call, replicas) for call in calls]
 
     def _lives(self, key: str) -> int:
         """Return how long a key lives (ms)."""

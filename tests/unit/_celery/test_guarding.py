@@ -46,7 +46,7 @@ class TestHeldForTooLong:
             if is_ours:
                 server.zadd("unacked_index", {request.message.delivery_tag: 1})
             fake.connected = is_up
-            monkeypatch.setattr(request, "_received_at", time.monotonic() - seconds)
+            monkeypatch.setattr(request, "received_at", time.monotonic() - seconds)
             self.score = lambda: server.zscore("unacked_index", request.message.delivery_tag)
             return request, forgotten
 
@@ -88,7 +88,7 @@ class TestHeldForTooLong:
         """Only kombu's Redis transport has the timeout."""
         send.delay(7)
         request = bench.receive()
-        monkeypatch.setattr(request, "_received_at", -1e9)
+        monkeypatch.setattr(request, "received_at", -1e9)
         assert not request.revoked()
 
 

@@ -1,15 +1,20 @@
--- Purpose: take back an acquire or a continuation whose message was not published.
+-- Purpose: take back an acquire or a continuation whose message was not published. Where it is not
+--          known whether it was, the claim is unconfirmed until the message is seen: the next call
+--          takes its place.
 --          Safe to repeat.
 -- KEYS[1]  the claim
+-- KEYS[2]  replaced: what the key begins with of a task whose call was replaced; its id follows
 -- ARGV[1]  owner: the task's id
 -- ARGV[2]  token of the publish that failed
+-- ARGV[3]  '1' if the message may be queued all the same
 -- Returns: 1  taken back; who had the claim before has it again
 --          0  nothing to take back: gone, changed since, or started, so published after all
+--          2  unconfirmed
 -- Uses: admit_writes
--- Commands: HMGET HSET HDEL DEL
-local owner, token, next_attempt, holder, holder_owner, replaces, replaces_attempt =
+-- Commands: HMGET HSET HDEL SET PTTL DEL
+local owner, token, next_attempt, holder, holder_owner, replaces, replaces_attempt, hands_on =
     unpack(redis.call('HMGET', KEYS[1], 'owner', 'token', 'next_attempt', 'holder',
-        'holder_owner', 'replaces', 'replaces_attempt'))
+        'holder_owner', 'replaces', 'replaces_attempt', 'hands_on'))
 if owner ~= ARGV[1] or token ~= ARGV[2] then
     return 0
 end
@@ -19,6 +24,11 @@ if next_attempt then
     return 1
 end
 if replaces then
+    if ARGV[3] == '1' and not hands_on then
+        -- Of two that may both be queued one is to run, and the other one was told of an error.
+        redis.call('SET', KEYS[2] .. owner, replaces, 'PX',
+            math.max(redis.call('PTTL', KEYS[1]), 1))
+    end
     redis.call('HSET', KEYS[1], 'owner', replaces, 'attempt', replaces_attempt)
     redis.call('HDEL', KEYS[1], 'token', 'replaces', 'replaces_attempt', 'hands_on')
     if holder_owner == replaces then
@@ -31,6 +41,10 @@ if replaces then
 end
 if holder then
     return 0
+end
+if ARGV[3] == '1' then
+    redis.call('HSET', KEYS[1], 'unconfirmed', owner)
+    return 2
 end
 redis.call('DEL', KEYS[1])
 return 1

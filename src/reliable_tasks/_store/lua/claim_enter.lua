@@ -23,12 +23,13 @@
 --          {5, owner, 0, fence}                       the call was replaced by that owner's
 --          {0, its owner, ms until it lapses, fence}  another task owns the key
 -- Uses: covered_until claim_confirm in_doubt admit_writes
--- Commands: TIME HMGET GET ZSCORE HDEL HSET PEXPIRE PTTL
+-- Commands: TIME HMGET GET ZSCORE HDEL HSET SET PEXPIRE PTTL
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local owner, attempt, holder, fence, holder_attempt, holder_owner, replaces, since, delivery, ends =
+local owner, attempt, holder, fence, holder_attempt, holder_owner, replaces, since, delivery, ends,
+    unconfirmed =
     unpack(redis.call('HMGET', KEYS[1], 'owner', 'attempt', 'holder', 'fence', 'holder_attempt',
-        'holder_owner', 'replaces', 'since', 'delivery', 'lease_end'))
+        'holder_owner', 'replaces', 'since', 'delivery', 'lease_end', 'unconfirmed'))
 local covered = covered_until(KEYS[3], delivery, ends, now)
 local runs = holder and covered > now
 local hands_on = false
@@ -59,6 +60,12 @@ if owner ~= ARGV[1] then
         if ended == ARGV[1] and tonumber(last) >= tonumber(ARGV[2]) then
             return {2, ended, 0, fence or 0}
         end
+        if owner and owner == unconfirmed and not holder then
+            -- Perhaps there is no message of that one.
+            redis.call('SET', KEYS[4] .. owner, ARGV[1], 'PX',
+                math.max(redis.call('PTTL', KEYS[1]), 1))
+            owner = nil
+        end
     end
 end
 if owner and owner ~= ARGV[1] and not hands_on then
@@ -71,7 +78,8 @@ if owner and owner ~= ARGV[1] and not hands_on then
 end
 if not owner then
     -- Never claimed (published by name), lapsed in a long queue, or a dead task's: it is free.
-    redis.call('HDEL', KEYS[1], 'token', 'replaces', 'replaces_attempt', 'hands_on')
+    redis.call('HDEL', KEYS[1], 'token', 'replaces', 'replaces_attempt', 'hands_on',
+        'unconfirmed')
     redis.call('HSET', KEYS[1], 'task', ARGV[6], 'since', string.format('%.0f', now))
 elseif ARGV[8] == '' and not hands_on and tonumber(attempt) > tonumber(ARGV[2]) then
     return {2, owner, 0, fence}

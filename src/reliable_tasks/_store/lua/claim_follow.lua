@@ -25,8 +25,12 @@
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local mine, ttl = ARGV[1], tonumber(ARGV[4])
-local owner, runner, window = unpack(redis.call('HMGET', KEYS[1], 'owner', 'holder_owner',
-    'window'))
+local owner, runner, window, unconfirmed = unpack(redis.call('HMGET', KEYS[1], 'owner',
+    'holder_owner', 'window', 'unconfirmed'))
+if owner and owner == unconfirmed and owner ~= mine then
+    -- Perhaps there is no message of that one.
+    owner = nil
+end
 
 local function read(id)
     local state = redis.call('GET', KEYS[2] .. id)

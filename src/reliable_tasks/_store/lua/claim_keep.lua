@@ -1,12 +1,30 @@
--- Purpose: keep the claim of a message that waits in a worker for longer than it may in a queue.
+-- Purpose: keep the claim of a message that waits in a worker for longer than it may in a queue; or
+--          say who has it. A message that is seen was published.
 --          Safe to repeat.
 -- KEYS[1]  the claim
+-- KEYS[2]  replaced: what the key begins with of a task whose call was replaced; its id follows
 -- ARGV[1]  owner: the task's id
--- ARGV[2]  ttl, ms
--- Returns: 1 if it is that task's, or else 0
--- Commands: HGET PTTL PEXPIRE
-if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] then
-    return 0
+-- ARGV[2]  ttl, ms, or 0 where it lives for no longer than it does
+-- Returns: {1, owner, 0, 0}           it is that task's
+--          {4, owner, ms to wait, 0}  it is not known yet who has it
+--          {5, owner, 0, 0}           the call was replaced by that owner's
+--          {0, owner or '', 0, 0}     another task's, or nobody's
+-- Uses: in_doubt
+-- Commands: HMGET GET HDEL PTTL PEXPIRE
+local owner, replaces, since = unpack(redis.call('HMGET', KEYS[1], 'owner', 'replaces', 'since'))
+if owner == ARGV[1] then
+    redis.call('HDEL', KEYS[1], 'unconfirmed')
+    redis.call('PEXPIRE', KEYS[1], math.max(tonumber(ARGV[2]), redis.call('PTTL', KEYS[1])))
+    return {1, owner, 0, 0}
 end
-redis.call('PEXPIRE', KEYS[1], math.max(tonumber(ARGV[2]), redis.call('PTTL', KEYS[1])))
-return 1
+local replaced_by = redis.call('GET', KEYS[2] .. ARGV[1])
+if replaced_by then
+    return {5, replaced_by, 0, 0}
+end
+if owner and replaces == ARGV[1] then
+    local left = in_doubt(since)
+    if left > 0 then
+        return {4, owner, left, 0}
+    end
+end
+return {0, owner or '', 0, 0}

@@ -15,8 +15,8 @@
 --          {0, its owner, ms until it lapses, fence}  another task owns the key
 -- Uses: claim_confirm in_doubt admit_writes
 -- Commands: HMGET GET SET PTTL DEL
-local owner, attempt, fence, replaces, since = unpack(redis.call('HMGET', KEYS[1], 'owner',
-    'attempt', 'fence', 'replaces', 'since'))
+local owner, attempt, fence, replaces, since, unconfirmed = unpack(redis.call('HMGET', KEYS[1],
+    'owner', 'attempt', 'fence', 'replaces', 'since', 'unconfirmed'))
 local started = ARGV[1] .. ':' .. ARGV[2]
 if owner ~= ARGV[1] then
     local replaced_by = redis.call('GET', KEYS[2] .. ARGV[1])
@@ -31,6 +31,10 @@ if owner ~= ARGV[1] then
         if left > 0 then
             return {4, owner, left, fence}
         end
+        return {1, ARGV[1], 0, fence}
+    end
+    if owner == unconfirmed then
+        -- Perhaps there is no message of that one.
         return {1, ARGV[1], 0, fence}
     end
     return {0, owner, redis.call('PTTL', KEYS[1]), fence}

@@ -2,9 +2,9 @@
 -- Defines: claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, task, how, my_holder)
 -- Commands: TIME HMGET HSET HDEL PEXPIRE PTTL DEL
 local function claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, task, how, my_holder)
-    local owner, token, fence, attempt, holder, holder_owner, replaces =
+    local owner, token, fence, attempt, holder, holder_owner, replaces, unconfirmed =
         unpack(redis.call('HMGET', key, 'owner', 'token', 'fence', 'attempt', 'holder',
-            'holder_owner', 'replaces'))
+            'holder_owner', 'replaces', 'unconfirmed'))
     local lives = math.max(tonumber(ttl), redis.call('PTTL', key))
     if owner == mine and token == my_token then
         -- A write, though a small one: WAIT waits for the last write of its own connection.
@@ -18,7 +18,15 @@ local function claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, tas
         return {1, owner, tonumber(ttl), fence}
     end
     local hands_on = owner and my_holder ~= '' and holder == my_holder and not holder_owner
-    if owner and (owner == mine or not (hands_on or how == 'replace')) then
+    local in_doubt = owner and owner == unconfirmed
+    if owner == mine and in_doubt then
+        -- Its caller tries again.
+        redis.call('HSET', key, 'token', my_token, 'attempt', my_attempt)
+        redis.call('HDEL', key, 'unconfirmed')
+        redis.call('PEXPIRE', key, lives)
+        return {1, owner, tonumber(ttl), fence}
+    end
+    if owner and (owner == mine or not (hands_on or in_doubt or how == 'replace')) then
         return {0, owner, redis.call('PTTL', key), fence}
     end
     local time = redis.call('TIME')

@@ -1,10 +1,11 @@
--- Purpose: note that a message is queued whose task took the claim over from another one. If that
---          one's call was replaced, its message ends unrun when it arrives.
+-- Purpose: note that a message is queued whose task has the claim. If it took that over from
+--          another one, whose call it replaced, that one's message ends unrun when it arrives.
 -- Defines: claim_confirm(key, replaced)
 -- Commands: HMGET SET HDEL PTTL
 local function claim_confirm(key, replaced)
     local owner, replaces, hands_on = unpack(redis.call('HMGET', key, 'owner', 'replaces',
         'hands_on'))
+    redis.call('HDEL', key, 'unconfirmed')
     if not replaces then
         return
     end
