@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from celery import Celery, Task, chord, group
@@ -14,21 +14,26 @@ from kombu.exceptions import OperationalError
 from reliable_tasks._body import guarded
 from reliable_tasks._broker.beside import note_done
 from reliable_tasks._broker.continuing import check_held, continuing, note_continued
+from reliable_tasks._broker.purging import listen
 from reliable_tasks._celery.delays import with_short_delay
 from reliable_tasks._celery.delivery import remember_consumer
 from reliable_tasks._celery.headers import OF_ONE_COPY
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._celery.settings import explicit
 from reliable_tasks._celery.versions import check_versions
+from reliable_tasks._once.batch import publish_many, queue_many
+from reliable_tasks._once.call import Call
 from reliable_tasks._once.claim import CLAIM, OF_ONE_DELIVERY, Claim, Run
 from reliable_tasks._once.decorator import OPTIONS, once_options
 from reliable_tasks._once.following import is_follower, pause_of
 from reliable_tasks._once.held import HeldClaim, held_claim
 from reliable_tasks._once.leaving import end_unrun, uncover
+from reliable_tasks._once.lineage import LINEAGE, lineage_of_call
 from reliable_tasks._once.locks import locks_of, read_config
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.options import OnceOptions
-from reliable_tasks._once.publish import Call, publish
+from reliable_tasks._once.publish import publish
+from reliable_tasks._once.purged import free_thrown
 from reliable_tasks._once.received import mark_copy
 from reliable_tasks._once.result import ReliableResult
 from reliable_tasks._retrying import Policy, Retrying
@@ -58,6 +63,8 @@ _DEFAULTS: tuple[tuple[str, str, bool], ...] = (
 _CANVAS = ("chain", "chord", "group_id")
 #: A task whose retry could not be published runs again after a pause: the first, the longest (s).
 _AFTER_FAILED_RETRY = (1.0, 30.0)
+
+listen(free_thrown)
 
 
 class ReliableTask(_Task):
@@ -162,11 +169,76 @@ class ReliableTask(_Task):
             kombu.exceptions.OperationalError: The broker cannot be reached. No claim stays.
             StoreUnavailable: The lock Redis cannot be reached.
         """
+        once = self._take_once(options)
+        call = self._call(args, kwargs, task_id, producer, link, link_error, shadow, options)
+        if once is None or self.app.conf.task_always_eager:
+            return call.queue(task_id, None)
+        return publish(self, once, call)
 
+    def apply_many(
+        self, calls: Iterable[tuple[Any, Mapping[str, Any] | None]], **options: Any
+    ) -> list[ReliableResult]:
+        """Queue the task many times, in a handful of round trips on a Redis broker.
+
+        Args:
+            calls: For each call its positional arguments and its keyword arguments; either may be
+                empty or ``None``.
+            **options: Of all calls alike: what `apply_async` takes, without ``task_id``.
+
+        Returns:
+            The results in the order of the calls. For a `@once` key that is taken, by another
+            call or by an earlier one of these, ``.duplicate`` is true, and nothing was queued;
+            ``on_conflict="raise"`` does not raise here. With callbacks a duplicate waits for
+            the owner of the key, as in `apply_async`.
+
+        Raises:
+            TypeError: A call is no pair of arguments; nothing was queued.
+            kombu.exceptions.OperationalError: The broker cannot be reached. Some calls may be
+                queued by then, and are duplicates when all are called again.
+            StoreUnavailable: The lock Redis cannot be reached; the same.
+        """
+        pairs = [_pair(number, call) for number, call in enumerate(calls)]
+        if "task_id" in options:
+            raise TypeError(
+                f"{self.name}.apply_many(task_id={options['task_id']!r}): each call has an id of "
+                "its own; leave it out"
+            )
+        if self.app.conf.task_always_eager:
+            return [self.apply_async(args, kwargs, **options) for args, kwargs in pairs]
+        once = self._take_once(options)
+        producer = options.pop("producer", None)
+        link, link_error = options.pop("link", None), options.pop("link_error", None)
+        shadow, adds = options.pop("shadow", None), options.pop("add_to_parent", True)
+        # What the parent is told of are the results that the caller gets.
+        options["add_to_parent"] = False
+        made = [
+            self._call(args, kwargs, None, producer, link, link_error, shadow, options)
+            for args, kwargs in pairs
+        ]
+        results = queue_many(self, made) if once is None else publish_many(self, once, made)
+        parent: Any = self.app.current_worker_task
+        for result in results if parent is not None and adds else ():
+            parent.add_trail(result)
+        return results
+
+    def _call(
+        self,
+        args: Any,
+        kwargs: Any,
+        task_id: str | None,
+        producer: Any,
+        link: Any,
+        link_error: Any,
+        shadow: str | None,
+        options: dict[str, Any],
+    ) -> Call:
         def queue(
             identity: str | None, headers: Mapping[str, Any] | None, producer: Any = producer
         ) -> ReliableResult:
             given = options if headers is None else {**options, "headers": dict(headers)}
+            lineage = lineage_of_call(self.app, identity)
+            if lineage:
+                given = {**given, "headers": {**(given.get("headers") or {}), LINEAGE: lineage}}
             result = super(ReliableTask, self).apply_async(
                 args,
                 kwargs,
@@ -179,13 +251,10 @@ class ReliableTask(_Task):
             )
             return _as_reliable(result)
 
-        once = self._take_once(options)
-        if once is None or self.app.conf.task_always_eager:
-            return queue(task_id, None)
         # A canvas freezes the ids of its parts, and with them who is to be answered.
         is_part = task_id is not None and "reply_to" in options
         waited_for = is_part or link or link_error or any(options.get(n) for n in _CANVAS)
-        call = Call(
+        return Call(
             args=args,
             kwargs=kwargs,
             task_id=task_id,
@@ -193,8 +262,8 @@ class ReliableTask(_Task):
             link=link,
             options=options,
             is_waited_for=bool(waited_for),
+            queue=queue,
         )
-        return publish(self, once, queue, call)
 
     def _take_once(self, options: dict[str, Any]) -> Once | None:
         """Return the `@once` that applies to a call; what only that knows leaves its options."""
@@ -334,3 +403,20 @@ def _as_reliable(result: Any) -> ReliableResult:
         result.followed_id = None  # type: ignore[attr-defined]
         result.ignored_id = None  # type: ignore[attr-defined]
     return cast(ReliableResult, result)
+
+
+def _pair(number: int, call: Any) -> tuple[Any, Any]:
+    """Return the arguments of one call of many.
+
+    Raises:
+        TypeError: It is no pair of arguments.
+    """
+    if isinstance(call, (tuple, list)) and len(call) == 2:
+        args, kwargs = call
+        if isinstance(args, (tuple, list, type(None))) and isinstance(
+            kwargs, (Mapping, type(None))
+        ):
+            return args, kwargs
+    raise TypeError(
+        f"call {number} of apply_many is {call!r}: give (args, kwargs), as in ((7,), {{}})"
+    )

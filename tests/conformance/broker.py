@@ -81,8 +81,7 @@ class Broker(OnAClock):
         raw: str | None = None,
     ) -> Published:
         """Queue a message."""
-        return self.messages.publish(
-            self.server,
+        call = self.messages.prepare_publish(
             token=token or uuid4().hex,
             list_=list_of(queue, priority),
             queue=queue,
@@ -90,6 +89,7 @@ class Broker(OnAClock):
             publication=publication,
             expires=expires,
         )
+        return self.messages.publish(self.server, call)
 
     def plan(
         self,

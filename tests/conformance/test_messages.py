@@ -960,7 +960,7 @@ def test_a_claim_is_kept_for_a_continuation(broker: Broker) -> None:
     first = broker.fetch_one()
     fence = claim(broker)["fence"]
     wish = claiming(
-        keeps=True, claim_attempt=1, ttl=90.0, continues=first.tag, task_id="one", holder="h1"
+        how="continue", claim_attempt=1, ttl=90.0, continues=first.tag, task_id="one", holder="h1"
     )
     assert broker.publish(token="t2", publication=wish).code is Queued.QUEUED
     found = claim(broker)
@@ -975,7 +975,7 @@ def test_a_claim_is_kept_for_a_continuation(broker: Broker) -> None:
 
 def test_a_continuation_takes_a_claim_that_has_lapsed(broker: Broker) -> None:
     """A retry does not end because its key was forgotten."""
-    wish = claiming(keeps=True, claim_attempt=1)
+    wish = claiming(how="continue", claim_attempt=1)
     assert broker.publish(publication=wish).code is Queued.QUEUED
     assert (claim(broker)["owner"], claim(broker)["attempt"]) == ("one", "1")
 
@@ -983,8 +983,8 @@ def test_a_continuation_takes_a_claim_that_has_lapsed(broker: Broker) -> None:
 @pytest.mark.parametrize(
     "wish",
     [
-        claiming("two", keeps=True, claim_attempt=9),
-        claiming("one", keeps=True, claim_attempt=0),
+        claiming("two", how="continue", claim_attempt=9),
+        claiming("one", how="continue", claim_attempt=0),
     ],
     ids=["another task", "an attempt that is no later"],
 )
@@ -1460,7 +1460,7 @@ def test_a_message_for_two_queues_makes_one_claim(broker: Broker) -> None:
     new = Publication(claim="key", owner="one", ttl=60, task="t")
     for queue in ("a", "b"):
         assert broker.publish(queue=queue, token="t1", publication=new).code is Queued.QUEUED
-    retry = Publication(claim="key", keeps=True, owner="one", claim_attempt=1, ttl=60, task="t")
+    retry = Publication(claim="key", how="continue", owner="one", claim_attempt=1, ttl=60, task="t")
     for queue in ("a", "b"):
         assert broker.publish(queue=queue, token="t2", publication=retry).code is Queued.QUEUED
     other = Publication(claim="key", owner="two", ttl=60, task="t")

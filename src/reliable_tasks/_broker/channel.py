@@ -19,9 +19,16 @@ from redis.retry import Retry
 
 from reliable_tasks._broker.fetching import FetchingChannel
 from reliable_tasks._broker.held import Held, held_for
+from reliable_tasks._broker.purging import tell
 from reliable_tasks._store.delivery import Layout
 from reliable_tasks._store.messages import Messages
-from reliable_tasks._store.publication import note_answer, publication_of
+from reliable_tasks._store.publication import (
+    Published,
+    PutOff,
+    note_answer,
+    publication_of,
+    put_off,
+)
 from reliable_tasks._store.scripts import Replicas
 
 __all__ = ["OPTION", "Channel", "QoS", "ReliableChannel", "SentinelChannel"]
@@ -105,22 +112,33 @@ class ReliableChannel(FetchingChannel):
         sent = {k: v for k, v in properties.items() if k != _TOKEN}
         expiry = self._expires.get(queue) if self._expires else None
         list_ = self._q_for_pri(queue, self._get_message_priority(message, reverse=False))
+        call = self.held.messages.prepare_publish(
+            token=token,
+            list_=list_,
+            queue=queue,
+            message=dumps({**message, "properties": sent}),
+            publication=publication,
+            expires=(int(expiry), self._lists([queue])) if expiry else None,
+        )
+        if put_off(message["headers"], call):
+            return
         with self.conn_or_acquire() as client:
-            published = self.held.messages.publish(
-                client,
-                token=token,
-                list_=list_,
-                queue=queue,
-                message=dumps({**message, "properties": sent}),
-                publication=publication,
-                expires=(int(expiry), self._lists([queue])) if expiry else None,
-                replicas=self._replicas(),
-            )
+            published = self.held.messages.publish(client, call, self._replicas())
         note_answer(message["headers"], published)
+
+    def publish_put_off(self: Any, messages: list[PutOff]) -> list[Published]:
+        """Queue messages that were put off, in their order."""
+        calls = [message.call for message in messages]
+        with self.conn_or_acquire() as client:
+            published: list[Published] = self.held.messages.publish_each(
+                client, calls, self._replicas()
+            )
+        return published
 
     def _purge(self: Any, queue: str) -> int:
         with self.conn_or_acquire() as client:
-            purged = [self.held.messages.purge(client, one) for one in self._lists([queue])]
+            purge = self.held.messages.purge
+            purged = [purge(client, one, tell) for one in self._lists([queue])]
         return sum(purged)
 
     def _replicas(self: Any) -> Replicas:

@@ -11,6 +11,7 @@ from celery.backends.rpc import RPCBackend
 
 from reliable_tasks._once.claim import Claim, Follows, Then
 from reliable_tasks._once.following import keeps_results
+from reliable_tasks._once.lineage import lineage_of_call
 from reliable_tasks._once.locks import Locks
 from reliable_tasks._once.once import Once
 from reliable_tasks._store.claims import Follow, Publish, Ticket
@@ -65,10 +66,13 @@ def follows(
 ) -> Follows | None:
     """Return whom a duplicate is to follow, and to what end; ``None`` if the key is its own.
 
+    What the owner's own run has led to does not share its end, but runs after it.
+
     Raises:
         StoreError: The lock Redis does not answer, or refuses.
     """
-    if not may_follow:
+    lineage = lineage_of_call(task.app, claim.owner)
+    if not may_follow and ticket.owner not in lineage:
         return Follows(ticket.owner, 0, "fail", ticket.seconds)
     if ticket.owner == claim.owner:
         return None
@@ -81,7 +85,7 @@ def follows(
     is_over = answer.code is Follow.FREE or (
         not once.options.is_for_a_window and _has_ended(task, answer.followed)
     )
-    if is_over:
+    if is_over or answer.followed in lineage:
         # What is called after the owner's end, as the body of its chord is, is to run; its claim
         # is about to be released, or was a moment ago.
         then = "run"

@@ -17,6 +17,7 @@ from reliable_tasks._celery.revoking import end_as_revoked
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._once.claim import HOLDER, Claim, Run
 from reliable_tasks._once.following import Outcome, begin_to_follow, outcome_of
+from reliable_tasks._once.lineage import lineage_of
 from reliable_tasks._once.locks import Locks
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.received import (
@@ -262,6 +263,9 @@ class _Copy:
     def _wait_its_turn(self, ticket: Ticket[Entry]) -> None:
         """Answer a copy that starts while another task runs with its key."""
         action = self.once.options.at_start
+        if ticket.owner in lineage_of(self.task.request):
+            # It comes after that one, which is about to end.
+            action = "reschedule"
         if action != "reschedule" or not self.task.request.get(TIMES_SET_ASIDE):
             self._tell_conflict(self.claim.turn, ticket, action)
         if action == "reschedule":

@@ -24,6 +24,7 @@ from reliable_tasks._celery.settings import explicit, put
 from reliable_tasks._celery.versions import check_versions
 from reliable_tasks._once.decorator import refuse_plain_base
 from reliable_tasks._once.locks import read_config
+from reliable_tasks._once.purged import remember
 from reliable_tasks._setup import rules
 from reliable_tasks._setup.concerns import concerns
 from reliable_tasks._setup.facts import Facts
@@ -78,6 +79,7 @@ def apply_reliable_config(
         app.on_after_configure.connect(
             setup.on_after_configure, weak=False, dispatch_uid="reliable_tasks"
         )
+        remember(app)
         app.steps["worker"].add(StartCheck)
         app.steps["consumer"].add(KeeperStep)
     for name, value in (("task", longest_task), ("countdown", longest_countdown)):

@@ -11,9 +11,10 @@ from typing import Any, Generic, TypeVar
 import redis
 
 from reliable_tasks._store.client import Client, ServerAddress, connect
+from reliable_tasks._store.delivery import Thrown
 from reliable_tasks._store.keys import Keys
-from reliable_tasks._store.publication import How
-from reliable_tasks._store.scripts import NO_REPLICAS, Replicas, load
+from reliable_tasks._store.publication import Publication, Taking
+from reliable_tasks._store.scripts import NO_REPLICAS, Argument, Call, Key, Replicas, load
 from reliable_tasks._store.values import ms
 from reliable_tasks.errors import StoreError, StoreUnavailable
 
@@ -21,8 +22,6 @@ __all__ = ["Claims", "End", "Entry", "Follow", "Following", "Publish", "Release"
 
 
 Code = TypeVar("Code", bound=IntEnum)
-#: The keys and the arguments of a script.
-Asked = tuple[list[str], list[str | int]]
 
 
 class Publish(IntEnum):
@@ -156,6 +155,20 @@ class Claims:
         """This process' client."""
         return connect(self._address)
 
+    def take(self, wish: Publication, token: str) -> Ticket[Publish]:
+        """Take the claim that a publish wishes for, or keep it, by a token made once for it."""
+        common: dict[str, Any] = {
+            "owner": wish.owner,
+            "attempt": wish.claim_attempt,
+            "token": token,
+            "ttl": wish.ttl,
+            "task": wish.task,
+            "holder": wish.holder,
+        }
+        if wish.how == "continue":
+            return self.continue_(wish.claim, **common)
+        return self.acquire(wish.claim, how=wish.how, **common)
+
     def acquire(
         self,
         name: str,
@@ -165,7 +178,7 @@ class Claims:
         token: str,
         ttl: float,
         task: str,
-        how: How = "acquire",
+        how: Taking = "acquire",
         holder: str = "",
     ) -> Ticket[Publish]:
         """Take a claim for a new call.
@@ -181,9 +194,34 @@ class Claims:
                 ``"replace"`` the owner's call.
             holder: Token of the run that makes the call: it hands its own claim on.
         """
-        args: list[str | int] = [owner, attempt, token, ms(ttl), task, how, holder]
+        asked = self._acquiring(name, owner, attempt, token, ttl, task, how, holder)
+        return _ticket(Publish, self._ask("claim_acquire", *asked, self._replicas))
+
+    def take_each(self, wishes: Sequence[tuple[Publication, str]]) -> list[Ticket[Publish]]:
+        """Take the claims of new calls, each by a token of its own, in their order."""
+        calls = [
+            self._acquiring(
+                *(wish.claim, wish.owner, wish.claim_attempt, token, wish.ttl, wish.task),
+                *(wish.how, wish.holder),
+            )
+            for wish, token in wishes
+        ]
+        answers = self._ask_each("claim_acquire", calls, self._replicas)
+        return [_ticket(Publish, answer) for answer in answers]
+
+    def _acquiring(
+        self,
+        name: str,
+        owner: str,
+        attempt: int,
+        token: str,
+        ttl: float,
+        task: str,
+        how: str,
+        holder: str,
+    ) -> Call:
         keys = [self.keys.claim(name), self.keys.replaced(name), self.leases]
-        return _ticket(Publish, self._ask("claim_acquire", keys, args, self._replicas))
+        return keys, [owner, attempt, token, ms(ttl), task, how, holder]
 
     def continue_(
         self,
@@ -208,13 +246,42 @@ class Claims:
         One that is ``in_doubt`` may have queued its message: until that is seen, its claim is
         unconfirmed, and the next call takes its place.
         """
+        return bool(self._ask("claim_abandon", *self._abandoning(name, owner, token, in_doubt)))
+
+    def abandon_each(self, wishes: Sequence[tuple[Publication, str]], *, in_doubt: bool) -> None:
+        """Take back publishes that failed, by the tokens of their claims."""
+        calls = [
+            self._abandoning(wish.claim, wish.owner, token, in_doubt) for wish, token in wishes
+        ]
+        self._ask_each("claim_abandon", calls)
+
+    def _abandoning(self, name: str, owner: str, token: str, in_doubt: bool) -> Call:
         keys = [self.keys.claim(name), self.keys.replaced(name)]
-        return bool(self._ask("claim_abandon", keys, [owner, token, "1" if in_doubt else ""]))
+        return keys, [owner, token, "1" if in_doubt else ""]
 
     def confirm(self, name: str, *, owner: str, attempt: int) -> None:
         """Note that the message is queued of a call that took a claim over."""
+        self._ask("claim_confirm", *self._confirming(name, owner, attempt))
+
+    def confirm_each(self, wishes: Sequence[Publication]) -> None:
+        """Note that the messages are queued of calls that took claims over."""
+        calls = [self._confirming(wish.claim, wish.owner, wish.claim_attempt) for wish in wishes]
+        self._ask_each("claim_confirm", calls)
+
+    def _confirming(self, name: str, owner: str, attempt: int) -> Call:
         keys = [self.keys.claim(name), self.keys.replaced(name), self.keys.ended(name)]
-        self._ask("claim_confirm", keys, [owner, attempt])
+        return keys, [owner, attempt]
+
+    def discard_each(self, thrown: Sequence[Thrown]) -> None:
+        """Free the claims of messages that were thrown away."""
+        calls: list[Call] = [
+            (
+                [self.keys.claim(one.key), self.keys.replaced(one.key), self.leases],
+                [one.owner, one.attempt],
+            )
+            for one in thrown
+        ]
+        self._ask_each("claim_discard", calls)
 
     def uncover(self, name: str, *, holder: str, grace: float) -> bool:
         """Cover a run by its own lease alone, and for ``grace`` (s) at least."""
@@ -322,14 +389,14 @@ class Claims:
     def _ask(
         self,
         script: str,
-        keys: list[str],
-        args: list[str | int],
+        keys: Sequence[Key],
+        args: Sequence[Argument],
         replicas: Replicas = NO_REPLICAS,
     ) -> Any:
         return load(script)(self.client, keys, args, replicas)
 
     def _ask_each(
-        self, script: str, calls: Sequence[Asked], replicas: Replicas = NO_REPLICAS
+        self, script: str, calls: Sequence[Call], replicas: Replicas = NO_REPLICAS
     ) -> list[Any]:
         return load(script).for_each(self.client, calls, replicas)
 

@@ -22,6 +22,7 @@ __all__ = [
     "FetchPlan",
     "Guard",
     "Layout",
+    "Thrown",
     "is_beside",
     "redelivered",
 ]
@@ -127,6 +128,23 @@ class Delivery:
         # What UTF-8 cannot say is no key: the scripts do not guard it, either.
         self.task_id = task_id if _is_utf8(task_id) else ""
         self.is_redelivered = bool(headers.get("redelivered"))
+
+
+@dataclass(frozen=True, slots=True)
+class Thrown:
+    """The claim of a message that was thrown away.
+
+    Attributes:
+        key: The claim's name.
+        owner: Id of the task.
+        attempt: That of the message.
+        task: The task's name.
+    """
+
+    key: str
+    owner: str
+    attempt: int
+    task: str
 
 
 @dataclass(frozen=True, slots=True)

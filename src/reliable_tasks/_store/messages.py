@@ -7,8 +7,9 @@ workers share queues. What is ours stands beside them: see ``keys.py``.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import redis
 
@@ -19,6 +20,7 @@ from reliable_tasks._store.delivery import (
     FetchPlan,
     Guard,
     Layout,
+    Thrown,
     redelivered,
 )
 from reliable_tasks._store.keys import Keys
@@ -110,9 +112,8 @@ class Messages:
         ]
         return FetchPlan(prefix, lists, queues, keys, args, count)
 
-    def publish(
+    def prepare_publish(
         self,
-        server: redis.Redis,
         *,
         token: str,
         list_: str,
@@ -120,19 +121,16 @@ class Messages:
         message: str,
         publication: Publication | None = None,
         expires: tuple[int, Sequence[str]] | None = None,
-        replicas: Replicas = NO_REPLICAS,
-    ) -> Published:
-        """Queue a message, unless one with this token was queued before.
+    ) -> Call:
+        """Prepare to queue a message, unless one with this token was queued before.
 
         Args:
-            server: The client.
             token: Of this publish, the same for each queue that the message is routed to.
             list_: The list of its priority, without kombu's prefix.
             queue: The queue.
             message: The whole message.
             publication: What else to do in the same step.
             expires: The queue's own expiry (ms), and the lists that it concerns.
-            replicas: Those that must have the message before this returns.
         """
         with_ = publication or Publication()
         key = self.layout.prefix + list_
@@ -146,12 +144,11 @@ class Messages:
             self.keys.replaced(with_.claim) if with_.claim else key,
             self.keys.leases,
         ]
-        wish = ("continue" if with_.keeps else with_.how) if with_.claim else ""
         args: list[Argument] = [
             message,
             ms(_TOKEN_TTL),
             with_.continues,
-            wish,
+            with_.how if with_.claim else "",
             with_.owner,
             with_.claim_attempt,
             ms(with_.ttl),
@@ -163,23 +160,42 @@ class Messages:
             int(with_.is_only),
             *(self.layout.prefix + one for one in lists),
         ]
-        code, owner, milliseconds, fence = load("message_publish").on(server, keys, args, replicas)
-        return Published(
-            Queued(int(code)),
-            text(owner),
-            max(int(milliseconds), 0) / 1000,
-            int(text(fence) or 0),
-        )
+        return keys, args
 
-    def purge(self, server: redis.Redis, list_: str) -> int:
-        """Throw away what waits in a list, and free the claims; return how many that were."""
+    def publish(
+        self, server: redis.Redis, call: Call, replicas: Replicas = NO_REPLICAS
+    ) -> Published:
+        """Queue a message, as it was prepared; some ``replicas`` must have it, too."""
+        return _published(load("message_publish").on(server, *call, replicas))
+
+    def publish_each(
+        self, server: redis.Redis, calls: Sequence[Call], replicas: Replicas = NO_REPLICAS
+    ) -> list[Published]:
+        """Queue some messages, all under way at once."""
+        answers = load("message_publish").on_each(server, calls, replicas)
+        return [_published(answer) for answer in answers]
+
+    def purge(self, server: redis.Redis, list_: str, tell: Callable[[list[Thrown]], None]) -> int:
+        """Throw away what waits in a list, and free the claims; return how many that were.
+
+        Those whose claims are not here are told.
+        """
         begins = (self.keys.claims, self.keys.replacements)
         args: list[Argument] = [_PURGED_AT_ONCE, _FETCHED_BYTES, *begins]
         keys = [self.layout.prefix + list_, self.keys.leases]
         purged = 0
-        while count := int(load("message_purge").on(server, keys, args)):
-            purged += count
-        return purged
+        while True:
+            count, *elsewhere = load("message_purge").on(server, keys, args)
+            if elsewhere:
+                tell(
+                    [
+                        Thrown(text(key), text(owner), int(attempt), text(task))
+                        for key, owner, attempt, task in elsewhere
+                    ]
+                )
+            if not count:
+                return purged
+            purged += int(count)
 
     def hold(self, server: redis.Redis, delivery: Delivery, lease: float) -> Copy:
         """Ask again whether a copy may run, and renew its lease (s)."""
@@ -386,3 +402,13 @@ class Messages:
         delivery = Delivery(tag, list_, queue, json.dumps(message).encode(), copy)
         delivery.describe(message)
         return delivery
+
+
+def _published(answer: Any) -> Published:
+    code, owner, milliseconds, fence = answer
+    return Published(
+        Queued(int(code)),
+        text(owner),
+        max(int(milliseconds), 0) / 1000,
+        int(text(fence) or 0),
+    )

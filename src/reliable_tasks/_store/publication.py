@@ -13,21 +13,29 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal
 
+from reliable_tasks._store.scripts import Call
+
 __all__ = [
     "ClaimTaken",
     "How",
     "Publication",
     "Published",
+    "PutOff",
     "Queued",
     "Superseded",
+    "Taking",
+    "batching",
     "note_answer",
     "publication_of",
     "publishing",
+    "put_off",
 ]
 
 
-#: How a call takes its claim, as in ``claim_acquire.lua``.
-How = Literal["acquire", "window", "replace"]
+#: How a call takes its claim, as in ``claim_acquire.lua``; ...
+Taking = Literal["acquire", "window", "replace"]
+#: ... or keeps it, as a retry does.
+How = Taking | Literal["continue"]
 
 
 class Queued(IntEnum):
@@ -48,8 +56,7 @@ class Publication:
         task_id: Id of the task that is continued.
         is_only: Whether nothing is queued where that delivery has another continuation.
         claim: Name of the claim to take or to keep, or ``""``.
-        keeps: Whether the claim is kept for a continuation, rather than taken.
-        how: How it is taken, as `Claims.acquire` says.
+        how: How it is taken, as `Claims.acquire` says; or ``"continue"``, where it is kept.
         owner: The task's id.
         claim_attempt: The attempt that the claim is for.
         ttl: How long the message may wait (s).
@@ -61,7 +68,6 @@ class Publication:
     task_id: str = ""
     is_only: bool = False
     claim: str = ""
-    keeps: bool = False
     how: How = "acquire"
     owner: str = ""
     claim_attempt: int = 0
@@ -169,3 +175,48 @@ def note_answer(headers: Mapping[str, Any] | None, published: Published) -> None
     wish = _current.get()
     if wish is not None and wish.is_about(headers):
         wish.answers.append(published)
+
+
+@dataclass(frozen=True, slots=True)
+class PutOff:
+    """A message of a batch, which is queued when all of them are made.
+
+    Attributes:
+        task_id: Id of its task.
+        call: The keys and the arguments of the script that queues it.
+    """
+
+    task_id: str
+    call: Call
+
+    @property
+    def size(self) -> int:
+        """How long the message is, about (bytes)."""
+        return len(str(self.call[1][0]))
+
+
+_batch: ContextVar[list[PutOff] | None] = ContextVar("reliable_batch", default=None)
+
+
+@contextmanager
+def batching() -> Iterator[list[PutOff]]:
+    """Have the messages of tasks put off that are published meanwhile.
+
+    Yields:
+        Those that were.
+    """
+    messages: list[PutOff] = []
+    token = _batch.set(messages)
+    try:
+        yield messages
+    finally:
+        _batch.reset(token)
+
+
+def put_off(headers: Mapping[str, Any] | None, call: Call) -> bool:
+    """Put a message off, if there is a batch that it is a part of."""
+    messages, task_id = _batch.get(), (headers or {}).get("id")
+    if messages is None or not isinstance(task_id, str):
+        return False
+    messages.append(PutOff(task_id, call))
+    return True

@@ -101,8 +101,8 @@ class Script:
     def __call__(
         self,
         client: Client,
-        keys: list[str],
-        args: list[str | int],
+        keys: Sequence[Key],
+        args: Sequence[Argument],
         replicas: Replicas = NO_REPLICAS,
     ) -> Any:
         """Run the script.

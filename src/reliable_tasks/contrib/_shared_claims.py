@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from reliable_tasks._store.claims import Asked, Claims, Follow, Following, Release
+from reliable_tasks._store.claims import Claims, Follow, Following, Release
 from reliable_tasks._store.keys import Keys
-from reliable_tasks._store.scripts import NO_REPLICAS, Replicas
+from reliable_tasks._store.scripts import NO_REPLICAS, Argument, Call, Key, Replicas
 from reliable_tasks.errors import ScriptError, StoreError
 
 __all__ = ["THEIRS", "SharedClaims"]
@@ -21,6 +21,7 @@ _DUPLICATE, _NOT_OURS = 0, [int(Release.NOT_OURS), THEIRS]
 _ANSWERS: dict[str, Any] = {
     "claim_release": _NOT_OURS,
     "claim_abandon": 0,
+    "claim_discard": 0,
     "claim_uncover": 0,
     "claim_free": 0,
 }
@@ -100,8 +101,8 @@ class SharedClaims(Claims):
     def _ask(
         self,
         script: str,
-        keys: list[str],
-        args: list[str | int],
+        keys: Sequence[Key],
+        args: Sequence[Argument],
         replicas: Replicas = NO_REPLICAS,
     ) -> Any:
         try:
@@ -116,12 +117,12 @@ class SharedClaims(Claims):
             return _ANSWERS[script]
 
     def _ask_each(
-        self, script: str, calls: Sequence[Asked], replicas: Replicas = NO_REPLICAS
+        self, script: str, calls: Sequence[Call], replicas: Replicas = NO_REPLICAS
     ) -> list[Any]:
         # Any of the keys may be locked by celery-once.
         return [self._ask(script, *call, replicas) for call in calls]
 
-    def _lives(self, key: str) -> int:
+    def _lives(self, key: Key) -> int:
         """Return how long a key lives (ms)."""
         with self.reading("read") as server:
             lives = int(server.pttl(key))

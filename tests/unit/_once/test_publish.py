@@ -24,9 +24,10 @@ from reliable_tasks import (
     apply_reliable_config,
     once,
 )
+from reliable_tasks._once.call import Call
 from reliable_tasks._once.claim import CLAIM, HOLDER
 from reliable_tasks._once.locks import locks_of
-from reliable_tasks._once.publish import Call, publish
+from reliable_tasks._once.publish import publish
 from reliable_tasks._store.claims import Claims
 from reliable_tasks._store.publication import (
     ClaimTaken,
@@ -480,8 +481,9 @@ def call(task: Any, queue: Any, *args: Any, waited_for: bool = False, **options:
         link=None,
         options=options,
         is_waited_for=waited_for,
+        queue=queue,
     )
-    return publish(task, task.reliable_once, queue, given)
+    return publish(task, task.reliable_once, given)
 
 
 def refusing(owner: str, headers: Any, producer: Any = None) -> ReliableResult:
@@ -504,7 +506,7 @@ def test_the_broker_makes_the_claim_in_the_step_that_queues(at_broker: Any) -> N
     assert result.id == owner
     assert publication_of({"id": owner}) is None
     assert headers[CLAIM] == {"key": wish.claim, "owner": owner, "attempt": 0}
-    assert (wish.owner, wish.claim_attempt, wish.keeps, wish.holder) == (owner, 0, False, "")
+    assert (wish.owner, wish.claim_attempt, wish.how, wish.holder) == (owner, 0, "acquire", "")
     assert (wish.task, wish.ttl, wish.continues) == ("send", 70, "")
 
 
@@ -522,7 +524,7 @@ def test_a_retry_keeps_its_claim_in_the_step_that_queues(at_broker: Any) -> None
     with publishing(outer, "mine"):
         call(at_broker, queue, 7, task_id="mine", headers=carried, retries=3)
     (wish,) = seen
-    assert (wish.keeps, wish.claim_attempt, wish.claim) == (True, 3, name)
+    assert (wish.how, wish.claim_attempt, wish.claim) == ("continue", 3, name)
     assert (wish.continues, wish.task_id) == ("w1:1:1:celery", "mine")
 
 

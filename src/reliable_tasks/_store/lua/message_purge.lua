@@ -1,5 +1,6 @@
 -- Purpose: throw messages away that wait in a list, and free the claims of the tasks that will not
---          run. A claim whose run goes on is that run's again, and ends with it.
+--          run, or tell of those that are kept elsewhere. A claim whose run goes on is that run's
+--          again, and ends with it.
 --          A repetition throws more away.
 -- KEYS[1]  the list
 -- KEYS[2]  leases: sorted set, tag -> end of the lease, ms
@@ -7,18 +8,22 @@
 -- ARGV[2]  bytes: after so many no more, for reading a message blocks the server
 -- ARGV[3]  claims: what the key of a claim begins with; the name follows in braces
 -- ARGV[4]  replaced: the same of tasks whose calls were replaced; a colon and the id follow
--- Returns: how many there were
--- Uses: covered_until claim_give_back admit_writes
--- Commands: TIME RPOP HMGET DEL
+-- Returns: {how many there were, {key, owner, attempt, task}, ..}  with the claims that are not here
+-- Uses: claim_is_of covered_until claim_give_back admit_writes
+-- Commands: TIME RPOP EXISTS DEL
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 admit_writes(KEYS[1])
-local function free(claim)
+local elsewhere = {}
+local function free(claim, task)
     local name = '{' .. claim.key .. '}'
     local key = ARGV[3] .. name
-    local owner, attempt, window, holder, delivery, ends = unpack(redis.call('HMGET', key, 'owner',
-        'attempt', 'window', 'holder', 'delivery', 'lease_end'))
-    if owner ~= claim.owner or tonumber(attempt) ~= claim.attempt or window then
+    if redis.call('EXISTS', key) == 0 then
+        elsewhere[#elsewhere + 1] = {claim.key, claim.owner, claim.attempt, task}
+        return
+    end
+    local is_of, holder, delivery, ends = claim_is_of(key, claim.owner, claim.attempt)
+    if not is_of then
         return
     end
     if holder and covered_until(KEYS[2], delivery, ends, now) > now then
@@ -38,9 +43,10 @@ while count < tonumber(ARGV[1]) and bytes < tonumber(ARGV[2]) do
         local is_read, read = pcall(cjson.decode, message)
         local claim = is_read and type(read) == 'table' and type(read.headers) == 'table'
             and read.headers.reliable_claim
-        if type(claim) == 'table' and type(claim.key) == 'string' then
-            free(claim)
+        if type(claim) == 'table' and type(claim.key) == 'string' and type(claim.owner) == 'string'
+            and type(claim.attempt) == 'number' and type(read.headers.task) == 'string' then
+            free(claim, read.headers.task)
         end
     end
 end
-return count
+return {count, unpack(elsewhere)}
