@@ -475,8 +475,9 @@ def test_a_long_run_is_freed_by_itself_alone(store: Store) -> None:
 def test_a_claim_is_kept_for_who_waits_in_a_worker(store: Store) -> None:
     """It is the owner's alone to keep, and never made shorter."""
     store.acquire(ttl=5)
-    assert store.claims.keep(NAME, owner="one", ttl=60)
+    assert store.claims.keep(NAME, owner="one", ttl=60).code is Entry.ENTERED
     assert store.lapses_in == pytest.approx(60, abs=2)
-    assert store.claims.keep(NAME, owner="one", ttl=5)
-    assert not store.claims.keep(NAME, owner="two", ttl=500)
+    assert store.claims.keep(NAME, owner="one", ttl=5).code is Entry.ENTERED
+    other = store.claims.keep(NAME, owner="two", ttl=500)
+    assert (other.code, other.owner) == (Entry.DUPLICATE, "one")
     assert store.lapses_in == pytest.approx(60, abs=2)

@@ -13,7 +13,7 @@ from kombu.transport.redis import PrefixedStrictRedis
 
 from reliable_tasks._store.claims import Claims
 from reliable_tasks._store.client import ServerAddress
-from reliable_tasks._store.delivery import Delivery, Guard
+from reliable_tasks._store.delivery import Delivery, Guard, Thrown
 from reliable_tasks._store.publication import (
     ClaimTaken,
     Publication,
@@ -1510,21 +1510,35 @@ def claim_of(broker: Broker) -> dict[bytes, bytes]:
     return dict(found)
 
 
+def purge(broker: Broker, told: list[Thrown] | None = None) -> int:
+    """Throw away what waits; claims that are not here are told."""
+    return broker.messages.purge(broker.server, "celery", ([] if told is None else told).extend)
+
+
 def test_a_purge_frees_the_claims_of_what_it_throws_away(broker: Broker) -> None:
     """All messages are counted, also those that nobody can read."""
     put_once(broker, "one")
     put(broker, "two")
     broker.server.lpush("celery", "no message", '{"headers": {"reliable_claim": 7}}', "[]")
-    assert broker.messages.purge(broker.server, "celery") == 5
+    assert purge(broker) == 5
     assert claim_of(broker) == {}
     assert broker.waiting_ids() == []
-    assert broker.messages.purge(broker.server, "celery") == 0
+    assert purge(broker) == 0
+
+
+def test_a_purge_tells_of_claims_that_are_kept_elsewhere(broker: Broker) -> None:
+    """With all that is needed to free them there."""
+    put_once(broker, "one")
+    broker.server.delete(broker.keys.claim("key"))
+    told: list[Thrown] = []
+    assert purge(broker, told) == 1
+    assert told == [Thrown("key", "one", 0, "shop.send_invoice")]
 
 
 def test_a_purge_of_many(broker: Broker) -> None:
     """It takes more than one step."""
     put(broker, *(f"t{n}" for n in range(450)))
-    assert broker.messages.purge(broker.server, "celery") == 450
+    assert purge(broker) == 450
 
 
 @pytest.mark.parametrize("differs", ["owner", "attempt", "window"])
@@ -1534,7 +1548,7 @@ def test_a_purge_leaves_the_claims_of_others(broker: Broker, differs: str) -> No
     if differs != "window":
         broker.server.hset(broker.keys.claim("key"), differs, 1)
     before = claim_of(broker)
-    assert broker.messages.purge(broker.server, "celery") == 1
+    assert purge(broker) == 1
     assert claim_of(broker) == before
 
 
@@ -1554,7 +1568,7 @@ def test_a_purge_and_a_run_that_handed_its_claim_on(broker: Broker, lives: bool)
     assert claim_of(broker)[b"owner"] == b"two"
     if not lives:
         broker.end_lease(delivery)
-    assert broker.messages.purge(broker.server, "celery") == 1
+    assert purge(broker) == 1
     if not lives:
         assert claim_of(broker) == {}
         return

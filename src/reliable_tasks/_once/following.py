@@ -12,12 +12,11 @@ from celery.backends.base import DisabledBackend
 from celery.backends.rpc import RPCBackend
 from celery.exceptions import Ignore, Reject, Retry
 
-from reliable_tasks._celery.headers import TIMES_SET_ASIDE
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._once.claim import Claim
 from reliable_tasks._once.locks import Locks
 from reliable_tasks._once.once import Once
-from reliable_tasks._once.received import claim_of
+from reliable_tasks._once.received import claim_of, was_delivered_before
 from reliable_tasks._once.silence import Silence
 from reliable_tasks._store.claims import Follow, Following
 from reliable_tasks.errors import FollowedTaskFailed, FollowTimeout, StoreError
@@ -137,9 +136,7 @@ def _may_follow(task: Task[..., Any], once: Once) -> bool:
     """Say whether a copy may have been found to be a duplicate when it came before."""
     if not once.options.is_claimed_by_calls or once.options.at_publish != "existing":
         return False
-    request = task.request
-    is_redelivered = (request.delivery_info or {}).get("redelivered")
-    return bool(is_redelivered or request.get(TIMES_SET_ASIDE))
+    return was_delivered_before(vars(task.request))
 
 
 def _ask(once: Once, locks: Locks, claim: Claim) -> Following:

@@ -18,6 +18,7 @@ from reliable_tasks._once.received import (
     is_by_name,
     lease_of,
     redelivery_of,
+    was_delivered_before,
 )
 from reliable_tasks._once.silence import Silence
 from reliable_tasks._store.claims import End, Release
@@ -145,7 +146,9 @@ def _end_unrun(
             task, once, claim.turn, holder, goes_back=requeued, is_routine=True, end=end
         )
     if options.is_claimed_by_calls and not options.is_for_a_window:
-        if is_unstarted and not options.is_freed_at_start and is_by_name(claim, headers):
+        # One that was started before gave its key up then.
+        may_be_freed = options.is_freed_at_start and was_delivered_before(headers)
+        if is_unstarted and not may_be_freed and is_by_name(claim, headers):
             adopt(task, once, once.locks(task), claim)
         answered &= _release(
             task,

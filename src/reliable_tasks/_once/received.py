@@ -26,6 +26,7 @@ __all__ = [
     "mark_copy",
     "may_have_started",
     "redelivery_of",
+    "was_delivered_before",
 ]
 
 #: The lease outlives the hard limit by what the kill may take (s).
@@ -78,10 +79,11 @@ def redelivery_of(task: Task[..., Any], lease: float) -> float:
 
 
 def may_have_started(task: Task[..., Any]) -> bool:
+    """Say whether a task may have been started before."""
+    return bool(task.request.retries or was_delivered_before(vars(task.request)))
+
+
+def was_delivered_before(headers: dict[str, Any]) -> bool:
     """Say whether a message was in a worker's hands before."""
-    request = task.request
-    return bool(
-        request.retries
-        or (request.delivery_info or {}).get("redelivered")
-        or request.get(TIMES_SET_ASIDE)
-    )
+    delivery = headers.get("delivery_info") or {}
+    return bool(delivery.get("redelivered") or headers.get(TIMES_SET_ASIDE))

@@ -62,10 +62,10 @@ class SharedClaims(Claims):
                 return None
         return self._lives(name) / 1000
 
-    def delete(self, name: str) -> None:
-        """Free a key by hand, whoever has it."""
+    def delete(self, name: str) -> int:
+        """Free a key by hand, whoever has it; return how many that were."""
         with self.reading("free") as server:
-            server.delete(self.keys.claim(name))
+            return int(server.delete(self.keys.claim(name)))
 
     def read(self, name: str) -> dict[str, str]:
         """Return the claim's record, empty where nobody of ours holds the key."""

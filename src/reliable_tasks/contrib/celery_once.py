@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, ClassVar, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
+import redis
 from celery import Celery, Task, states
 from celery.result import EagerResult
 
@@ -30,14 +32,14 @@ from reliable_tasks._once.options import OnceOptions
 from reliable_tasks._task import ReliableTask
 from reliable_tasks.config import ReliableConfig, nearest
 from reliable_tasks.contrib._shared_claims import SharedClaims
-from reliable_tasks.errors import ConfigError, DuplicateTaskError
+from reliable_tasks.errors import ConfigError, DuplicateTaskError, StoreUnavailable
 
 try:
     from celery_once import AlreadyQueued as _AlreadyQueued
 except ImportError:
     _AlreadyQueued = Exception
 
-__all__ = ["AlreadyQueued", "QueueOnce"]
+__all__ = ["AlreadyQueued", "LocksUnavailable", "QueueOnce"]
 
 _REDIS = "celery_once.backends.Redis"
 #: The same class, by the name of its module.
@@ -50,6 +52,11 @@ _NEVER = 366 * 86400
 _BETWEEN_TRIES = 0.1
 _OF_TASK = ("graceful", "unlock_before_run", "timeout", "keys")
 _OF_CALL = ("graceful", "timeout", "keys")
+#: What celery-once asks a task for, and this library reads where it is set.
+_NOT_OVERRIDDEN = {
+    "default_timeout": "once={'timeout': ...}",
+    "unlock_before_run": "once={'unlock_before_run': ...}",
+}
 
 
 class AlreadyQueued(DuplicateTaskError, _AlreadyQueued):  # type: ignore[misc]
@@ -78,22 +85,60 @@ class AlreadyQueued(DuplicateTaskError, _AlreadyQueued):  # type: ignore[misc]
         return super().__str__() if self.key else self.message
 
 
+class LocksUnavailable(StoreUnavailable, redis.exceptions.ConnectionError):
+    """The Redis of the locks does not answer.
+
+    ``except redis.exceptions.ConnectionError`` catches it, as it does with celery-once.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class _Locks(Locks):
+    """The locks of ``app.conf.ONCE``."""
+
+    def unavailable(self, error: StoreUnavailable) -> StoreUnavailable:
+        """Return the error as celery-once's users know it."""
+        return LocksUnavailable(error.url, error.reason)
+
+
 class _LocksOfTask:
     """What celery-once calls its backend: the locks by hand."""
 
     def __init__(self, task: QueueOnce) -> None:
-        self._claims = cast(SharedClaims, _locks_of(task.app).claims)
+        self._app = task.app
+        self._locks = _locks_of(task.app)
+        self._claims = cast(SharedClaims, self._locks.claims)
+
+    @property
+    def redis(self) -> redis.Redis:
+        """The client of the locks' Redis."""
+        return self._claims.client.redis
 
     def raise_or_lock(self, key: str, timeout: float) -> None:
-        """Lock a key, or raise `AlreadyQueued`."""
+        """Lock a key, or raise `AlreadyQueued`; with ``blocking`` wait for it first."""
+        until = time.monotonic() + _longest_wait(self._app)
         # As celery-once's own: it belongs to the message that is sent with no claim of ours.
-        seconds = self._claims.lock(key, token=str(uuid4()), ttl=timeout or _NEVER)
-        if seconds is not None:
-            raise AlreadyQueued(seconds, key)
+        token = str(uuid4())
+        with self._told():
+            while True:
+                seconds = self._claims.lock(key, token=token, ttl=timeout or _NEVER)
+                if seconds is None:
+                    return
+                if time.monotonic() >= until:
+                    raise AlreadyQueued(seconds, key)
+                time.sleep(_BETWEEN_TRIES)
 
-    def clear_lock(self, key: str) -> None:
-        """Free a key, whoever has it: a task that runs loses its claim."""
-        self._claims.delete(key)
+    def clear_lock(self, key: str) -> int:
+        """Free a key, whoever has it: a task that runs loses its claim. Return how many it was."""
+        with self._told():
+            return self._claims.delete(key)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except StoreUnavailable as error:
+            raise self._locks.unavailable(error) from error
 
 
 class _QueueOnce(Once):
@@ -174,6 +219,9 @@ class QueueOnce(ReliableTask):
         bound = super().bind(app)
         if cls.reliable_once is not None and not isinstance(cls.reliable_once, _QueueOnce):
             raise ConfigError(f"{cls.name} has @once and the base QueueOnce: keep one of them")
+        for name, instead in _NOT_OVERRIDDEN.items():
+            if getattr(cls, name) is not getattr(QueueOnce, name):
+                raise ConfigError(f"{cls.name} overrides QueueOnce.{name}: set {instead} instead")
         cls.reliable_once = _QueueOnce(cls, app)
         return bound
 
@@ -187,7 +235,7 @@ class QueueOnce(ReliableTask):
         Raises:
             AlreadyQueued: A task with the key is queued or running.
         """
-        until = time.monotonic() + self._longest_wait()
+        until = time.monotonic() + _longest_wait(self.app)
         while True:
             refused: AlreadyQueued | None = None
             try:
@@ -203,10 +251,19 @@ class QueueOnce(ReliableTask):
             time.sleep(_BETWEEN_TRIES)
         if refused is not None:
             raise refused
-        rejected: Any = EagerResult(None, None, states.REJECTED)  # type: ignore[arg-type]
-        rejected.duplicate = True
-        rejected.followed_id = rejected.replaced_id = rejected.ignored_id = None
-        return rejected
+        return _rejected()
+
+    def apply_many(self, *args: Any, **options: Any) -> list[Any]:
+        """Queue the task many times; takes what `ReliableTask.apply_many` takes.
+
+        Returns:
+            The results; for a duplicate, whether or not it is ``graceful``, that of one that is.
+            None of them waits for a lock.
+        """
+        return [
+            _rejected() if result.duplicate and result.followed_id is None else result
+            for result in super().apply_many(*args, **options)
+        ]
 
     def get_key(self, args: Any = None, kwargs: Mapping[str, Any] | None = None) -> str:
         """Return the key of a call, as celery-once makes it."""
@@ -240,12 +297,22 @@ class QueueOnce(ReliableTask):
         of_call = options.pop("once", None)
         return self.reliable_once if not of_call else _QueueOnce(self, self.app, of_call)
 
-    def _longest_wait(self) -> float:
-        settings = _settings(self.app)
-        if not settings.get("blocking"):
-            return 0.0
-        seconds = settings.get("blocking_timeout", 1)
-        return inf if seconds is None else float(seconds)
+
+def _rejected() -> Any:
+    """Return what celery-once answers a duplicate that is graceful."""
+    rejected: Any = EagerResult(None, None, states.REJECTED)  # type: ignore[arg-type]
+    rejected.duplicate = True
+    rejected.followed_id = rejected.replaced_id = rejected.ignored_id = None
+    return rejected
+
+
+def _longest_wait(app: Celery) -> float:
+    """Return for how long a call waits for its lock (s)."""
+    settings = _settings(app)
+    if not settings.get("blocking"):
+        return 0.0
+    seconds = settings.get("blocking_timeout", 1)
+    return inf if seconds is None else float(seconds)
 
 
 def _key(task: QueueOnce, args: Any, kwargs: Mapping[str, Any] | None, keys: Any) -> str:
@@ -317,7 +384,8 @@ def _locks_of(app: Celery) -> Locks:
     known = _locks.get(app)
     if known is None or known[0] is not app.conf or known[1] != url:
         config = replace(read_config(app), redis_url=url, redis_options=None)
+        built = build_locks(app, config, SharedClaims)
         # Each claim is a step of its own: the broker's script knows nothing of these keys.
-        locks = replace(build_locks(app, config, SharedClaims), are_made_by_broker=False)
+        locks = _Locks(built.claims, config, built.are_at_broker, are_made_by_broker=False)
         known = _locks[app] = (app.conf, url, locks)
     return known[2]

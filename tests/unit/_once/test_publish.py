@@ -218,7 +218,7 @@ def test_a_claim_that_cannot_be_freed_is_logged(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OperationalError("gone")
 
-    monkeypatch.setattr(Claims, "abandon", _unavailable)
+    monkeypatch.setattr(Claims, "abandon_each", _unavailable)
     monkeypatch.setattr(app.amqp, "send_task_message", fail)
     with pytest.raises(OperationalError, match="gone"):
         send.delay(7)
@@ -569,7 +569,7 @@ def test_a_producer_of_the_apps_own_makes_claims(at_broker: Any) -> None:
     given = SimpleNamespace(connection=at_broker.app.connection_for_write())
 
     def queue(owner: str, headers: Any, producer: Any = None) -> ReliableResult:
-        assert producer is given
+        assert producer.connection is given.connection
         assert publication_of({"id": owner}) is not None
         return ReliableResult(owner)
 
