@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from reliable_tasks._store.claims import Claims, Entry, Publish, Release
 from reliable_tasks._store.client import ServerAddress
-from reliable_tasks._store.publication import How
+from reliable_tasks._store.publication import Taking
 from reliable_tasks.demo._server import EmbeddedServer
 from reliable_tasks.testing import fake_redis
 
@@ -26,7 +26,7 @@ owners = st.sampled_from(["one", "two", "three"])
 attempts = st.integers(0, 2)
 tokens = st.sampled_from(["t1", "t2", "t3"])
 holders = st.sampled_from(["h1", "h2", "h3"])
-hows = st.sampled_from(get_args(How))
+hows = st.sampled_from(get_args(Taking))
 
 
 @dataclass
@@ -45,6 +45,12 @@ class Record:
     next_attempt: int | None = None
     replaces: tuple[str, int, bool] | None = None
     allowance: float | None = None
+    unconfirmed: str | None = None
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Say whether nobody knows that the owner's message is queued."""
+        return self.unconfirmed == self.owner
 
     def let_go(self) -> None:
         """Nobody holds it any more."""
@@ -113,7 +119,7 @@ class Machine(RuleBasedStateMachine):
         self.tick(seconds + 0.01)
 
     @rule(owner=owners, attempt=attempts, token=tokens, how=hows, holder=holders | st.just(""))
-    def acquire(self, owner: str, attempt: int, token: str, how: How, holder: str) -> None:
+    def acquire(self, owner: str, attempt: int, token: str, how: Taking, holder: str) -> None:
         """A call is published."""
         self.tick()
         answer = self.claims.acquire(
@@ -139,7 +145,11 @@ class Machine(RuleBasedStateMachine):
             assert answer.code is (Publish.TAKEN_OVER if claim.replaces else Publish.CLAIMED)
             assert answer.owner == (claim.replaces[0] if claim.replaces else owner)
             claim.expires = claim.expires if how == "window" else expires
-        elif claim.owner != owner and (hands_on or how == "replace"):
+        elif claim.owner == owner and claim.is_in_doubt:
+            assert (answer.code, answer.owner) == (Publish.CLAIMED, owner)
+            claim.token, claim.attempt = token, attempt
+            claim.unconfirmed, claim.expires = None, expires
+        elif claim.owner != owner and (hands_on or claim.is_in_doubt or how == "replace"):
             assert (answer.code, answer.owner) == (Publish.TAKEN_OVER, claim.owner)
             self.saw(answer.fence, new=True)
             claim.replaces = claim.replaces or (claim.owner, claim.attempt, hands_on)
@@ -158,6 +168,7 @@ class Machine(RuleBasedStateMachine):
         """The message of the owner is queued."""
         claim = self.claim
         assert claim is not None
+        claim.unconfirmed = None
         if claim.replaces is not None:
             replaced, _, hands_on = claim.replaces
             if not hands_on:
@@ -237,7 +248,9 @@ class Machine(RuleBasedStateMachine):
             assert answer.code is Entry.ENTERED
         elif self.waits_for_replacement(owner):
             assert (answer.code, answer.owner) == (Entry.PREDECESSOR_RUNNING, claim.owner)
-        elif claim.owner != owner and claim.replaces and claim.replaces[0] == owner:
+        elif (claim.owner != owner and claim.replaces and claim.replaces[0] == owner) or (
+            claim.owner != owner and claim.is_in_doubt
+        ):
             assert answer.code is Entry.ENTERED
         elif claim.owner != owner:
             assert (answer.code, answer.owner) == (Entry.DUPLICATE, claim.owner)
@@ -290,6 +303,9 @@ class Machine(RuleBasedStateMachine):
         elif is_other and self.remembers(owner, attempt):
             assert (answer.code, answer.owner) == (Entry.CONTINUED, owner)
             return
+        elif claim and is_other and claim.is_in_doubt and claim.holder is None:
+            self.replaced[claim.owner] = (owner, claim.expires)
+            claim = None
         is_other = claim is None or claim.owner != owner
         if claim and is_other and not hands_on and takes and not runs:
             claim = None
@@ -379,11 +395,28 @@ class Machine(RuleBasedStateMachine):
                 self.ended = (owner, latest, self.now + MEMORY)
             self.claim = None
 
-    @rule(owner=owners, token=tokens)
-    def abandon(self, owner: str, token: str) -> None:
-        """A publish failed."""
+    @rule(owner=owners, ttl=st.sampled_from([0, 10, 500]))
+    def keep(self, owner: str, ttl: float) -> None:
+        """A message waits in a worker."""
         self.tick()
-        answer = self.claims.abandon(NAME, owner=owner, token=token)
+        answer = self.claims.keep(NAME, owner=owner, ttl=ttl)
+        claim = self.claim
+        if claim and claim.owner == owner:
+            assert (answer.code, answer.owner) == (Entry.ENTERED, owner)
+            claim.unconfirmed = None
+            claim.expires = max(claim.expires, self.now + ttl)
+        elif owner in self.replaced:
+            assert (answer.code, answer.owner) == (Entry.REPLACED, self.replaced[owner][0])
+        elif self.waits_for_replacement(owner):
+            assert answer.code is Entry.PREDECESSOR_RUNNING
+        else:
+            assert (answer.code, answer.owner) == (Entry.DUPLICATE, claim.owner if claim else "")
+
+    @rule(owner=owners, token=tokens, in_doubt=st.booleans())
+    def abandon(self, owner: str, token: str, in_doubt: bool) -> None:
+        """A publish failed, or perhaps it did."""
+        self.tick()
+        answer = self.claims.abandon(NAME, owner=owner, token=token, in_doubt=in_doubt)
         claim = self.claim
         if claim is None or (claim.owner, claim.token) != (owner, token):
             assert not answer
@@ -392,12 +425,17 @@ class Machine(RuleBasedStateMachine):
             claim.next_attempt, claim.token = None, ""
         elif claim.replaces is not None:
             assert answer
+            if in_doubt and not claim.replaces[2]:
+                self.replaced[owner] = (claim.replaces[0], claim.expires)
             claim.owner, claim.attempt, _ = claim.replaces
             claim.token, claim.replaces = "", None
             if claim.holder_owner in (None, claim.owner):
                 claim.holder_owner = claim.allowance = None
         elif claim.holder:
             assert not answer
+        elif in_doubt:
+            assert answer
+            claim.unconfirmed = owner
         else:
             assert answer
             self.claim = None
@@ -414,6 +452,7 @@ class Machine(RuleBasedStateMachine):
         assert record.get("token", "") == self.claim.token
         assert record.get("holder") == self.claim.holder
         assert record.get("holder_owner") == self.claim.holder_owner
+        assert record.get("unconfirmed") == self.claim.unconfirmed
         next_attempt = self.claim.next_attempt
         assert record.get("next_attempt") == (None if next_attempt is None else str(next_attempt))
 
