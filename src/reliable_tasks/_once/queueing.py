@@ -44,6 +44,8 @@ def queue_with_claim(asked: Asked) -> ReliableResult | Ticket[Publish]:
     """
     # Ours to give back: kombu closes the connection of one that an exception leaves.
     with producer_for(asked.task.app, asked.call.producer) as producer:
+        # For a connection of the caller's own Celery makes a producer that nobody sees.
+        producer.has_begun = bool(asked.call.options.get("connection"))
         if is_one_step(asked):
             return _one_step(asked, producer)
         return _two_steps(asked, producer)
