@@ -37,7 +37,7 @@ SLOTS = 6
 #: How long a task that is stopped by its limit may run (s): until its claim was looked at.
 LIMIT = 12
 
-FREE, OWNED, HELD, TURN = "free", "owned", "held", "turn"
+FREE, OWNED, HELD, TURN, UNCONFIRMED = "free", "owned", "held", "turn", "unconfirmed"
 _OF_CALLS = dict.fromkeys(ends.LIFETIMES, OWNED)
 #: Who has the key of a task that is queued, ...
 QUEUED = {**_OF_CALLS, "while_executing": FREE}
@@ -64,6 +64,8 @@ def who_has(scene: Scene, task: str, name: str, task_id: str | None = None) -> s
     key, turn = (scene.claims.read(known) for known in (claim_name, f"{claim_name}:turn"))
     assert {claim["owner"] for claim in (key, turn) if claim} <= {task_id}
     found = [HELD if "holder" in key else OWNED] if key else []
+    if key and key.get("unconfirmed") == key["owner"]:
+        found = [UNCONFIRMED]
     found += [TURN] if turn else []
     return " and ".join(found) or FREE
 
@@ -518,6 +520,8 @@ def _purged(scene: Scene) -> Iterator[None]:
 
 
 _NOBODYS = dict.fromkeys(ends.LIFETIMES, FREE)
+#: Of a call that may have been queued: the next one takes its place.
+_IN_DOUBT = {**dict.fromkeys(ends.LIFETIMES, UNCONFIRMED), "while_executing": FREE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -540,15 +544,14 @@ class Failure:
 OF_CALLS = {
     "publish refused": Failure(happens=_refused),
     "publish not serialisable": Failure(happens=_unserialisable, argument=object()),
-    # A purge is the broker's alone: elsewhere the claim lapses, or is freed by hand.
-    "purged": Failure(happens=_purged, with_one_redis=OVER, with_two=QUEUED),
+    "purged": Failure(happens=_purged, with_one_redis=OVER, with_two=OVER),
 }
 for error in (KeyboardInterrupt(), GeneratorExit(), gevent.Timeout(1)):
     named = f"publish interrupted: {type(error).__name__}"
-    OF_CALLS[named] = Failure(happens=_Interrupted(error, is_late=False))
-    # The message is queued: in one step with its claim; or without, and a worker takes it again.
+    OF_CALLS[named] = Failure(happens=_Interrupted(error, is_late=False), with_two=_IN_DOUBT)
+    # The message is queued; where its claim is a step of its own, its caller cannot know.
     OF_CALLS[f"{named}, too late"] = Failure(
-        happens=_Interrupted(error, is_late=True), with_one_redis=QUEUED
+        happens=_Interrupted(error, is_late=True), with_one_redis=QUEUED, with_two=_IN_DOUBT
     )
 
 
@@ -562,7 +565,7 @@ def test_a_call_comes_to_nothing(
     where: str,
     ending: str,
 ) -> None:
-    """Nobody has its key, unless its message is queued all the same."""
+    """Nobody has its key, unless its message is queued all the same, or may be."""
     has_one = where == "the broker's Redis"
     settings = {"reliable_redis_url": (redis_server if has_one else module_redis).url}
     scene = scenes(redis_server.url, None, module=ends, settings=settings)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 from reliable_tasks._store.delivery import Thrown
 
 __all__ = ["listen", "tell"]
-
-logger = logging.getLogger("reliable_tasks")
 
 _listeners: list[Callable[[list[Thrown]], None]] = []
 
@@ -20,9 +17,6 @@ def listen(listener: Callable[[list[Thrown]], None]) -> None:
 
 
 def tell(thrown: list[Thrown]) -> None:
-    """Tell of them. The messages are gone, whatever comes of it."""
+    """Tell of them."""
     for listener in _listeners:
-        try:
-            listener(thrown)
-        except Exception:
-            logger.exception("The claims of purged messages may stay until they lapse")
+        listener(thrown)

@@ -71,12 +71,7 @@ def tell_events_to(app: Celery, dispatcher: Any) -> None:
 
 def waiting_requests(app: Celery) -> list[DeliveredRequest]:
     """Return the requests of an app's messages that wait in this worker."""
-    return [
-        request
-        for request in copy_of(_known)
-        # What has ended, or went back, is forgotten by others and kept by the timer.
-        if request.app is app and request.waits and not request.is_given_back
-    ]
+    return [request for request in copy_of(_known) if request.app is app and request.is_unstarted]
 
 
 def remember_consumer(app: Celery, consumer: Any) -> None:
@@ -191,9 +186,10 @@ class DeliveredRequest(Request):
         return not self._is_accepted and self._apply_result is None and not self.acknowledged
 
     @property
-    def is_given_back(self) -> bool:
-        """Whether this worker has its message no more."""
-        return self._delivery is not None and bool(self._delivery.is_ended)
+    def is_unstarted(self) -> bool:
+        """Whether this worker has the message, and nobody runs its task."""
+        is_ended = self._delivery is not None and bool(self._delivery.is_ended)
+        return not (self._is_accepted or self.acknowledged or is_ended)
 
     @property
     def is_told_to_end(self) -> bool:

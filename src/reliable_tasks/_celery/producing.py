@@ -71,7 +71,8 @@ class Producer:
         if not self.has_begun or isinstance(error, _OF_THE_MESSAGE):
             return False
         # What the broker itself refused is not in doubt; a lost connection is.
-        return not isinstance(error, self._producer.connection.channel_errors)
+        refusals = self._producer.connection.channel_errors
+        return not isinstance(error.__cause__ or error, refusals)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from celery import Celery
 from reliable_tasks._once.once import Once
 from reliable_tasks._store.claims import Claims
 from reliable_tasks._store.delivery import Thrown
-from reliable_tasks.errors import StoreError
+from reliable_tasks.errors import ConfigError
 
 __all__ = ["free_thrown", "remember"]
 
@@ -27,25 +27,31 @@ def remember(app: Celery) -> None:
 
 
 def free_thrown(thrown: list[Thrown]) -> None:
-    """Free the claims of purged messages that the broker does not keep."""
+    """Free the claims of purged messages that the broker does not keep.
+
+    The messages are gone, whatever comes of it.
+    """
     for app in list(_apps):
-        # `celery purge` needs no task, and has not read those that the app includes.
-        app.loader.import_default_modules()
-        kept: dict[Claims, list[Thrown]] = defaultdict(list)
-        for one in thrown:
-            task: Any = app.tasks.get(one.task)
-            once: Once | None = getattr(task, "reliable_once", None)
-            if once is None or once.options.is_for_a_window:
-                continue
-            locks = once.locks(task)
-            if not locks.are_made_by_broker:
-                kept[locks.claims].append(one)
-        for claims, some in kept.items():
-            try:
-                claims.discard_each(some)
-            except StoreError as error:
-                logger.warning(
-                    "The claims of %d purged messages may stay until they lapse: %s",
-                    len(some),
-                    error,
-                )
+        try:
+            _free(app, thrown)
+        except ConfigError:
+            # An app that has no Redis for claims has none.
+            continue
+        except Exception:
+            logger.exception("The claims of purged messages may stay until they lapse")
+
+
+def _free(app: Celery, thrown: list[Thrown]) -> None:
+    # `celery purge` needs no task, and has not read those that the app includes.
+    app.loader.import_default_modules()
+    kept: dict[Claims, list[Thrown]] = defaultdict(list)
+    for one in thrown:
+        task: Any = app.tasks.get(one.task)
+        once: Once | None = getattr(task, "reliable_once", None)
+        if once is None or once.options.is_for_a_window:
+            continue
+        locks = once.locks(task)
+        if not locks.are_made_by_broker:
+            kept[locks.claims].append(one)
+    for claims, some in kept.items():
+        claims.discard_each(some)
