@@ -215,6 +215,60 @@ def test_an_owner_that_becomes_a_canvas_with_its_own_key(shop: Scene, name: str,
     shop.wait_free(name, task="becomes")
 
 
+@pytest.mark.parametrize("task", ["caller", "strict caller"])
+def test_what_the_owners_run_has_led_to_runs_after_it(shop: Scene, name: str, task: str) -> None:
+    """By way of another task, too: it does not share the end of what has called it."""
+    owner = shop.call(task, name, task)
+    shop.wait_starts(name)
+    (called,) = [
+        shop.app.AsyncResult(result)
+        for result in [wait_until(lambda: _result_of_calls(shop, name), SOON, lambda: shop.logs)]
+    ]
+    shop.wait_followed(owner.id)
+    assert shop.starts(name) == 1
+    shop.journal.open(name)
+    assert called.get(timeout=SOON) == f"{name} > b"
+    assert shop.starts(name) == 2
+    shop.wait_free(name, task=task)
+
+
+def _result_of_calls(shop: Scene, name: str) -> str | None:
+    """Return the id of the canvas that was called, once it was."""
+    ended = shop.journal.events("end", name=f"{name}, calls")
+    if not ended:
+        return None
+    value = shop.app.AsyncResult(ended[0].data["id"]).result
+    return value if isinstance(value, str) else None
+
+
+def test_the_last_part_of_what_an_owner_has_become_meets_another_owner(
+    shop: Scene, name: str
+) -> None:
+    """Which called while nobody had the key: it ends as that one, for the canvas to complete."""
+    result = shop.call("becomes", name, "later")
+    shop.wait_starts(f"{name}, first")
+    shop.wait_free(name, task="becomes")
+    other = shop.call("becomes", name, "wait")
+    shop.wait_starts(name, 2)
+    shop.journal.open(f"{name}, first")
+    shop.wait_followed(other.id)
+    shop.journal.open(name)
+    assert result.get(timeout=SOON) == other.get(timeout=SOON) == name
+    assert shop.starts(name) == 2
+    shop.wait_free(name, task="becomes")
+
+
+@pytest.mark.parametrize("task", ["while_executing", "while_executing, drop", "act", "strict"])
+def test_a_chain_of_the_same_task_takes_its_turns(shop: Scene, name: str, task: str) -> None:
+    """Nobody drops what its own chain calls for the one before it is not quite over."""
+    shop.journal.open(name)
+    same = shop.app.tasks[task].si(name)
+    results = [chain(same, same, same).apply_async()]
+    for result in results:
+        assert result.get(timeout=SOON) == name
+    assert shop.starts(name) == 3
+
+
 def test_two_canvases_that_need_each_others_keys(shop: Scene, name: str) -> None:
     """Neither waits for the other for ever."""
     act = shop.app.tasks["act"]

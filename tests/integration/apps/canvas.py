@@ -33,12 +33,40 @@ def build(broker: str, backend: str | None = None, **options: Any) -> Celery:
     def note_failure(request: Any, exc: Any, traceback: Any, name: str) -> None:
         shop.journal.write("failure", name=name, error=type(exc).__name__)
 
+    @app.task(name="calls", **common)
+    def calls(self: Task, name: str, task: str) -> str:
+        """Call a task with the key of one that has called this, where somebody waits for it."""
+        with shop.told(self, f"{name}, calls"):
+            same = app.tasks[task].si(name)
+            return str(chain(plus.si("", "a"), same, plus.s("b")).apply_async().id)
+
+    @app.task(name="caller", **common)
+    @once(key="{name}")
+    def caller(self: Task, name: str, task: str = "") -> str:
+        return _call_others(self, name, task)
+
+    @app.task(name="strict caller", **common)
+    @once(key="{name}", on_conflict="raise")
+    def strict_caller(self: Task, name: str, task: str = "") -> str:
+        return _call_others(self, name, task)
+
+    def _call_others(task: Task, name: str, called: str) -> str:
+        with shop.told(task, name):
+            if called:
+                calls.delay(name, called)
+                shop.journal.wait_at(name)
+        return name
+
     @app.task(name="becomes", **common)
     @once(key="{name}")
     def becomes(self: Task, name: str, what: str = "succeed") -> str:
         with shop.told(self, name):
             if what == "wait":
                 shop.journal.wait_at(name)
+            if what == "later":
+                raise self.replace(
+                    chain(app.tasks["act"].si(f"{name}, first", "wait"), self.si(name))
+                )
             if what in ("chain", "group", "chord"):
                 raise self.replace(_replacement(app, self, name, what))
         return name
