@@ -21,6 +21,7 @@ from reliable_tasks._broker.fetching import FetchingChannel
 from reliable_tasks._broker.held import Held, held_for
 from reliable_tasks._broker.purging import tell
 from reliable_tasks._store.delivery import Layout
+from reliable_tasks._store.lines import Lines
 from reliable_tasks._store.messages import Messages
 from reliable_tasks._store.publication import (
     Published,
@@ -75,6 +76,9 @@ class ReliableChannel(FetchingChannel):
     QoS = QoS
     reliable: dict[str, Any]
 
+    _own_lines: Lines | None = None
+    _own_lines_of: Any = None
+
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.held = held_for(self._identity(), self._make_held)
@@ -122,18 +126,23 @@ class ReliableChannel(FetchingChannel):
         )
         if put_off(message["headers"], call):
             return
-        with self.conn_or_acquire() as client:
-            published = self.held.messages.publish(client, call, self._replicas())
+        published = self.held.messages.publish(self._lines(), call, self._replicas())
         note_answer(message["headers"], published)
 
     def publish_put_off(self: Any, messages: list[PutOff]) -> list[Published]:
         """Queue messages that were put off, in their order."""
         calls = [message.call for message in messages]
-        with self.conn_or_acquire() as client:
-            published: list[Published] = self.held.messages.publish_each(
-                client, calls, self._replicas()
-            )
+        published: list[Published] = self.held.messages.publish_each(
+            self._lines(), calls, self._replicas()
+        )
         return published
+
+    def _lines(self: Any) -> Lines:
+        # Of the pool that the channel has now; its end is theirs.
+        if self._own_lines is None or self._own_lines_of is not self.pool:
+            self._own_lines, self._own_lines_of = Lines(self.pool), self.pool
+        lines: Lines = self._own_lines
+        return lines
 
     def _purge(self: Any, queue: str) -> int:
         with self.conn_or_acquire() as client:

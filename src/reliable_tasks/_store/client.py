@@ -23,6 +23,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
+from reliable_tasks._store.lines import Lines
 from reliable_tasks.errors import ConfigError
 
 __all__ = [
@@ -69,9 +70,17 @@ class ServerAddress:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """A server's client, with the address to show people and the seconds for one command."""
+    """A server's client, with the address to show people and the seconds for one command.
+
+    Attributes:
+        redis: For what is done now and then.
+        lines: For scripts.
+        shown_url: The address.
+        timeout: Seconds for one command.
+    """
 
     redis: redis.Redis
+    lines: Lines
     shown_url: str
     timeout: float
 
@@ -104,9 +113,9 @@ def connect(address: ServerAddress) -> Client:
         with _lock:
             client = _clients.get(key)
             if client is None:
-                client = _clients[key] = Client(
-                    _builder(address), shown(address.url), address.timeout
-                )
+                built = _builder(address)
+                lines = Lines(built.connection_pool)
+                client = _clients[key] = Client(built, lines, shown(address.url), address.timeout)
     return client
 
 
@@ -127,6 +136,7 @@ def forget_clients() -> None:
     """Close this process' clients and forget them."""
     with _lock:
         for client in _clients.values():
+            client.lines.close()
             client.redis.close()
         _clients.clear()
 

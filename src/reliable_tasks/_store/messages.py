@@ -30,6 +30,7 @@ from reliable_tasks._store.scripts import (
     Argument,
     Call,
     Replicas,
+    Server,
     checked,
     execute,
     load,
@@ -162,14 +163,12 @@ class Messages:
         ]
         return keys, args
 
-    def publish(
-        self, server: redis.Redis, call: Call, replicas: Replicas = NO_REPLICAS
-    ) -> Published:
+    def publish(self, server: Server, call: Call, replicas: Replicas = NO_REPLICAS) -> Published:
         """Queue a message, as it was prepared; some ``replicas`` must have it, too."""
         return _published(load("message_publish").on(server, *call, replicas))
 
     def publish_each(
-        self, server: redis.Redis, calls: Sequence[Call], replicas: Replicas = NO_REPLICAS
+        self, server: Server, calls: Sequence[Call], replicas: Replicas = NO_REPLICAS
     ) -> list[Published]:
         """Queue some messages, all under way at once."""
         answers = load("message_publish").on_each(server, calls, replicas)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import resources
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import redis
 
 from reliable_tasks._store.client import Client
+from reliable_tasks._store.lines import Lines
 from reliable_tasks.errors import ScriptError, StoreUnavailable
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Key",
     "Replicas",
     "Script",
+    "Server",
     "checked",
     "execute",
     "leave_replica",
@@ -43,6 +45,7 @@ _Answer = TypeVar("_Answer")
 Key = str | bytes
 Argument = str | bytes | int
 Call = tuple[Sequence[Key], Sequence[Argument]]
+Server = redis.Redis | Lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +64,19 @@ class Replicas:
 NO_REPLICAS = Replicas(0, 0.0)
 
 
-def execute(server: redis.Redis, *command: Any) -> Any:
+def execute(server: Server, *command: Any) -> Any:
     """Run a command whose keys are complete, also by a client of kombu's that adds a prefix."""
+    if isinstance(server, Lines):
+        return server.run(command)
     return redis.Redis.execute_command(server, *command)  # type: ignore[no-untyped-call]
 
 
 def pipelined(
-    server: redis.Redis, commands: Iterable[Sequence[Any]], *, is_atomic: bool = False
+    server: Server, commands: Sequence[Sequence[Any]], *, is_atomic: bool = False
 ) -> list[Any]:
     """Run commands in one go; return the answers, of which each can be an error."""
+    if isinstance(server, Lines):
+        return server.run_each(commands)
     pipeline: Any = redis.Redis.pipeline(server, transaction=is_atomic)
     for command in commands:
         pipeline.execute_command(*command)
@@ -112,7 +119,7 @@ class Script:
                 as long as the client's timeout; or too few replicas have the write.
             ScriptError: The server refused (no permission, out of memory, read only).
         """
-        return self._twice(client, lambda: self.on(client.redis, keys, args, replicas))
+        return self._twice(client, lambda: self.on(client.lines, keys, args, replicas))
 
     def for_each(
         self, client: Client, calls: Sequence[Call], replicas: Replicas = NO_REPLICAS
@@ -126,12 +133,12 @@ class Script:
         answers: list[Any] = []
         for begin in range(0, len(calls), _AT_ONCE):
             some = calls[begin : begin + _AT_ONCE]
-            answers += self._twice(client, partial(self.on_each, client.redis, some, replicas))
+            answers += self._twice(client, partial(self.on_each, client.lines, some, replicas))
         return answers
 
     def on(
         self,
-        server: redis.Redis,
+        server: Server,
         keys: Sequence[Key],
         args: Sequence[Argument],
         replicas: Replicas = NO_REPLICAS,
@@ -151,7 +158,7 @@ class Script:
             return execute(server, "EVAL", self.source, len(keys), *keys, *args)
 
     def on_each(
-        self, server: redis.Redis, calls: Sequence[Call], replicas: Replicas = NO_REPLICAS
+        self, server: Server, calls: Sequence[Call], replicas: Replicas = NO_REPLICAS
     ) -> list[Any]:
         """Run the script once for each of some keys and arguments, all under way at once.
 
@@ -165,7 +172,7 @@ class Script:
 
     def _pipelined(
         self,
-        server: redis.Redis,
+        server: Server,
         calls: Sequence[Call],
         replicas: Replicas,
         command: str,
@@ -198,6 +205,7 @@ class Script:
             return run()
         except redis.exceptions.ReadOnlyError as error:
             leave_replica(client.redis)
+            client.lines.close()
             raise StoreUnavailable(client.shown_url, str(error)) from error
         except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
             raise StoreUnavailable(client.shown_url, str(error)) from error
