@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from celery import Celery
-from kombu.exceptions import EncodeError, OperationalError
+from kombu.exceptions import EncodeError
 
 from reliable_tasks._store.publication import Published, PutOff
-from reliable_tasks.errors import ReliableError
 
 __all__ = ["Producer", "producer_for"]
 
@@ -29,13 +28,11 @@ class Producer:
         producer: Kombu's own.
 
     Attributes:
-        before: Called when a message is made, and before it is handed on.
         has_begun: Whether a message was handed on.
     """
 
     def __init__(self, producer: Any) -> None:
         self._producer = producer
-        self.before: Callable[[], None] | None = None
         self.has_begun = False
 
     def __getattr__(self, name: str) -> Any:
@@ -43,8 +40,6 @@ class Producer:
 
     def publish(self, body: Any, *, declare: Any = None, **options: Any) -> Any:
         """Publish a message; takes what kombu's does."""
-        if self.before is not None:
-            self.before()
         self.has_begun = True
         if declare:
             declared = self._producer.connection.declared_entities
@@ -77,15 +72,9 @@ class Producer:
 
 @contextmanager
 def producer_for(app: Celery, given: Any = None) -> Iterator[Producer]:
-    """Give a producer of the app's, or the one that the caller has."""
-    answer: ReliableError | None = None
+    """Give a producer of the app's, or the one that the caller has.
+
+    Kombu closes the connection of one that an exception leaves.
+    """
     with app.producer_or_acquire(given) as producer:
-        try:
-            yield Producer(producer)
-        except OperationalError:
-            raise
-        except ReliableError as error:
-            # Not the broker's: kombu would close the connection for it.
-            answer = error
-    if answer is not None:
-        raise answer
+        yield Producer(producer)

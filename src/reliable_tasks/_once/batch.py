@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -93,22 +94,22 @@ def publish_many(task: Task[..., Any], once: Once, calls: Sequence[Call]) -> lis
     sent = [_Sent(ask(task, once, call)) for call in calls]
     if not sent:
         return []
-    with producer_for(task.app, calls[0].producer) as producer:
-        if is_one_step(sent[0].asked):
-            _in_one_step(sent, producer)
-        else:
-            _in_two_steps(sent, producer)
+    if is_one_step(sent[0].asked):
+        _in_one_step(sent)
+    else:
+        _in_two_steps(sent)
     return [one.answer() for one in sent]
 
 
-def _in_one_step(sent: list[_Sent], producer: Producer) -> None:
+def _in_one_step(sent: list[_Sent]) -> None:
     """Have the broker make the claims in the script that queues the messages."""
     try:
-        with batching() as messages:
-            for one in sent:
-                with publishing(one.asked.wish, one.asked.claim.owner):
-                    one.result = one.asked.queued(producer)
-        _send_all(sent, messages, producer)
+        with _producer_for(sent) as producer:
+            with batching() as messages:
+                for one in sent:
+                    with publishing(one.asked.wish, one.asked.claim.owner):
+                        one.result = one.asked.queued(producer)
+            _send_all(sent, messages, producer)
     except OperationalError as error:
         raise unavailable(sent[0].asked.locks, error) from error
     for one in sent:
@@ -118,7 +119,7 @@ def _in_one_step(sent: list[_Sent], producer: Producer) -> None:
             one.ticket = taken(refusal)
 
 
-def _in_two_steps(sent: list[_Sent], producer: Producer) -> None:
+def _in_two_steps(sent: list[_Sent]) -> None:
     """Make all claims, and then queue the messages of those that were made."""
     locks = sent[0].asked.locks
     claiming = [one for one in sent if one.asked.wish.claim]
@@ -133,13 +134,19 @@ def _in_two_steps(sent: list[_Sent], producer: Producer) -> None:
         for one, ticket in zip(claiming, tickets, strict=True):
             one.ticket = ticket
     messages: list[PutOff] = []
+    in_doubt = False
     try:
-        with batching() as messages:
-            for one in sent:
-                if not one.is_refused:
-                    one.result = one.asked.queued(producer)
-        _send_all(sent, messages, producer)
-    except BaseException as error:
+        with _producer_for(sent) as producer:
+            try:
+                with batching() as messages:
+                    for one in sent:
+                        if not one.is_refused:
+                            one.result = one.asked.queued(producer)
+                _send_all(sent, messages, producer)
+            except BaseException as error:
+                in_doubt = producer.may_have_queued(error)
+                raise
+    except BaseException:
         put_off = {message.task_id for message in messages}
         lost = [
             (one.asked.wish, one.token)
@@ -149,7 +156,7 @@ def _in_two_steps(sent: list[_Sent], producer: Producer) -> None:
             and not one.published
             and (one.result is None or one.asked.claim.owner in put_off)
         ]
-        take_back(locks, lost, in_doubt=producer.may_have_queued(error))
+        take_back(locks, lost, in_doubt=in_doubt)
         raise
     over = [
         one.asked.wish
@@ -158,6 +165,11 @@ def _in_two_steps(sent: list[_Sent], producer: Producer) -> None:
     ]
     if over:
         confirm(locks, over)
+
+
+def _producer_for(sent: list[_Sent]) -> AbstractContextManager[Producer]:
+    asked = sent[0].asked
+    return producer_for(asked.task.app, asked.call.producer)
 
 
 def _send_all(sent: list[_Sent], messages: list[PutOff], producer: Producer) -> None:

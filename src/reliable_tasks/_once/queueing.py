@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
 from celery import Task
 from kombu.exceptions import OperationalError
 
-from reliable_tasks._celery.producing import Producer, producer_for
+from reliable_tasks._celery.producing import producer_for
 from reliable_tasks._once.call import Asked
 from reliable_tasks._once.locks import BrokerUnavailable, Locks
 from reliable_tasks._once.result import ReliableResult
@@ -42,41 +43,44 @@ def queue_with_claim(asked: Asked) -> ReliableResult | Ticket[Publish]:
         StoreUnavailable: The lock Redis does not answer and ``reliable_on_store_error`` is
             ``"raise"``; a kombu ``OperationalError`` where the lock Redis is the broker.
     """
-    # Ours to give back: kombu closes the connection of one that an exception leaves.
-    with producer_for(asked.task.app, asked.call.producer) as producer:
-        # For a connection of the caller's own Celery makes a producer that nobody sees.
-        producer.has_begun = bool(asked.call.options.get("connection"))
-        if is_one_step(asked):
-            return _one_step(asked, producer)
-        return _two_steps(asked, producer)
+    return _one_step(asked) if is_one_step(asked) else _two_steps(asked)
 
 
 def is_one_step(asked: Asked) -> bool:
     """Say whether the broker makes the claim in the script that queues the message."""
-    app: Any = asked.task.app
-    if not asked.locks.are_made_by_broker or not (app.conf.broker_transport_options or {}).get(
-        "reliable"
-    ):
+    if not asked.locks.are_made_by_broker:
         return False
+    app: Any = asked.task.app
+    own = app.pool.connection
     # A connection of the caller's own may lead anywhere; a group hands on the app's.
     producer, options = asked.call.producer, asked.call.options
-    if options.get("connection"):
+    if not own.transport_options.get("reliable") or options.get("connection"):
         return False
-    return producer is None or _uri(producer.connection) == _uri(app.pool.connection)
+    return producer is None or _uri(producer.connection) == _uri(own)
 
 
 def _uri(connection: Any) -> str:
     return str(connection.as_uri(include_password=True))
 
 
-def _one_step(asked: Asked, producer: Producer) -> ReliableResult | Ticket[Publish]:
+def _one_step(asked: Asked) -> ReliableResult | Ticket[Publish]:
     """Have the broker make the claim in the script that queues the message."""
+    task, wish = asked.task, asked.wish
+    # What cannot be looked at is found when the message is queued, or its error is.
+    with suppress(StoreError):
+        known = asked.locks.claims.look(wish)
+        if known is not None:
+            return known
     try:
-        with publishing(asked.wish, asked.claim.owner) as answers:
-            result = asked.queued(producer)
-    except ClaimTaken as refused:
-        forget_result(asked.task, asked.claim.owner)
-        return taken(refused.published)
+        with producer_for(task.app, asked.call.producer) as producer:
+            try:
+                with publishing(wish, wish.owner) as answers:
+                    result = asked.queued(producer)
+            except ClaimTaken as refused:
+                # Not through the producer, whose connection is as good as before.
+                forget_result(task, wish.owner)
+                asked.locks.claims.expect_duplicates(wish)
+                return taken(refused.published)
     except OperationalError as error:
         # Claim and message are queued together or not at all: nothing is to be taken back.
         raise unavailable(asked.locks, error) from error
@@ -98,21 +102,29 @@ def unavailable(locks: Locks, error: OperationalError) -> BrokerUnavailable:
     return BrokerUnavailable(locks.claims.client.shown_url, str(error))
 
 
-def _two_steps(asked: Asked, producer: Producer) -> ReliableResult | Ticket[Publish]:
+def _two_steps(asked: Asked) -> ReliableResult | Ticket[Publish]:
     """Claim, then queue the message; take the claim back if that failed."""
     locks, wish, token = asked.locks, asked.wish, uuid4().hex
+    in_doubt = False
     try:
         ticket = locks.claims.take(wish, token)
         if ticket.code is Publish.DUPLICATE:
             return ticket
-        result = asked.queued(producer)
+        with producer_for(asked.task.app, asked.call.producer) as producer:
+            # For a connection of the caller's own Celery makes a producer that nobody sees.
+            producer.has_begun = bool(asked.call.options.get("connection"))
+            try:
+                result = asked.queued(producer)
+            except BaseException as error:
+                in_doubt = producer.may_have_queued(error)
+                raise
     except StoreError as error:
         # Perhaps only the reply was lost, and the claim of a task that is not queued stands.
         take_back(locks, [(wish, token)], in_doubt=False)
         check_proceeds(asked, error)
-        return asked.queued(producer)
-    except BaseException as error:
-        take_back(locks, [(wish, token)], in_doubt=producer.may_have_queued(error))
+        return asked.queued()
+    except BaseException:
+        take_back(locks, [(wish, token)], in_doubt=in_doubt)
         raise
     if ticket.code is not Publish.TAKEN_OVER:
         return accepted(asked, result, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ __all__ = ["Claims", "End", "Entry", "Follow", "Following", "Publish", "Release"
 
 
 Code = TypeVar("Code", bound=IntEnum)
+#: So many keys are remembered that were taken when they were called with.
+_MOST_DUPLICATES = 1024
 
 
 class Publish(IntEnum):
@@ -142,6 +145,7 @@ class Claims:
     ) -> None:
         self._address = address
         self._replicas = replicas
+        self._duplicates: OrderedDict[str, None] = OrderedDict()
         self.keys = Keys(address.key_prefix + key_prefix)
         self.leases = self.keys.beside.leases if is_beside else self.keys.leases
 
@@ -154,6 +158,28 @@ class Claims:
     def client(self) -> Client:
         """This process' client."""
         return connect(self._address)
+
+    def look(self, wish: Publication) -> Ticket[Publish] | None:
+        """Look whether a key is taken, if it was when this process called with it last.
+
+        Where the broker makes the claim with the message, that would have to be made first.
+        """
+        name = wish.claim
+        if name not in self._duplicates or wish.holder or wish.how not in ("acquire", "window"):
+            return None
+        keys = [self.keys.claim(name), self.leases]
+        ticket = _ticket(Publish, self._ask("claim_look", keys, [ms(wish.ttl)]))
+        if ticket.code is Publish.DUPLICATE:
+            return ticket
+        self._duplicates.pop(name, None)
+        return None
+
+    def expect_duplicates(self, wish: Publication) -> None:
+        """Note that a key was taken when this process called with it."""
+        self._duplicates[wish.claim] = None
+        if len(self._duplicates) > _MOST_DUPLICATES:
+            # The oldest.
+            self._duplicates.popitem(last=False)
 
     def take(self, wish: Publication, token: str) -> Ticket[Publish]:
         """Take the claim that a publish wishes for, or keep it, by a token made once for it."""
