@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
+from itertools import count
 from typing import Any
 from uuid import uuid4
 
@@ -38,6 +40,21 @@ __all__ = ["OPTION", "Channel", "QoS", "ReliableChannel", "SentinelChannel"]
 #: ``key_prefix``, ``lease`` (s), ``death_detection`` and ``wait_replicas``.
 OPTION = "reliable"
 _TOKEN = "reliable_token"  # noqa: S105 - not a secret
+
+
+def _of_this_process() -> None:
+    global _tokens
+    _tokens = (uuid4().hex, count())
+
+
+_tokens = (uuid4().hex, count())
+os.register_at_fork(after_in_child=_of_this_process)
+
+
+def _next_token() -> str:
+    """Return what no other publish has."""
+    process, numbers = _tokens
+    return f"{process}:{next(numbers)}"
 
 
 class QoS(virtual.QoS):
@@ -101,7 +118,7 @@ class ReliableChannel(FetchingChannel):
         # Producer.publish makes one mapping for all its tries, while kombu's delivery_tag is
         # new in each.
         properties = {} if properties is None else properties
-        properties.setdefault(_TOKEN, uuid4().hex)
+        properties.setdefault(_TOKEN, _next_token())
         return super().prepare_message(
             body, priority, content_type, content_encoding, headers, properties
         )

@@ -9,7 +9,7 @@ from typing import Any
 from celery import Celery
 from kombu.exceptions import EncodeError
 
-from reliable_tasks._store.publication import Published, PutOff
+from reliable_tasks._store.publication import Published, PutOff, batching
 
 __all__ = ["Producer", "producer_for"]
 
@@ -34,6 +34,7 @@ class Producer:
     def __init__(self, producer: Any) -> None:
         self._producer = producer
         self.has_begun = False
+        self._puts_off = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._producer, name)
@@ -48,7 +49,20 @@ class Producer:
                 for entity in declare
                 if not (entity.can_cache_declaration and hash(entity) in declared)
             ]
+        if self._puts_off and not declare:
+            # It only puts the message off, and cannot fail on the way.
+            options["retry"] = False
         return self._producer.publish(body, declare=declare, **options)
+
+    @contextmanager
+    def batch(self) -> Iterator[list[PutOff]]:
+        """Put messages off that are published meanwhile, where the transport can do so."""
+        self._puts_off = hasattr(self._producer.channel, "publish_put_off")
+        try:
+            with batching() as messages:
+                yield messages
+        finally:
+            self._puts_off = False
 
     def publish_put_off(self, messages: list[PutOff], conf: Any) -> list[Published]:
         """Queue messages that were put off, with retries as the app's settings say."""

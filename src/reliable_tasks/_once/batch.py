@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
-from uuid import uuid4
 
 from celery import Task
 from kombu.exceptions import OperationalError
@@ -28,7 +27,7 @@ from reliable_tasks._once.queueing import (
 )
 from reliable_tasks._once.result import ReliableResult
 from reliable_tasks._store.claims import Publish, Ticket
-from reliable_tasks._store.publication import Published, PutOff, Queued, batching, publishing
+from reliable_tasks._store.publication import Published, PutOff, Queued, publishing
 from reliable_tasks.errors import StoreError
 
 __all__ = ["publish_many", "queue_many"]
@@ -43,14 +42,12 @@ class _Sent:
 
     Attributes:
         asked: What it asks for.
-        token: Of its claim, where that is a step of its own.
         ticket: What was said of its claim, if anything was.
         result: That of its message, when it is made.
         published: What was said of its message.
     """
 
     asked: Asked
-    token: str = field(default_factory=lambda: uuid4().hex)
     ticket: Ticket[Publish] | None = None
     result: ReliableResult | None = None
     published: list[Published] = field(default_factory=list)
@@ -76,7 +73,7 @@ class _Sent:
 def queue_many(task: Task[..., Any], calls: Sequence[Call]) -> list[ReliableResult]:
     """Queue some calls of a task that has no ``@once``."""
     with producer_for(task.app) as producer:
-        with batching() as messages:
+        with producer.batch() as messages:
             results = [call.queue(call.task_id, None, producer) for call in calls]
         for _ in _send(task, messages, producer):
             pass
@@ -105,7 +102,7 @@ def _in_one_step(sent: list[_Sent]) -> None:
     """Have the broker make the claims in the script that queues the messages."""
     try:
         with _producer_for(sent) as producer:
-            with batching() as messages:
+            with producer.batch() as messages:
                 for one in sent:
                     with publishing(one.asked.wish, one.asked.claim.owner):
                         one.result = one.asked.queued(producer)
@@ -123,7 +120,8 @@ def _in_two_steps(sent: list[_Sent]) -> None:
     """Make all claims, and then queue the messages of those that were made."""
     locks = sent[0].asked.locks
     claiming = [one for one in sent if one.asked.wish.claim]
-    wishes = [(one.asked.wish, one.token) for one in claiming]
+    # Each has a task of its own, whose id is known to nobody else.
+    wishes = [(one.asked.wish, one.asked.claim.owner) for one in claiming]
     try:
         tickets = locks.claims.take_each(wishes)
     except StoreError as error:
@@ -138,7 +136,7 @@ def _in_two_steps(sent: list[_Sent]) -> None:
     try:
         with _producer_for(sent) as producer:
             try:
-                with batching() as messages:
+                with producer.batch() as messages:
                     for one in sent:
                         if not one.is_refused:
                             one.result = one.asked.queued(producer)
@@ -149,7 +147,7 @@ def _in_two_steps(sent: list[_Sent]) -> None:
     except BaseException:
         put_off = {message.task_id for message in messages}
         lost = [
-            (one.asked.wish, one.token)
+            (one.asked.wish, one.asked.claim.owner)
             for one in claiming
             if one.ticket is not None
             and not one.is_refused

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -108,8 +108,11 @@ def ask(task: Task[..., Any], once: Once, call: Call) -> Asked:
         # It was called in its window, which may be over.
         return Asked(task, once, locks, call, claim, headers, Publication(), is_own)
     kept = continued if is_own else None
-    wish = replace(
-        publication_of({"id": claim.owner}) or Publication(),
+    before = publication_of({"id": claim.owner})
+    wish = Publication(
+        continues=before.continues if before else "",
+        task_id=before.task_id if before else "",
+        is_only=bool(before and before.is_only),
         claim=claim.name,
         how=_how(once, kept, is_own=is_own),
         owner=claim.owner,

@@ -141,8 +141,16 @@ def _is_stale(connection: Any) -> bool:
 
 def _packed(command: Command) -> bytes:
     """Return a command as the server reads it: an array of texts."""
-    parts = [b"*%d\r\n" % len(command)]
+    if any(isinstance(one, bytes) for one in command):
+        return b"*%d\r\n%b" % (len(command), b"".join(map(_packed_bytes, command)))
+    parts = [f"*{len(command)}\r\n"]
     for one in command:
-        data = one if isinstance(one, bytes) else str(one).encode()
-        parts.append(b"$%d\r\n%b\r\n" % (len(data), data))
-    return b"".join(parts)
+        text = str(one)
+        size = len(text) if text.isascii() else len(text.encode())
+        parts.append(f"${size}\r\n{text}\r\n")
+    return "".join(parts).encode()
+
+
+def _packed_bytes(one: str | bytes | int) -> bytes:
+    data = one if isinstance(one, bytes) else str(one).encode()
+    return b"$%d\r\n%b\r\n" % (len(data), data)

@@ -403,7 +403,12 @@ class Messages:
         return delivery
 
 
+_QUEUED = Published(Queued.QUEUED, "", 0.0, 0)
+
+
 def _published(answer: Any) -> Published:
+    if answer == _QUEUED.code:
+        return _QUEUED
     code, owner, milliseconds, fence = answer
     return Published(
         Queued(int(code)),

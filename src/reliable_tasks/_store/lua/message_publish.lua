@@ -23,7 +23,8 @@
 -- ARGV[12]  run ttl, ms, for a run that was unknown
 -- ARGV[13]  only: '1' if a delivery has one continuation, whoever asks for another
 -- ARGV[14..]  the lists that the expiry concerns
--- Returns: {1, owner, 0, ''}  queued; the owner is the task that had the claim before, or ''
+-- Returns: 1                  queued
+--          {1, owner, 0, ''}  queued in the place of the task that had the claim before
 --          {2, '', 0, ''}     it was queued before, or another continuation was
 --          {3, '', 0, ''}     refused: the delivery that would continue itself is over
 --          {0, owner, ms until it lapses, fence}  refused: another task has the claim
@@ -83,4 +84,7 @@ if ARGV[10] ~= '0' then
     end
 end
 ring_bell(KEYS[3])
+if before == '' then
+    return 1
+end
 return {1, before, 0, ''}
