@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from reliable_tasks.errors import ConfigError
 
-__all__ = ["REDIS_OPTIONS", "UNLIMITED", "ReliableConfig", "nearest"]
+__all__ = ["LONGEST_TTL", "REDIS_OPTIONS", "UNLIMITED", "ReliableConfig", "nearest"]
 
 PREFIX = "reliable_"
 
@@ -30,6 +30,9 @@ UNLIMITED = 3600.0
 SHORTEST_LEASE = 3.0
 #: The longest (s).
 LONGEST_LEASE = 300.0
+
+#: The longest time that a claim may wait in the queue (s): ten years.
+LONGEST_TTL = 10 * 366 * 86400.0
 
 
 def _setting(default: Any, doc: str, *, unit: str = "", choices: tuple[str, ...] = ()) -> Any:
@@ -158,6 +161,11 @@ class ReliableConfig:
             if not is_number or not (0 < value < inf or (may_be_zero and value == 0)):
                 least = "0 or more" if may_be_zero else "more than 0"
                 raise ConfigError(f"reliable_{name} = {value!r}: give a number of seconds, {least}")
+        if self.once_ttl > LONGEST_TTL:
+            raise ConfigError(
+                f"reliable_once_ttl = {self.once_ttl!r}: give at most {LONGEST_TTL:.0f} seconds, "
+                "which are ten years"
+            )
         if self.lease > LONGEST_LEASE:
             raise ConfigError(
                 f"reliable_lease = {self.lease!r}: give at most {LONGEST_LEASE:g} seconds, or a "

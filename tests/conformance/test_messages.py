@@ -1082,6 +1082,17 @@ def test_the_sweeper_rings_for_stock_producers(broker: Broker) -> None:
     assert broker.tokens("a") == 1
 
 
+def test_a_run_that_was_forgotten_publishes_more_than_once(broker: Broker) -> None:
+    """What it publishes first makes it known again, as the one that may go on."""
+    put(broker, "one")
+    (running,) = broker.fetch()
+    broker.server.delete(broker.keys.run("one"))
+    for token in ("t1", "t2"):
+        answer = broker.publish("other", token=token, publication=continuing(running))
+        assert answer.code is Queued.QUEUED
+    assert broker.messages.is_held(broker.server, "one", running.tag)
+
+
 def test_a_queue_that_nobody_names_is_forgotten(broker: Broker) -> None:
     """A worker that is gone leaves no work behind for the sweeper."""
     broker.server.lpush("a", message("one"))

@@ -111,6 +111,8 @@ def test_each_choice_has_its_names(name: str, value: str, meant: str) -> None:
 def test_a_lease_has_a_longest_and_a_shortest() -> None:
     """A dead worker's tasks wait for it, and a living worker must come to renew it."""
     assert ReliableConfig(lease=3).lease == 3
+    with pytest.raises(ConfigError, match=r"reliable_once_ttl = 1e\+20: give at most .* ten years"):
+        ReliableConfig(once_ttl=1e20)
     with pytest.raises(ConfigError, match=r"reliable_lease = 2\.9: give at least 3 seconds"):
         ReliableConfig(lease=2.9)
     assert ReliableConfig(lease=300).lease == 300

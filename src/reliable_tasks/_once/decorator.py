@@ -115,6 +115,7 @@ def _attach(target: Any, options: OnceOptions) -> Any:
     # Whether the first parameter is the task shows when the task is made; the rest can be
     # checked where the mistake stands.
     takes_self = parameters[:1] == ["self"]
+    _refuse_another(once_options(target), options, target.__qualname__)
     Once(options, target, takes_self=takes_self, task=target.__qualname__)
     setattr(target, OPTIONS, options)
     target.__doc__ = _Doc(target.__doc__ or "")
@@ -127,7 +128,14 @@ def _adopt(task: Any, options: OnceOptions) -> None:
     if adopt is None:
         base = cls.__mro__[1].__name__
         raise ConfigError(BAD_BASE.format(task=getattr(task, "name", None) or cls, base=base))
+    # One that a class has from its base is overridden.
+    _refuse_another(cls.__dict__.get(OPTIONS), options, getattr(task, "name", None) or cls)
     adopt(options)
+
+
+def _refuse_another(before: OnceOptions | None, options: OnceOptions, task: Any) -> None:
+    if before is not None and before != options:
+        raise ConfigError(f"@once is there twice on {task}, with other options: keep one of them")
 
 
 def refuse_plain_base(task: Any) -> None:

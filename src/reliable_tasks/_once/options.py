@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from math import inf
 from typing import Any, Literal, get_args
 
 from reliable_tasks._once.keys import KeySpec
-from reliable_tasks.config import nearest
+from reliable_tasks.config import LONGEST_TTL, nearest
 from reliable_tasks.errors import ConfigError
 
 __all__ = ["Lifetime", "OnConflict", "OnceOptions"]
@@ -67,8 +66,11 @@ class OnceOptions:
             raise ConfigError(f"@once(lock={self.lock!r})" + nearest(str(self.lock), list(_STAGES)))
         for stage, action in self._actions().items():
             object.__setattr__(self, f"at_{stage}", action)
-        if self.ttl is not None and not _SHORTEST <= self.ttl_seconds(0) < inf:
-            raise ConfigError(f"@once(ttl={self.ttl!r}): give seconds or a timedelta, more than 0")
+        if self.ttl is not None and not _SHORTEST <= self.ttl_seconds(0) <= LONGEST_TTL:
+            raise ConfigError(
+                f"@once(ttl={self.ttl!r}): give seconds or a timedelta, more than 0 and at most "
+                "ten years"
+            )
         if self.ttl is not None and not self.is_claimed_by_calls:
             raise ConfigError(
                 f"@once(lock={self.lock!r}, ttl={self.ttl!r}): any number of its calls may wait in "

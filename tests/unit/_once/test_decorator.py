@@ -353,3 +353,38 @@ def test_a_wrong_template_raises_where_it_stands() -> None:
         @once(key="{nmae}")
         def t(name: str) -> None:
             pass
+
+
+def test_twice_with_other_options(app: Celery) -> None:
+    """Whichever would win, the other one would be a surprise."""
+    with pytest.raises(ConfigError, match=r"twice on .*send"):
+
+        @once(key="{n}")
+        @once(key="{n}", ttl=5)
+        def send(n: int) -> None:
+            pass
+
+
+def test_twice_above_and_below(app: Celery) -> None:
+    """It is said when the task is made."""
+
+    @once(key="{n}", ttl=5)
+    @app.task(base=ReliableTask, name="send")
+    @once(key="{n}")
+    def send(n: int) -> None:
+        pass
+
+    with pytest.raises(ConfigError, match="twice on send"):
+        send.delay(1)
+
+
+def test_twice_the_same(app: Celery) -> None:
+    """There is nothing to choose from."""
+
+    @once(key="{n}")
+    @app.task(base=ReliableTask)
+    @once(key="{n}")
+    def send(n: int) -> None:
+        pass
+
+    assert send.reliable_once is not None

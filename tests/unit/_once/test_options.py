@@ -31,6 +31,8 @@ def test_a_time_is_seconds_or_a_timedelta() -> None:
         float("nan"),
         float("inf"),
         0.0001,
+        1e10,
+        timedelta(days=4000),
     ],
 )
 def test_what_is_no_time_is_refused(ttl: Any) -> None:

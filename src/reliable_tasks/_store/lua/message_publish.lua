@@ -72,11 +72,12 @@ end
 redis.call('LPUSH', KEYS[2], ARGV[1])
 redis.call('SET', KEYS[1], '1', 'PX', ARGV[2])
 if ARGV[3] ~= '' then
-    local is_unknown = redis.call('EXISTS', KEYS[4]) == 0
-    redis.call('HSET', KEYS[4], mark, ARGV[11])
-    if is_unknown then
+    if redis.call('EXISTS', KEYS[4]) == 0 then
+        -- Nobody else has come since it was forgotten.
+        redis.call('HSET', KEYS[4], 'tag', ARGV[3])
         redis.call('PEXPIRE', KEYS[4], ARGV[12])
     end
+    redis.call('HSET', KEYS[4], mark, ARGV[11])
 end
 if ARGV[10] ~= '0' then
     for i = 14, #ARGV do
