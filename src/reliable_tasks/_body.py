@@ -16,6 +16,7 @@ from reliable_tasks._celery.headers import IN_DOUBT
 from reliable_tasks._celery.registry import hard_limit
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._once.entering import enter
+from reliable_tasks._once.lineage import note_end
 from reliable_tasks._retrying import RETRYING, GiveUp, Policy, RetryIn
 from reliable_tasks.errors import TaskExited
 
@@ -43,10 +44,14 @@ def guarded(function: Callable[..., Any], *, takes_self: bool) -> Callable[..., 
         if self.request.get(IN_DOUBT):
             raise SetAside("its lease may have ended", *_IN_DOUBT)
         self.request.update(reliable_body=True)
-        if not self.exclusive or self.request.is_eager:
-            return _start(self, self._policy, body, args, kwargs)
-        with _fenced():
-            return _start(self, self._policy, body, args, kwargs)
+        try:
+            if not self.exclusive or self.request.is_eager:
+                return _start(self, self._policy, body, args, kwargs)
+            with _fenced():
+                return _start(self, self._policy, body, args, kwargs)
+        finally:
+            # What is called from now on comes after it.
+            note_end(self)
 
     run.__takes_self__ = takes_self  # type: ignore[attr-defined]
     signature = inspect.signature(function)

@@ -28,7 +28,7 @@ from reliable_tasks._once.decorator import OPTIONS, once_options
 from reliable_tasks._once.following import is_follower, pause_of
 from reliable_tasks._once.held import HeldClaim, held_claim
 from reliable_tasks._once.leaving import end_unrun, uncover
-from reliable_tasks._once.lineage import LINEAGE, lineage_of_call
+from reliable_tasks._once.lineage import lineage_headers, note_end
 from reliable_tasks._once.locks import locks_of, read_config
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.options import OnceOptions
@@ -209,7 +209,7 @@ class ReliableTask(_Task):
         producer = options.pop("producer", None)
         link, link_error = options.pop("link", None), options.pop("link_error", None)
         shadow, adds = options.pop("shadow", None), options.pop("add_to_parent", True)
-        # What the parent is told of are the results that the caller gets.
+        # The parent is told of what is queued, when that is known.
         options["add_to_parent"] = False
         made = [
             self._call(args, kwargs, None, producer, link, link_error, shadow, options)
@@ -217,8 +217,10 @@ class ReliableTask(_Task):
         ]
         results = queue_many(self, made) if once is None else publish_many(self, once, made)
         parent: Any = self.app.current_worker_task
-        for result in results if parent is not None and adds else ():
-            parent.add_trail(result)
+        if parent is not None and adds:
+            for result in results:
+                if not result.duplicate or result.followed_id is not None:
+                    parent.add_trail(result)
         return results
 
     def _call(
@@ -236,9 +238,9 @@ class ReliableTask(_Task):
             identity: str | None, headers: Mapping[str, Any] | None, producer: Any = producer
         ) -> ReliableResult:
             given = options if headers is None else {**options, "headers": dict(headers)}
-            lineage = lineage_of_call(self.app, identity)
+            lineage = lineage_headers(self.app, identity)
             if lineage:
-                given = {**given, "headers": {**(given.get("headers") or {}), LINEAGE: lineage}}
+                given = {**given, "headers": {**(given.get("headers") or {}), **lineage}}
             result = super(ReliableTask, self).apply_async(
                 args,
                 kwargs,
@@ -334,6 +336,7 @@ class ReliableTask(_Task):
     def on_replace(self, sig: Any) -> Any:
         """Send the replacement; one with the same `@once` key goes on with the claim."""
         run = Run.of(self)
+        note_end(self)
         if run is not None:
             headers = {**(sig.options.get("headers") or {}), CLAIM: run.claim.as_header()}
             sig.set(headers=headers)

@@ -241,11 +241,12 @@ def _result_of_calls(shop: Scene, name: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
+@pytest.mark.parametrize("what", ["chain", "chord"])
 def test_the_last_part_of_what_an_owner_has_become_meets_another_owner(
-    shop: Scene, name: str
+    shop: Scene, name: str, what: str
 ) -> None:
     """Which called while nobody had the key: it ends as that one, for the canvas to complete."""
-    result = shop.call("becomes", name, "later")
+    result = shop.call("becomes", name, f"later, {what}")
     shop.wait_starts(f"{name}, first")
     shop.wait_free(name, task="becomes")
     other = shop.call("becomes", name, "wait")
@@ -263,10 +264,15 @@ def test_a_chain_of_the_same_task_takes_its_turns(shop: Scene, name: str, task: 
     """Nobody drops what its own chain calls for the one before it is not quite over."""
     shop.journal.open(name)
     same = shop.app.tasks[task].si(name)
-    results = [chain(same, same, same).apply_async()]
-    for result in results:
-        assert result.get(timeout=SOON) == name
+    assert chain(same, same, same).apply_async().get(timeout=SOON) == name
     assert shop.starts(name) == 3
+
+
+def test_a_chain_of_the_same_task_has_one_window(shop: Scene, name: str) -> None:
+    """Which nothing frees: the first runs, and the others end as it does."""
+    same = shop.app.tasks["until_expired"].si(name)
+    assert chain(same, same, same).apply_async().get(timeout=SOON) == name
+    assert shop.starts(name) == 1
 
 
 def test_two_canvases_that_need_each_others_keys(shop: Scene, name: str) -> None:

@@ -66,12 +66,14 @@ def follows(
 ) -> Follows | None:
     """Return whom a duplicate is to follow, and to what end; ``None`` if the key is its own.
 
-    What the owner's own run has led to does not share its end, but runs after it.
+    What the owner's own run has led to does not share its end, but runs after it; unless the key
+    is taken for a window of time.
 
     Raises:
         StoreError: The lock Redis does not answer, or refuses.
     """
-    lineage = lineage_of_call(task.app, claim.owner)
+    is_for_a_window = once.options.is_for_a_window
+    lineage = [] if is_for_a_window else lineage_of_call(task.app, claim.owner)
     if not may_follow and ticket.owner not in lineage:
         return Follows(ticket.owner, 0, "fail", ticket.seconds)
     if ticket.owner == claim.owner:
@@ -83,7 +85,7 @@ def follows(
         return None
     then: Then = "join"
     is_over = answer.code is Follow.FREE or (
-        not once.options.is_for_a_window and _has_ended(task, answer.followed)
+        not is_for_a_window and _has_ended(task, answer.followed)
     )
     if is_over or answer.followed in lineage:
         # What is called after the owner's end, as the body of its chord is, is to run; its claim

@@ -17,7 +17,7 @@ from reliable_tasks._celery.revoking import end_as_revoked
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._once.claim import HOLDER, Claim, Run
 from reliable_tasks._once.following import Outcome, begin_to_follow, outcome_of
-from reliable_tasks._once.lineage import lineage_of
+from reliable_tasks._once.lineage import comes_after
 from reliable_tasks._once.locks import Locks
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.received import (
@@ -144,8 +144,9 @@ class _Copy:
         claim = self.claim
         by_name = is_by_name(claim, vars(self.task.request))
         if claim.follows is None and (not by_name or may_have_started(self.task)):
-            if not by_name and not self.locks.are_made_by_broker:
-                self._see_its_call()
+            if not by_name:
+                # Another call may have the place of this one, whose publish had failed.
+                self._keep()
             return
         ticket = self.locks.claims.acquire(
             claim.name,
@@ -162,13 +163,6 @@ class _Copy:
         known = (claim.owner, claim.follows.owner if claim.follows else None)
         if ticket.code is Publish.DUPLICATE and ticket.owner not in known:
             self._end_late(Ticket(Entry.DUPLICATE, ticket.owner, ticket.seconds, ticket.fence))
-
-    def _see_its_call(self) -> None:
-        """Make sure that no other call has the place of this one's, whose publish had failed."""
-        ticket = self.locks.claims.keep(self.claim.name, owner=self.claim.owner)
-        if ticket.code is Entry.PREDECESSOR_RUNNING:
-            raise _until_free("another call is taking its place", _WHILE_ENDING, ticket)
-        self._check(ticket)
 
     def _release(self, claim: Claim) -> None:
         """Free what this copy has taken, or its call: it does not run."""
@@ -263,15 +257,15 @@ class _Copy:
     def _wait_its_turn(self, ticket: Ticket[Entry]) -> None:
         """Answer a copy that starts while another task runs with its key."""
         action = self.once.options.at_start
-        if ticket.owner in lineage_of(self.task.request):
-            # It comes after that one, which is about to end.
+        if comes_after(self.task, ticket.owner):
+            # That one is about to end.
             action = "reschedule"
         if action != "reschedule" or not self.task.request.get(TIMES_SET_ASIDE):
             self._tell_conflict(self.claim.turn, ticket, action)
         if action == "reschedule":
             if self.once.options.is_freed_at_start:
                 # It waits for longer than it might in the queue.
-                self._keep_waiting()
+                self._keep(self.once.ttl(self.locks.config))
             reason = f"task {ticket.owner} runs with its key"
             raise _until_free(reason, _WHILE_OTHER_RUNS, ticket, waits_for=ticket.owner)
         # Its call is over.
@@ -281,12 +275,12 @@ class _Copy:
             self._revoke(f"task {ticket.owner} runs with its key")
         raise self.once.refusal(self.claim.name, ticket.owner, ticket.seconds)
 
-    def _keep_waiting(self) -> None:
-        """Keep the key of a call that waits for longer than it might in the queue."""
+    def _keep(self, ttl: float = 0) -> None:
+        """Keep the key of a call for a while (s), or end where another call has its place."""
         claim = self.claim
-        ticket = self.locks.claims.keep(
-            claim.name, owner=claim.owner, ttl=self.once.ttl(self.locks.config)
-        )
+        ticket = self.locks.claims.keep(claim.name, owner=claim.owner, ttl=ttl)
+        if ticket.code is Entry.PREDECESSOR_RUNNING:
+            raise _until_free("another call is taking its place", _WHILE_ENDING, ticket)
         self._check(ticket)
 
     def _revoke(self, reason: str) -> NoReturn:

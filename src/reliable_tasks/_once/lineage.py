@@ -1,25 +1,42 @@
-"""Which runs have led to a call: what those called that own a key does not wait for itself."""
+"""Which runs have led to a call, and which one it comes after: nobody waits for himself."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from celery import Celery
+from celery import Celery, Task
 
 from reliable_tasks._once.claim import Run
 
-__all__ = ["LINEAGE", "lineage_of", "lineage_of_call"]
+__all__ = ["comes_after", "lineage_headers", "lineage_of_call", "note_end"]
 
 #: Header: the ids of the tasks whose runs have led to a message, the latest last.
 LINEAGE = "reliable_lineage"
+#: Header: id of the task whose end has called this one, as the next of a chain or in its place.
+AFTER = "reliable_after"
 #: So many are known of a message. Who is further away is as good as a stranger.
 _LONGEST = 16
 
 
-def lineage_of(request: Any) -> list[str]:
-    """Return the ids of the tasks whose runs have led to one, as its request has them."""
-    found = request.get(LINEAGE)
-    return [str(task_id) for task_id in found] if isinstance(found, list) else []
+def note_end(task: Task[..., Any]) -> None:
+    """Note that the body of a task is over, or that another one takes its place."""
+    task.request.update(reliable_body=False)
+
+
+def comes_after(task: Task[..., Any], task_id: str) -> bool:
+    """Say whether it is the end of another task that has called this one."""
+    return bool(task.request.get(AFTER) == task_id)
+
+
+def lineage_headers(app: Celery, task_id: str | None) -> dict[str, Any]:
+    """Return what a call that is made now carries of those that have led to it."""
+    lineage = lineage_of_call(app, task_id)
+    if not lineage:
+        return {}
+    caller: Any = app.current_worker_task
+    if lineage[-1] == caller.request.id and caller.request.get("reliable_body") is False:
+        return {LINEAGE: lineage, AFTER: lineage[-1]}
+    return {LINEAGE: lineage}
 
 
 def lineage_of_call(app: Celery, task_id: str | None) -> list[str]:
@@ -34,7 +51,8 @@ def lineage_of_call(app: Celery, task_id: str | None) -> list[str]:
     caller: Any = app.current_worker_task
     if caller is None:
         return []
-    before = lineage_of(caller.request)
+    found = caller.request.get(LINEAGE)
+    before = [str(known) for known in found] if isinstance(found, list) else []
     if caller.request.id == task_id or not (before or Run.of(caller)):
         return before
     return [*before, str(caller.request.id)][-_LONGEST:]

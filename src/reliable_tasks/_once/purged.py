@@ -19,6 +19,8 @@ __all__ = ["free_thrown", "remember"]
 logger = logging.getLogger("reliable_tasks")
 
 _apps: WeakSet[Celery] = WeakSet()
+#: Those whose tasks are all known.
+_read: WeakSet[Celery] = WeakSet()
 
 
 def remember(app: Celery) -> None:
@@ -42,8 +44,10 @@ def free_thrown(thrown: list[Thrown]) -> None:
 
 
 def _free(app: Celery, thrown: list[Thrown]) -> None:
-    # `celery purge` needs no task, and has not read those that the app includes.
-    app.loader.import_default_modules()
+    if app not in _read:
+        # `celery purge` needs no task, and has not read those that the app includes.
+        app.loader.import_default_modules()
+        _read.add(app)
     kept: dict[Claims, list[Thrown]] = defaultdict(list)
     for one in thrown:
         task: Any = app.tasks.get(one.task)

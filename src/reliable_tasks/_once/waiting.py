@@ -10,6 +10,8 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from celery import Celery
@@ -20,7 +22,7 @@ from reliable_tasks._once.once import Once
 from reliable_tasks._once.received import claim_of
 from reliable_tasks._once.silence import Silence
 from reliable_tasks._store.claims import Claims
-from reliable_tasks.errors import StoreError
+from reliable_tasks.errors import StoreError, StoreUnavailable
 
 __all__ = ["keep_claims"]
 
@@ -40,22 +42,29 @@ def keep_claims(app: Celery) -> None:
         return
     # An error here would end the worker.
     try:
-        _keep(waiting_requests(app))
-    except StoreError as error:
-        logger.warning("The claims of messages that wait here may lapse: %s", error)
-        _silence.begin()
+        for claims, due in _due(waiting_requests(app)).items():
+            _keep(claims, due)
     except Exception:
         logger.exception("The claims of messages that wait here may lapse")
         _silence.begin()
 
 
-def _keep(requests: Iterable[DeliveredRequest]) -> None:
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """A claim that is to be kept, for so long (s)."""
+
+    request: DeliveredRequest
+    claim: Claim
+    ttl: float
+
+
+def _due(requests: Iterable[DeliveredRequest]) -> dict[Claims, list[_Due]]:
     now = time.monotonic()
-    due: dict[Claims, list[tuple[str, str, float]]] = defaultdict(list)
+    due: dict[Claims, list[_Due]] = defaultdict(list)
     for request in requests:
         task: Any = request.task
         once: Once | None = getattr(task, "reliable_once", None)
-        if once is None or not once.options.is_claimed_by_calls or once.options.is_for_a_window:
+        if once is None or not once.options.is_claimed_by_calls:
             continue
         claim = Claim.from_headers(request.request_dict, request.id)
         # Who follows another task has no claim; who came by name takes it when it starts.
@@ -66,8 +75,24 @@ def _keep(requests: Iterable[DeliveredRequest]) -> None:
         waited = now - (request.kept_at or request.received_at)
         if waited < (ttl * _PART if request.kept_at else min(ttl * _PART, _FIRST)):
             continue
-        request.kept_at = now
-        name = claim_of(task, once, request.request_dict).name
-        due[locks.claims].append((name, claim.owner, ttl))
-    for claims, kept in due.items():
-        claims.keep_each(kept)
+        # A window is seen to have been called, and is not kept.
+        ttl = 0.0 if once.options.is_for_a_window else ttl
+        due[locks.claims].append(_Due(request, claim_of(task, once, request.request_dict), ttl))
+    return due
+
+
+def _keep(claims: Claims, due: list[_Due]) -> None:
+    try:
+        claims.keep_each([(one.claim.name, one.claim.owner, one.ttl) for one in due])
+    except StoreUnavailable as error:
+        logger.warning("The claims of %d messages that wait here may lapse: %s", len(due), error)
+        _silence.begin()
+        return
+    except StoreError:
+        # One that cannot be read must not keep the others from being kept.
+        for one in due:
+            with suppress(StoreError):
+                claims.keep(one.claim.name, owner=one.claim.owner, ttl=one.ttl)
+    now = time.monotonic()
+    for one in due:
+        one.request.kept_at = now

@@ -119,7 +119,12 @@ class SharedClaims(Claims):
     def _ask_each(
         self, script: str, calls: Sequence[Call], replicas: Replicas = NO_REPLICAS
     ) -> list[Any]:
-        # Any of the keys may be locked by celery-once.
+        try:
+            return super()._ask_each(script, calls, replicas)
+        except ScriptError as error:
+            if _WRONG_TYPE not in error.reason:
+                raise
+        # One of the keys is locked by celery-once. All can be asked again.
         return [self._ask(script, *call, replicas) for call in calls]
 
     def _lives(self, key: Key) -> int:

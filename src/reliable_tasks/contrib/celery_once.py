@@ -30,7 +30,7 @@ from reliable_tasks._once.locks import Locks, build_locks, read_config
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.options import OnceOptions
 from reliable_tasks._task import ReliableTask
-from reliable_tasks.config import ReliableConfig, nearest
+from reliable_tasks.config import LONGEST_TTL, ReliableConfig, nearest
 from reliable_tasks.contrib._shared_claims import SharedClaims
 from reliable_tasks.errors import ConfigError, DuplicateTaskError, StoreUnavailable
 
@@ -162,7 +162,7 @@ class _QueueOnce(Once):
         options = OnceOptions(
             lock="until_executing" if wish.get("unlock_before_run") else "until_executed",
             on_conflict="existing" if wish.get("graceful") else "raise",
-            ttl=(wish["timeout"] or _NEVER) if "timeout" in wish else None,
+            ttl=min(wish["timeout"] or _NEVER, LONGEST_TTL) if "timeout" in wish else None,
         )
         body = getattr(task.run, "__wrapped__", task.run)
         super().__init__(options, body, takes_self=False, task=task.name)

@@ -63,10 +63,10 @@ def build(broker: str, backend: str | None = None, **options: Any) -> Celery:
         with shop.told(self, name):
             if what == "wait":
                 shop.journal.wait_at(name)
-            if what == "later":
-                raise self.replace(
-                    chain(app.tasks["act"].si(f"{name}, first", "wait"), self.si(name))
-                )
+            if what.startswith("later, "):
+                first = app.tasks["act"].si(f"{name}, first", "wait")
+                after = chain(first, self.si(name)) if "chain" in what else None
+                raise self.replace(after or chord([first], self.si(name)))
             if what in ("chain", "group", "chord"):
                 raise self.replace(_replacement(app, self, name, what))
         return name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -309,13 +308,6 @@ class TestWhileExecuting:
             store.release(name, owner=message.headers["id"], attempt=0, holder=holder)
 
 
-def call_elsewhere(task: Any, *args: Any) -> None:
-    """Call a task as another process does, and not as the run that goes on here."""
-    thread = threading.Thread(target=task.delay, args=args)
-    thread.start()
-    thread.join()
-
-
 class TestUntilAndWhileExecuting:
     """One is queued and one runs."""
 
@@ -347,7 +339,7 @@ class TestUntilAndWhileExecuting:
         left: list[Any] = []
 
         def body(self: Any) -> None:
-            call_elsewhere(self, 7)
+            self.delay(7)
             run(app, take(app))
             left.extend(owners(app))
 
@@ -355,23 +347,6 @@ class TestUntilAndWhileExecuting:
         first = task.delay(7)
         run(app, take(app))
         assert left == [first.id], "its turn alone"
-        assert owners(app) == []
-
-    @pytest.mark.parametrize("action", ["drop", "raise"])
-    def test_what_a_run_calls_waits_for_its_end(self, app: Celery, make: Any, action: str) -> None:
-        """Whatever is said of others: nobody calls what is not to run."""
-        back: list[Any] = []
-
-        def body(self: Any) -> None:
-            if not back:
-                self.delay(7)
-                run(app, take(app), redeliver_to=back)
-
-        task = make(body, lock="until_and_while_executing", on_conflict={"start": action})
-        task.delay(7)
-        run(app, take(app))
-        (message,) = back
-        assert run(app, message).state == "SUCCESS"
         assert owners(app) == []
 
     def test_one_that_is_replaced_while_it_waits_ends(self, app: Celery, make: Any) -> None:
