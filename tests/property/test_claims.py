@@ -46,6 +46,7 @@ class Record:
     replaces: tuple[str, int, bool] | None = None
     allowance: float | None = None
     unconfirmed: str | None = None
+    seen: bool = False
 
     @property
     def is_in_doubt(self) -> bool:
@@ -148,7 +149,7 @@ class Machine(RuleBasedStateMachine):
         elif claim.owner == owner and claim.is_in_doubt:
             assert (answer.code, answer.owner) == (Publish.CLAIMED, owner)
             claim.token, claim.attempt = token, attempt
-            claim.unconfirmed, claim.expires = None, expires
+            claim.unconfirmed, claim.expires, claim.seen = None, expires, False
         elif claim.owner != owner and (hands_on or claim.is_in_doubt or how == "replace"):
             assert (answer.code, answer.owner) == (Publish.TAKEN_OVER, claim.owner)
             self.saw(answer.fence, new=True)
@@ -156,7 +157,7 @@ class Machine(RuleBasedStateMachine):
             if claim.holder and claim.holder_owner is None:
                 claim.holder_owner = claim.owner
             claim.owner, claim.attempt, claim.token = owner, attempt, token
-            claim.next_attempt, claim.allowance = None, TTL
+            claim.next_attempt, claim.allowance, claim.seen = None, TTL, False
             claim.expires, claim.since = expires, self.now
             self.replaced.pop(owner, None)
             return
@@ -326,7 +327,7 @@ class Machine(RuleBasedStateMachine):
                 claim.owner, claim.attempt = owner, attempt
                 claim.next_attempt = claim.holder_owner = claim.allowance = None
             claim.expires = self.now + TTL
-            claim.holder, claim.holder_attempt = holder, attempt
+            claim.holder, claim.holder_attempt, claim.seen = holder, attempt, True
             claim.lease_end = self.now + LEASE
             return
         self.saw(answer.fence, new=False)
@@ -403,7 +404,8 @@ class Machine(RuleBasedStateMachine):
         claim = self.claim
         if claim and claim.owner == owner:
             assert (answer.code, answer.owner) == (Entry.ENTERED, owner)
-            claim.unconfirmed = None
+            self.is_confirmed()
+            claim.seen = True
             claim.expires = max(claim.expires, self.now + ttl)
         elif owner in self.replaced:
             assert (answer.code, answer.owner) == (Entry.REPLACED, self.replaced[owner][0])
@@ -425,13 +427,13 @@ class Machine(RuleBasedStateMachine):
             claim.next_attempt, claim.token = None, ""
         elif claim.replaces is not None:
             assert answer
-            if in_doubt and not claim.replaces[2]:
+            if in_doubt and not claim.replaces[2] and claim.replaces[0] != claim.unconfirmed:
                 self.replaced[owner] = (claim.replaces[0], claim.expires)
             claim.owner, claim.attempt, _ = claim.replaces
             claim.token, claim.replaces = "", None
             if claim.holder_owner in (None, claim.owner):
                 claim.holder_owner = claim.allowance = None
-        elif claim.holder:
+        elif claim.holder or claim.seen:
             assert not answer
         elif in_doubt:
             assert answer
@@ -453,6 +455,7 @@ class Machine(RuleBasedStateMachine):
         assert record.get("holder") == self.claim.holder
         assert record.get("holder_owner") == self.claim.holder_owner
         assert record.get("unconfirmed") == self.claim.unconfirmed
+        assert bool(record.get("seen")) is self.claim.seen
         next_attempt = self.claim.next_attempt
         assert record.get("next_attempt") == (None if next_attempt is None else str(next_attempt))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,26 +15,23 @@ __all__ = ["Producer", "producer_for"]
 
 #: Errors of a message that could not be made.
 _OF_THE_MESSAGE = (EncodeError, TypeError, ValueError, LookupError, AttributeError)
-_NO_RETRY = {"max_retries": 0}
 
 
 class Producer:
     """A producer of kombu's that knows whether it was handed a message.
 
-    Kombu binds a queue to a channel each time that it is to be declared, and then finds that it
-    has been; that is a good part of what a publish costs.
-
     Args:
         producer: Kombu's own.
+        is_passed_by: Whether Celery uses another one, of which nothing is known.
 
     Attributes:
-        has_begun: Whether a message was handed on.
+        has_begun: Whether a message was handed on, or may have been.
     """
 
-    def __init__(self, producer: Any) -> None:
+    def __init__(self, producer: Any, *, is_passed_by: bool = False) -> None:
         self._producer = producer
-        self.has_begun = False
-        self._puts_off = False
+        self.has_begun = self._is_passed_by = is_passed_by
+        self._puts_off = self._sends_many = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._producer, name)
@@ -42,31 +39,32 @@ class Producer:
     def publish(self, body: Any, *, declare: Any = None, **options: Any) -> Any:
         """Publish a message; takes what kombu's does."""
         self.has_begun = True
-        if declare:
-            declared = self._producer.connection.declared_entities
-            declare = [
-                entity
-                for entity in declare
-                if not (entity.can_cache_declaration and hash(entity) in declared)
-            ]
-        if self._puts_off and not declare:
+        declare = _Undeclared(self._producer, declare or ())
+        if self._puts_off and not options.get("exchange") and not any(True for _ in declare):
             # It only puts the message off, and cannot fail on the way.
             options["retry"] = False
         return self._producer.publish(body, declare=declare, **options)
 
     @contextmanager
-    def batch(self) -> Iterator[list[PutOff]]:
-        """Put messages off that are published meanwhile, where the transport can do so."""
+    def batch(self, ids: Collection[str]) -> Iterator[list[PutOff]]:
+        """Put the messages of some tasks off that are published meanwhile, where that is possible.
+
+        Yields:
+            Those that were.
+        """
+        if not ids or self._is_passed_by:
+            yield []
+            return
         self._puts_off = hasattr(self._producer.channel, "publish_put_off")
         try:
-            with batching() as messages:
+            with batching(ids) as messages:
                 yield messages
         finally:
             self._puts_off = False
 
-    def publish_put_off(self, messages: list[PutOff], conf: Any) -> list[Published]:
-        """Queue messages that were put off, with retries as the app's settings say."""
-        policy = dict(conf.task_publish_retry_policy if conf.task_publish_retry else _NO_RETRY)
+    def publish_put_off(self, messages: list[PutOff], policy: Mapping[str, Any]) -> list[Published]:
+        """Queue messages that were put off, with retries by a policy as Celery has them."""
+        self._sends_many = True
 
         def send() -> list[Published]:
             published: list[Published] = self._producer.channel.publish_put_off(messages)
@@ -77,6 +75,9 @@ class Producer:
 
     def may_have_queued(self, error: BaseException) -> bool:
         """Say whether a message may be queued all the same whose publish raised this."""
+        if self._sends_many:
+            # What is said of one message says nothing of the others.
+            return True
         if not self.has_begun or isinstance(error, _OF_THE_MESSAGE):
             return False
         # What the broker itself refused is not in doubt; a lost connection is.
@@ -84,11 +85,34 @@ class Producer:
         return not isinstance(error.__cause__ or error, refusals)
 
 
+class _Undeclared(list[Any]):
+    """Those of some queues that a connection has not declared, whenever kombu goes through them.
+
+    It binds each to a channel before it finds that it has been, which is a good part of what a
+    publish costs. A publish that is tried again has another connection.
+    """
+
+    def __init__(self, producer: Any, entities: Iterable[Any]) -> None:
+        super().__init__(entities)
+        self._producer = producer
+
+    def __iter__(self) -> Iterator[Any]:
+        declared = self._producer.connection.declared_entities
+        for entity in super().__iter__():
+            if not (entity.can_cache_declaration and hash(entity) in declared):
+                yield entity
+
+
 @contextmanager
-def producer_for(app: Celery, given: Any = None) -> Iterator[Producer]:
+def producer_for(app: Celery, given: Any = None, connection: Any = None) -> Iterator[Producer]:
     """Give a producer of the app's, or the one that the caller has.
 
     Kombu closes the connection of one that an exception leaves.
+
+    Args:
+        app: The app.
+        given: A producer of the caller's, if any.
+        connection: A connection of the caller's, if any: Celery makes a producer of its own for it.
     """
     with app.producer_or_acquire(given) as producer:
-        yield Producer(producer)
+        yield Producer(producer, is_passed_by=connection is not None)

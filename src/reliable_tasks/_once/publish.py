@@ -15,7 +15,7 @@ from reliable_tasks._once.duplicate import follows, is_refused, needs_value
 from reliable_tasks._once.following import keeps_results
 from reliable_tasks._once.locks import Locks
 from reliable_tasks._once.once import Once
-from reliable_tasks._once.queueing import queue_with_claim
+from reliable_tasks._once.queueing import Way, in_one_step, in_two_steps, is_one_step
 from reliable_tasks._once.result import ReliableResult
 from reliable_tasks._store.claims import Publish, Ticket
 from reliable_tasks.errors import LockLost, StoreError, StoreUnavailable
@@ -41,11 +41,16 @@ def publish(task: Task[..., Any], once: Once, call: Call) -> ReliableResult:
     asked = ask(task, once, call)
     if not asked.wish.claim:
         return asked.queued()
-    answer = queue_with_claim(asked)
-    if not isinstance(answer, Ticket):
-        return answer
+    way = Way(asked)
+    if is_one_step(asked):
+        in_one_step(way)
+    else:
+        in_two_steps([way])
+    outcome = way.outcome()
+    if not isinstance(outcome, Ticket):
+        return outcome
     # Beat would log a traceback each time that it finds the last run still going.
-    return refused(asked, answer, may_raise=not is_called_by_beat())
+    return refused(asked, outcome, may_raise=not is_called_by_beat())
 
 
 def refused(asked: Asked, answer: Ticket[Publish], *, may_raise: bool = True) -> ReliableResult:

@@ -3,47 +3,105 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
 from celery import Task
 from kombu.exceptions import OperationalError
 
-from reliable_tasks._celery.producing import producer_for
+from reliable_tasks._celery.producing import Producer, producer_for
 from reliable_tasks._once.call import Asked
 from reliable_tasks._once.locks import BrokerUnavailable, Locks
 from reliable_tasks._once.result import ReliableResult
 from reliable_tasks._store.claims import Publish, Ticket
-from reliable_tasks._store.publication import ClaimTaken, Publication, Published, publishing
+from reliable_tasks._store.publication import (
+    ClaimTaken,
+    Published,
+    PutOff,
+    Queued,
+    publishing,
+)
+from reliable_tasks._store.scripts import AT_ONCE
 from reliable_tasks.errors import StoreError, StoreUnavailable
 from reliable_tasks.instrumentation.signals import claim_acquired
 
-__all__ = [
-    "accepted",
-    "check_proceeds",
-    "confirm",
-    "forget_result",
-    "is_one_step",
-    "queue_with_claim",
-    "replaced",
-    "take_back",
-    "taken",
-    "unavailable",
-]
+__all__ = ["Way", "in_one_step", "in_two_steps", "is_one_step", "many_in_one_step", "send"]
 
 logger = logging.getLogger("reliable_tasks")
 
+#: About so many bytes of messages are under way at once.
+_BYTES_AT_ONCE = 1_000_000
 
-def queue_with_claim(asked: Asked) -> ReliableResult | Ticket[Publish]:
-    """Take a call's claim and queue its message, or return who has the key.
 
-    Raises:
-        StoreUnavailable: The lock Redis does not answer and ``reliable_on_store_error`` is
-            ``"raise"``; a kombu ``OperationalError`` where the lock Redis is the broker.
+@dataclass(slots=True)
+class Way:
+    """A call on its way, and how far it has come.
+
+    Attributes:
+        asked: What it asks for.
+        token: Of its claim, where that is a step of its own.
+        ticket: What was said of its claim, if anything was.
+        result: That of its message, when it is made.
+        is_queued: Whether its message is known to be queued.
     """
-    return _one_step(asked) if is_one_step(asked) else _two_steps(asked)
+
+    asked: Asked
+    token: str = ""
+    ticket: Ticket[Publish] | None = None
+    result: ReliableResult | None = None
+    is_queued: bool = False
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether its key is taken."""
+        return self.ticket is not None and self.ticket.code is Publish.DUPLICATE
+
+    @property
+    def takes_a_place(self) -> bool:
+        """Whether another task had its claim."""
+        return self.ticket is not None and self.ticket.code is Publish.TAKEN_OVER
+
+    def heard(self, published: Published) -> None:
+        """Note what was said of its message, and of the claim that was made with it."""
+        wish = self.asked.wish
+        if published.code is Queued.CLAIM_TAKEN:
+            self.ticket = Ticket(
+                Publish.DUPLICATE, published.owner, published.seconds, published.fence
+            )
+            _forget_result(self.asked.task, wish.owner)
+            self.asked.locks.claims.expect_duplicates(wish)
+            return
+        self.is_queued = True
+        # One message can go to several queues. What has a token had its answer before.
+        if wish.claim and not self.token and not self.takes_a_place:
+            code = Publish.TAKEN_OVER if published.owner else Publish.CLAIMED
+            self.ticket = Ticket(code, published.owner, wish.ttl, 0)
+
+    def outcome(self) -> ReliableResult | Ticket[Publish]:
+        """Return who has the key, or the result of a call that is queued, and tell of that."""
+        wish, ticket, result = self.asked.wish, self.ticket, self.result
+        if ticket is not None and self.is_refused:
+            return ticket
+        assert result is not None
+        if ticket is None:
+            return result
+        if self.takes_a_place:
+            result.replaced_id = ticket.owner
+            logger.info(
+                "Task %s[%s] takes the place of %s (%s)",
+                *(wish.task, wish.owner, ticket.owner, wish.claim),
+            )
+        if wish.how != "continue":
+            claim_acquired.send(
+                sender=self.asked.task,
+                key=wish.claim,
+                task_id=wish.owner,
+                replaced_id=result.replaced_id,
+            )
+        return result
 
 
 def is_one_step(asked: Asked) -> bool:
@@ -63,130 +121,168 @@ def _uri(connection: Any) -> str:
     return str(connection.as_uri(include_password=True))
 
 
-def _one_step(asked: Asked) -> ReliableResult | Ticket[Publish]:
+def in_one_step(way: Way) -> None:
     """Have the broker make the claim in the script that queues the message."""
-    task, wish = asked.task, asked.wish
+    asked = way.asked
     # What cannot be looked at is found when the message is queued, or its error is.
     with suppress(StoreError):
-        known = asked.locks.claims.look(wish)
-        if known is not None:
-            return known
+        way.ticket = asked.locks.claims.look(asked.wish)
+    if way.is_refused:
+        return
     try:
-        with producer_for(task.app, asked.call.producer) as producer:
+        with _producer_for(asked) as producer:
             try:
-                with publishing(wish, wish.owner) as answers:
-                    result = asked.queued(producer)
+                with publishing(asked.wish, asked.claim.owner) as answers:
+                    way.result = asked.queued(producer)
             except ClaimTaken as refused:
                 # Not through the producer, whose connection is as good as before.
-                forget_result(task, wish.owner)
-                asked.locks.claims.expect_duplicates(wish)
-                return taken(refused.published)
+                answers = [refused.published]
     except OperationalError as error:
-        # Claim and message are queued together or not at all: nothing is to be taken back.
-        raise unavailable(asked.locks, error) from error
-    return accepted(asked, result, replaced(answers))
+        raise _unavailable(asked.locks, error) from error
+    for answer in answers:
+        way.heard(answer)
 
 
-def taken(published: Published) -> Ticket[Publish]:
-    """Return what the broker's script said of a key that is taken."""
-    return Ticket(Publish.DUPLICATE, published.owner, published.seconds, published.fence)
+def many_in_one_step(ways: Sequence[Way]) -> None:
+    """Have the broker make the claims in the scripts that queue the messages."""
+    asked = ways[0].asked
+    try:
+        with _producer_for(asked) as producer:
+            _queue(ways, producer, with_claims=True)
+    except OperationalError as error:
+        raise _unavailable(asked.locks, error) from error
 
 
-def replaced(answers: list[Published]) -> str | None:
-    """Return whose place a message has, by what was said of each queue that it went to."""
-    return next((answer.owner for answer in answers if answer.owner), None)
-
-
-def unavailable(locks: Locks, error: OperationalError) -> BrokerUnavailable:
-    """Return the error of callers whose lock Redis is the broker."""
+def _unavailable(locks: Locks, error: OperationalError) -> BrokerUnavailable:
+    # Claim and message are queued together or not at all: nothing is to be taken back.
     return BrokerUnavailable(locks.claims.client.shown_url, str(error))
 
 
-def _two_steps(asked: Asked) -> ReliableResult | Ticket[Publish]:
-    """Claim, then queue the message; take the claim back if that failed."""
-    locks, wish, token = asked.locks, asked.wish, uuid4().hex
+def in_two_steps(ways: Sequence[Way]) -> None:
+    """Claim, then queue the messages of those that may; take claims back where that failed.
+
+    Raises:
+        StoreUnavailable: The lock Redis does not answer and ``reliable_on_store_error`` is
+            ``"raise"``; a kombu ``OperationalError`` where the lock Redis is the broker.
+    """
+    locks = ways[0].asked.locks
+    claiming = [way for way in ways if way.asked.wish.claim]
     in_doubt = False
     try:
-        ticket = locks.claims.take(wish, token)
-        if ticket.code is Publish.DUPLICATE:
-            return ticket
-        with producer_for(asked.task.app, asked.call.producer) as producer:
-            # For a connection of the caller's own Celery makes a producer that nobody sees.
-            producer.has_begun = bool(asked.call.options.get("connection"))
+        _claim(locks, claiming)
+        if all(way.is_refused for way in ways):
+            return
+        with _producer_for(ways[0].asked) as producer:
             try:
-                result = asked.queued(producer)
+                _queue([way for way in ways if not way.is_refused], producer, with_claims=False)
             except BaseException as error:
                 in_doubt = producer.may_have_queued(error)
                 raise
-    except StoreError as error:
-        # Perhaps only the reply was lost, and the claim of a task that is not queued stands.
-        take_back(locks, [(wish, token)], in_doubt=False)
-        check_proceeds(asked, error)
-        return asked.queued()
     except BaseException:
-        take_back(locks, [(wish, token)], in_doubt=in_doubt)
+        left = [way for way in claiming if not (way.is_refused or way.is_queued)]
+        _take_back(locks, left, in_doubt=in_doubt)
         raise
-    if ticket.code is not Publish.TAKEN_OVER:
-        return accepted(asked, result, None)
-    confirm(locks, [wish])
-    return accepted(asked, result, ticket.owner)
+    finally:
+        _confirm(locks, [way for way in claiming if way.is_queued and way.takes_a_place])
 
 
-def check_proceeds(asked: Asked, error: StoreError) -> None:
-    """Make sure that a message is to be queued though the lock Redis does not answer.
-
-    Raises:
-        StoreError: It is not.
-    """
-    if asked.locks.config.on_store_error == "proceed":
-        logger.warning(
-            "Task %s[%s] is queued without a claim: %s", asked.task.name, asked.claim.owner, error
-        )
-    elif isinstance(error, StoreUnavailable):
-        raise asked.locks.unavailable(error) from error
-    else:
-        raise error
-
-
-def confirm(locks: Locks, wishes: Sequence[Publication]) -> None:
-    """Note that the messages are queued of calls that took claims over."""
+def _claim(locks: Locks, ways: Sequence[Way]) -> None:
+    for way in ways:
+        # Of a call that has its own id by its caller there may be another one.
+        way.token = way.asked.claim.owner if way.asked.call.task_id is None else uuid4().hex
     try:
-        locks.claims.confirm_each(wishes)
+        tickets = locks.claims.take_each([(way.asked.wish, way.token) for way in ways])
     except StoreError as error:
-        for wish in wishes:
+        if locks.config.on_store_error == "raise":
+            if isinstance(error, StoreUnavailable):
+                raise locks.unavailable(error) from error
+            raise
+        # Perhaps only the reply was lost, and the claim of a task that is queued without stands.
+        _take_back(locks, ways, in_doubt=False)
+        for way in ways:
+            wish = way.asked.wish
             logger.warning(
-                "Task %s[%s] is queued, but the one whose place it has may run all the same: %s",
-                wish.task,
-                wish.owner,
-                error,
+                "Task %s[%s] is queued without a claim: %s", wish.task, wish.owner, error
+            )
+        return
+    for way, ticket in zip(ways, tickets, strict=True):
+        way.ticket = ticket
+
+
+def _take_back(locks: Locks, ways: Sequence[Way], *, in_doubt: bool) -> None:
+    if not ways:
+        return
+    try:
+        locks.claims.abandon_each([(way.asked.wish, way.token) for way in ways], in_doubt=in_doubt)
+    except StoreError as error:
+        for way in ways:
+            claim = way.asked.wish.claim
+            logger.warning("A claim on %s may stay until it lapses: %s", claim, error)
+
+
+def _confirm(locks: Locks, ways: Sequence[Way]) -> None:
+    if not ways:
+        return
+    try:
+        locks.claims.confirm_each([way.asked.wish for way in ways])
+    except StoreError as error:
+        for way in ways:
+            ticket, wish = way.ticket, way.asked.wish
+            logger.warning(
+                "Task %s[%s] is queued in the place of %s, which may run all the same: %s",
+                *(wish.task, wish.owner, ticket.owner if ticket else "another one", error),
             )
 
 
-def take_back(locks: Locks, wishes: Sequence[tuple[Publication, str]], *, in_doubt: bool) -> None:
-    """Take back claims whose messages are not queued, or whose messages may be."""
-    try:
-        locks.claims.abandon_each(wishes, in_doubt=in_doubt)
-    except StoreError as error:
-        for wish, _ in wishes:
-            logger.warning("A claim on %s may stay until it lapses: %s", wish.claim, error)
+def _queue(ways: Sequence[Way], producer: Producer, *, with_claims: bool) -> None:
+    """Queue the messages, together where there are many and the transport can."""
+    by_id = {way.asked.claim.owner: way for way in ways} if len(ways) > 1 else {}
+    with producer.batch(by_id) as messages:
+        for way in ways:
+            asked = way.asked
+            owner = asked.claim.owner
+            with publishing(asked.wish, owner) if with_claims else nullcontext():
+                way.result = asked.queued(producer)
+            way.is_queued = not (messages and messages[-1].task_id == owner)
+    asked = ways[0].asked
+    for message, said in send(asked.task, messages, producer, asked.call.options):
+        by_id[message.task_id].heard(said)
 
 
-def accepted(asked: Asked, result: ReliableResult, before: str | None) -> ReliableResult:
-    """Tell of a message that is queued, in the place of another one's perhaps."""
-    wish = asked.wish
-    result.replaced_id = before
-    if before is not None:
-        logger.info(
-            "Task %s[%s] takes the place of %s (%s)", wish.task, wish.owner, before, wish.claim
-        )
-    if wish.how != "continue":
-        claim_acquired.send(
-            sender=asked.task, key=wish.claim, task_id=wish.owner, replaced_id=before
-        )
-    return result
+def send(
+    task: Task[..., Any],
+    messages: Sequence[PutOff],
+    producer: Producer,
+    options: Mapping[str, Any],
+) -> Iterator[tuple[PutOff, Published]]:
+    """Queue messages that were put off, and say what became of each."""
+    conf: Any = task.app.conf
+    is_retried = options.get("retry", conf.task_publish_retry)
+    policy = {**conf.task_publish_retry_policy, **(options.get("retry_policy") or {})}
+    for some in _portions(messages):
+        said = producer.publish_put_off(some, policy if is_retried else {"max_retries": 0})
+        yield from zip(some, said, strict=True)
 
 
-def forget_result(task: Task[..., Any], task_id: str) -> None:
+def _portions(messages: Sequence[PutOff]) -> Iterator[list[PutOff]]:
+    portion: list[PutOff] = []
+    size = 0
+    for message in messages:
+        portion.append(message)
+        size += message.size
+        if len(portion) == AT_ONCE or size >= _BYTES_AT_ONCE:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
+
+
+def _producer_for(asked: Asked) -> AbstractContextManager[Producer]:
+    call = asked.call
+    return producer_for(asked.task.app, call.producer, call.options.get("connection"))
+
+
+def _forget_result(task: Task[..., Any], task_id: str) -> None:
     """Let go of the result of a message that was not queued: Celery subscribed to it before."""
     consumer = getattr(task.backend, "result_consumer", None)
     if consumer is None:

@@ -224,7 +224,12 @@ class Claims:
         return _ticket(Publish, self._ask("claim_acquire", *asked, self._replicas))
 
     def take_each(self, wishes: Sequence[tuple[Publication, str]]) -> list[Ticket[Publish]]:
-        """Take the claims of new calls, each by a token of its own, in their order."""
+        """Take the claims of calls, each by a token of its own, in their order.
+
+        Where there are several, they are new calls.
+        """
+        if len(wishes) == 1:
+            return [self.take(*wishes[0])]
         calls = [
             self._acquiring(
                 *(wish.claim, wish.owner, wish.claim_attempt, token, wish.ttl, wish.task),

@@ -10,12 +10,11 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import redis
 
-__all__ = ["Lines", "Sent"]
+__all__ = ["Lines"]
 
 #: What has not been used for so long (s) may have been closed by the other side.
 _IDLE = 1.0
@@ -30,17 +29,21 @@ class Lines:
     has broken them.
 
     Args:
-        pool: Where they come from, and what they are made by.
+        pool: Where they come from, and what they are made by. One is left to it.
     """
 
     def __init__(self, pool: Any) -> None:
         self._pool = pool
         self._pid = os.getpid()
         self._free: list[tuple[Any, float]] = []
+        self._most = getattr(pool, "max_connections", None) or 2**31
 
     def run(self, command: Command) -> Any:
         """Run one command."""
-        return self.send(command).answer()
+        (answer,) = self.run_each([command])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def run_each(self, commands: Sequence[Command]) -> list[Any]:
         """Run some commands in one go; each answer can be an error."""
@@ -54,39 +57,25 @@ class Lines:
                 except redis.ResponseError as error:
                     answers.append(error)
         except BaseException:
-            self.give_up(connection)
+            # Whatever is still to be read is nobody's.
+            self._part_with(connection)
+            self.close()
             raise
-        self.give_back(connection, *answers)
+        if any(isinstance(answer, redis.exceptions.ReadOnlyError) for answer in answers):
+            # What was the master is none any more.
+            self._part_with(connection)
+            self.close()
+        elif len(self._free) < self._most - 1:
+            self._free.append((connection, time.monotonic()))
+        else:
+            self._pool.release(connection)
         return answers
-
-    def send(self, command: Command) -> Sent:
-        """Send a command whose answer is read later."""
-        connection = self._take()
-        try:
-            connection.send_packed_command([_packed(command)])
-        except BaseException:
-            self.give_up(connection)
-            raise
-        return Sent(self, connection)
 
     def close(self) -> None:
         """Give up all that nobody uses."""
         free, self._free = self._free, []
         for connection, _ in free:
             self._part_with(connection)
-
-    def give_back(self, connection: Any, *answers: Any) -> None:
-        """Let others use a connection again that has answered so."""
-        if any(isinstance(answer, redis.exceptions.ReadOnlyError) for answer in answers):
-            # What was the master is none any more.
-            self.give_up(connection)
-        else:
-            self._free.append((connection, time.monotonic()))
-
-    def give_up(self, connection: Any) -> None:
-        """Close a connection, and all that nobody uses."""
-        self._part_with(connection)
-        self.close()
 
     def _take(self) -> Any:
         if self._pid != os.getpid():
@@ -96,39 +85,22 @@ class Lines:
             connection, since = self._free.pop()
             if time.monotonic() - since < _IDLE or not _is_stale(connection):
                 return connection
-            self.give_up(connection)
-        return self._pool.get_connection()
+            self._part_with(connection)
+            self.close()
+        try:
+            return self._pool.get_connection()
+        except (redis.RedisError, OSError):
+            raise
+        except BaseException:
+            # Interrupted: redis-py may have put one back in the midst of its handshake.
+            self._pool.disconnect(inuse_connections=False)
+            raise
 
     def _part_with(self, connection: Any) -> None:
         with suppress(Exception):
             connection.disconnect()
         with suppress(Exception):
             self._pool.release(connection)
-
-
-@dataclass(slots=True)
-class Sent:
-    """A command that was sent, and whose answer has to be read."""
-
-    lines: Lines
-    connection: Any
-
-    def answer(self) -> Any:
-        """Wait for the answer."""
-        try:
-            answer = self.connection.read_response()
-        except redis.ResponseError as error:
-            self.lines.give_back(self.connection, error)
-            raise
-        except BaseException:
-            self.lines.give_up(self.connection)
-            raise
-        self.lines.give_back(self.connection)
-        return answer
-
-    def forget(self) -> None:
-        """Do without the answer."""
-        self.lines.give_up(self.connection)
 
 
 def _is_stale(connection: Any) -> bool:

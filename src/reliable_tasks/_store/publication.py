@@ -6,7 +6,7 @@ wishes stands in a context variable meanwhile, and applies to one task's message
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -195,28 +195,38 @@ class PutOff:
         return len(str(self.call[1][0]))
 
 
-_batch: ContextVar[list[PutOff] | None] = ContextVar("reliable_batch", default=None)
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    ids: Collection[str]
+    messages: list[PutOff]
+
+
+_batch: ContextVar[_Batch | None] = ContextVar("reliable_batch", default=None)
 
 
 @contextmanager
-def batching() -> Iterator[list[PutOff]]:
-    """Have the messages of tasks put off that are published meanwhile.
+def batching(ids: Collection[str]) -> Iterator[list[PutOff]]:
+    """Have the messages of some tasks put off that are published meanwhile.
+
+    Args:
+        ids: Of the tasks. What others publish besides, a handler of signals perhaps, is none of
+            them.
 
     Yields:
         Those that were.
     """
-    messages: list[PutOff] = []
-    token = _batch.set(messages)
+    batch = _Batch(ids, [])
+    token = _batch.set(batch)
     try:
-        yield messages
+        yield batch.messages
     finally:
         _batch.reset(token)
 
 
 def put_off(headers: Mapping[str, Any] | None, call: Call) -> bool:
     """Put a message off, if there is a batch that it is a part of."""
-    messages, task_id = _batch.get(), (headers or {}).get("id")
-    if messages is None or not isinstance(task_id, str):
+    batch, task_id = _batch.get(), (headers or {}).get("id")
+    if batch is None or not isinstance(task_id, str) or task_id not in batch.ids:
         return False
-    messages.append(PutOff(task_id, call))
+    batch.messages.append(PutOff(task_id, call))
     return True

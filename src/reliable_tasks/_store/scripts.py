@@ -18,6 +18,7 @@ from reliable_tasks._store.lines import Lines
 from reliable_tasks.errors import ScriptError, StoreUnavailable
 
 __all__ = [
+    "AT_ONCE",
     "NO_REPLICAS",
     "Argument",
     "Call",
@@ -37,7 +38,7 @@ __all__ = [
 _PAUSE = 0.05
 #: So many are under way at once where a script is run for many: each blocks the server alone, and
 #: their answers need room.
-_AT_ONCE = 250
+AT_ONCE = 250
 
 _USES = re.compile(r"^-- Uses: (.+)$", re.MULTILINE)
 
@@ -131,8 +132,8 @@ class Script:
             ScriptError: The server refused one of them.
         """
         answers: list[Any] = []
-        for begin in range(0, len(calls), _AT_ONCE):
-            some = calls[begin : begin + _AT_ONCE]
+        for begin in range(0, len(calls), AT_ONCE):
+            some = calls[begin : begin + AT_ONCE]
             answers += self._twice(client, partial(self.on_each, client.lines, some, replicas))
         return answers
 

@@ -8,13 +8,14 @@
 -- ARGV[2]  token of the publish that failed
 -- ARGV[3]  '1' if the message may be queued all the same
 -- Returns: 1  taken back; who had the claim before has it again
---          0  nothing to take back: gone, changed since, or started, so published after all
+--          0  nothing to take back: gone, changed since, or seen by a worker, so published after all
 --          2  unconfirmed
 -- Uses: admit_writes
 -- Commands: HMGET HSET HDEL SET PTTL DEL
-local owner, token, next_attempt, holder, holder_owner, replaces, replaces_attempt, hands_on =
-    unpack(redis.call('HMGET', KEYS[1], 'owner', 'token', 'next_attempt', 'holder',
-        'holder_owner', 'replaces', 'replaces_attempt', 'hands_on'))
+local owner, token, next_attempt, holder, holder_owner, replaces, replaces_attempt, hands_on,
+    unconfirmed, seen = unpack(redis.call('HMGET', KEYS[1], 'owner', 'token', 'next_attempt',
+        'holder', 'holder_owner', 'replaces', 'replaces_attempt', 'hands_on', 'unconfirmed',
+        'seen'))
 if owner ~= ARGV[1] or token ~= ARGV[2] then
     return 0
 end
@@ -24,8 +25,9 @@ if next_attempt then
     return 1
 end
 if replaces then
-    if ARGV[3] == '1' and not hands_on then
-        -- Of two that may both be queued one is to run, and the other one was told of an error.
+    if ARGV[3] == '1' and not hands_on and replaces ~= unconfirmed then
+        -- Of two that may both be queued one is to run, and the other one's caller had an error.
+        -- Where nobody knows of either, whichever comes takes the claim.
         redis.call('SET', KEYS[2] .. owner, replaces, 'PX',
             math.max(redis.call('PTTL', KEYS[1]), 1))
     end
@@ -39,7 +41,7 @@ if replaces then
     end
     return 1
 end
-if holder then
+if holder or seen then
     return 0
 end
 if ARGV[3] == '1' then

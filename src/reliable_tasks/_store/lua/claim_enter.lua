@@ -107,6 +107,6 @@ if tonumber(redis.call('ZSCORE', KEYS[3], ARGV[7]) or 0) > now then
     lives = math.max(lives, 7 * 86400000)
 end
 redis.call('HSET', KEYS[1], 'fence', fence, 'holder', ARGV[3], 'holder_attempt', ARGV[2],
-    'lease_end', string.format('%.0f', now + ARGV[4]))
+    'seen', '1', 'lease_end', string.format('%.0f', now + ARGV[4]))
 redis.call('PEXPIRE', KEYS[1], lives)
 return {1, ARGV[1], tonumber(ARGV[4]), fence}

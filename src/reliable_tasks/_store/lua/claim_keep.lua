@@ -9,11 +9,13 @@
 --          {4, owner, ms to wait, 0}  it is not known yet who has it
 --          {5, owner, 0, 0}           the call was replaced by that owner's
 --          {0, owner or '', 0, 0}     another task's, or nobody's
--- Uses: in_doubt
--- Commands: HMGET GET HDEL PTTL PEXPIRE
+-- Uses: admit_writes claim_confirm in_doubt
+-- Commands: HMGET HSET GET PTTL PEXPIRE
 local owner, replaces, since = unpack(redis.call('HMGET', KEYS[1], 'owner', 'replaces', 'since'))
 if owner == ARGV[1] then
-    redis.call('HDEL', KEYS[1], 'unconfirmed')
+    admit_writes(KEYS[1])
+    claim_confirm(KEYS[1], KEYS[2])
+    redis.call('HSET', KEYS[1], 'seen', '1')
     redis.call('PEXPIRE', KEYS[1], math.max(tonumber(ARGV[2]), redis.call('PTTL', KEYS[1])))
     return {1, owner, 0, 0}
 end

@@ -22,7 +22,7 @@ local function claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, tas
     if owner == mine and in_doubt then
         -- Its caller tries again.
         redis.call('HSET', key, 'token', my_token, 'attempt', my_attempt)
-        redis.call('HDEL', key, 'unconfirmed')
+        redis.call('HDEL', key, 'unconfirmed', 'seen')
         redis.call('PEXPIRE', key, lives)
         return {1, owner, tonumber(ttl), fence}
     end
@@ -45,7 +45,7 @@ local function claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, tas
             redis.call('HSET', key, 'holder_owner', owner)
         end
         redis.call('HSET', key, 'allowance', ttl)
-        redis.call('HDEL', key, 'next_attempt')
+        redis.call('HDEL', key, 'next_attempt', 'seen')
     elseif how == 'window' then
         redis.call('HSET', key, 'window', '1')
     end
