@@ -7,6 +7,8 @@ from uuid import uuid4
 
 import pytest
 import redis
+from celery.signals import before_task_publish
+from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
 
 from reliable_tasks.demo._server import EmbeddedServer
@@ -124,3 +126,92 @@ def test_a_broker_that_goes_away(
     scene.worker(broker_url=redis_server.url, concurrency=4)
     assert len({result.get(timeout=60) for result in results}) == 500
     assert {scene.starts(f"{name} {number}") for number in range(500)} == {1}
+
+
+@pytest.mark.parametrize("where", ["the broker's Redis", "another Redis"])
+def test_what_others_publish_meanwhile_is_no_part_of_it(
+    redis_server: EmbeddedServer,
+    redis_client: redis.Redis,
+    module_redis: EmbeddedServer,
+    scenes: StartScene,
+    name: str,
+    where: str,
+) -> None:
+    """A handler of Celery's signals calls a task for each message."""
+    locks = redis_server.url if where == "the broker's Redis" else module_redis.url
+    scene = scenes(redis_server.url, None, settings={"reliable_redis_url": locks})
+
+    def note(**_: object) -> None:
+        scene.call("sleep", "noted")
+
+    before_task_publish.connect(note, sender="act")
+    try:
+        results = scene.app.tasks["act"].apply_many(calls(name, range(3)))
+    finally:
+        before_task_publish.disconnect(note, sender="act")
+    assert not any(result.duplicate for result in results)
+    assert redis_client.llen("celery") == 6
+
+
+def test_a_connection_of_the_callers_own(
+    redis_server: EmbeddedServer, module_redis: EmbeddedServer, scenes: StartScene, name: str
+) -> None:
+    """The messages go where that leads, as those of single calls do."""
+    settings = {"reliable_redis_url": other_database(module_redis, 5)}
+    scene = scenes(redis_server.url, None, settings=settings)
+    there = other_database(module_redis, 4)
+    with redis.Redis.from_url(there) as server, scene.app.connection_for_write(there) as connection:
+        for task in ("act", "sleep"):
+            server.delete("celery")
+            made = scene.app.tasks[task].apply_many(calls(name, range(3)), connection=connection)
+            assert [result.duplicate for result in made] == [False] * 3
+            assert server.llen("celery") == 3
+
+
+def test_memory_that_fills_up_half_way(
+    redis_server: EmbeddedServer,
+    redis_client: redis.Redis,
+    module_redis: EmbeddedServer,
+    scenes: StartScene,
+    name: str,
+) -> None:
+    """What was queued by then does not run beside what is called again."""
+    locks = other_database(module_redis, 6)
+    scene = scenes(
+        redis_server.url,
+        other_database(module_redis, 7),
+        settings={"reliable_redis_url": locks},
+        limit=60,
+    )
+    scene.call("act", "warm-up")
+    act, many = scene.app.tasks["act"], calls(name, range(200))
+    used = redis_client.info("memory")["used_memory"]
+    redis_client.config_set("maxmemory", used + 200_000)
+    with pytest.raises(OperationalError):
+        act.apply_many(many)
+    assert 1 < redis_client.llen("celery") < 200, "half-way"
+    redis_client.config_set("maxmemory", 0)
+    results = act.apply_many(many)
+    scene.worker(concurrency=4)
+    assert len({result.get(timeout=60) for result in results}) == 200
+    assert {scene.starts(f"{name} {number}") for number in range(200)} == {1}
+
+
+def test_a_broker_of_two_hosts_one_of_which_dies(scenes: StartScene, name: str) -> None:
+    """What leads to the queue is declared on the other one, when a publish is tried again there."""
+    queue = {
+        "task_queues": [Queue("q", Exchange("ex", type="topic"), routing_key="q.#")],
+        "task_default_queue": "q",
+        "task_default_exchange": "ex",
+        "task_default_exchange_type": "topic",
+        "task_default_routing_key": "q.1",
+    }
+    with EmbeddedServer() as first, EmbeddedServer() as second, EmbeddedServer() as locks:
+        settings = {"reliable_redis_url": locks.url, **queue}
+        scene = scenes(f"{first.url};{second.url}", None, settings=settings)
+        scene.call("act", f"{name} 1")
+        first.stop()
+        scene.call("act", f"{name} 2")
+        scene.app.tasks["act"].apply_many(calls(name, range(3, 6)))
+        with redis.Redis.from_url(second.url) as server:
+            assert server.llen("q") == 4

@@ -62,15 +62,21 @@ class Producer:
         finally:
             self._puts_off = False
 
-    def publish_put_off(self, messages: list[PutOff], policy: Mapping[str, Any]) -> list[Published]:
-        """Queue messages that were put off, with retries by a policy as Celery has them."""
+    def publish_put_off(
+        self, messages: list[PutOff], policy: Mapping[str, Any] | None
+    ) -> list[Published]:
+        """Queue messages that were put off; with a policy, as Celery has them, with retries."""
         self._sends_many = True
+        connection = self._producer.connection
 
         def send() -> list[Published]:
             published: list[Published] = self._producer.channel.publish_put_off(messages)
             return published
 
-        sent: list[Published] = self._producer.connection.ensure(self._producer, send, **policy)()
+        if policy is None:
+            with connection._reraise_as_library_errors():
+                return send()
+        sent: list[Published] = connection.ensure(self._producer, send, **policy)()
         return sent
 
     def may_have_queued(self, error: BaseException) -> bool:

@@ -260,7 +260,7 @@ def send(
     is_retried = options.get("retry", conf.task_publish_retry)
     policy = {**conf.task_publish_retry_policy, **(options.get("retry_policy") or {})}
     for some in _portions(messages):
-        said = producer.publish_put_off(some, policy if is_retried else {"max_retries": 0})
+        said = producer.publish_put_off(some, policy if is_retried else None)
         yield from zip(some, said, strict=True)
 
 

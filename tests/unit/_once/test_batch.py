@@ -187,6 +187,43 @@ class TestBroken:
         (queued,) = [claim for claim in left if "unconfirmed" not in claim]
         assert take(app).headers["id"] == queued["owner"]
 
+    def test_an_interrupt_among_the_claims(
+        self, app: Celery, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All are taken back."""
+        take_each = Claims.take_each
+
+        def interrupted(self: Claims, *args: Any) -> Any:
+            take_each(self, *args)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Claims, "take_each", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                make(app).apply_many(calls(1, 2))
+        assert claims(app) == []
+
+    def test_those_that_took_a_place_are_confirmed(
+        self, app: Celery, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """If their messages are queued."""
+        send = make(app, on_conflict="replace")
+        send.apply_many(calls(1, 2))
+        publish, seen = kombu.Producer.publish, []
+
+        def fail(*args: Any, **options: Any) -> None:
+            seen.append(1)
+            if len(seen) == 2:
+                raise OperationalError("gone")
+            publish(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kombu.Producer, "publish", fail)
+            with pytest.raises(OperationalError, match="gone"):
+                send.apply_many(calls(1, 2))
+        assert not any("replaces" in claim for claim in claims(app))
+        assert [ended.state for ended in run_all(app)] == ["IGNORED", "SUCCESS", "SUCCESS"]
+
     def test_it_can_be_called_again(self, app: Celery, left: Any) -> None:
         """The whole of it: each runs once."""
         results = app.tasks["send"].apply_many(calls(1, 2, 3))

@@ -154,6 +154,37 @@ def test_nobody_follows_a_message_that_may_not_be(
     assert started == [late.id]
 
 
+def test_a_window_that_was_seen_is_in_doubt_no_more(
+    app: Celery, breaking: Break, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its task has run when its caller gives up."""
+    send = make(app, started, lock="until_expired", ttl=60)
+    publish = kombu.Producer.publish
+
+    def fail(*args: Any, **options: Any) -> None:
+        publish(*args, **options)
+        run_all(app)
+        raise OperationalError("too late")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kombu.Producer, "publish", fail)
+        with pytest.raises(OperationalError):
+            send.delay(7)
+    assert send.delay(7).duplicate
+    assert len(started) == 1
+
+
+def test_two_doubts_in_a_row(app: Celery, breaking: Break, started: list[Any]) -> None:
+    """The one that is queued does not end for the one that is not."""
+    send = make(app, started)
+    for queues in (False, True):
+        breaking(OperationalError("on the way"), queues=queues)
+        with pytest.raises(OperationalError):
+            send.delay(7)
+    assert [ended.state for ended in run_all(app)] == ["SUCCESS"]
+    assert len(started) == 1
+
+
 def test_what_cannot_be_made_was_not_queued(app: Celery, started: list[Any]) -> None:
     """The key is free at once."""
 
