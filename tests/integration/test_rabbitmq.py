@@ -131,10 +131,10 @@ def test_a_copy_that_waits_does_not_stop_its_worker(
     assert scene.starts("waits") == 1
 
 
-def test_a_dead_broker_raises_and_leaves_no_claim(
+def test_a_broker_that_dies_raises_and_keeps_the_key_from_nobody(
     scenes: StartScene, rabbitmq_server: RabbitMQServer, rabbitmq_url: str, redis_url: str
 ) -> None:
-    """The claim that was taken before the publish failed is given back."""
+    """What was written to the connection that it closed may have been read: that is in doubt."""
     with Proxy(rabbitmq_server.port) as proxy:
         url = rabbitmq_url.replace(f":{rabbitmq_server.port}/", f":{proxy.port}/")
         scene = scenes(url, redis_url)
@@ -144,9 +144,24 @@ def test_a_dead_broker_raises_and_leaves_no_claim(
         with pytest.raises(OperationalError):
             scene.call("act", "order")
         assert time.monotonic() - begun < 20
-        assert scene.claim("order") == {}
+        first = scene.claim("order")
+        assert first["unconfirmed"] == first["owner"]
         proxy.heal()
-        assert not scene.call("act", "order").duplicate
+        second = scene.call("act", "order")
+        assert (second.duplicate, second.replaced_id) == (False, first["owner"])
+
+
+def test_a_broker_that_was_never_there_leaves_no_claim(
+    scenes: StartScene, rabbitmq_server: RabbitMQServer, rabbitmq_url: str, redis_url: str
+) -> None:
+    """Nothing was sent: the claim that was taken before is given back."""
+    with Proxy(rabbitmq_server.port) as proxy:
+        proxy.refuse()
+        url = rabbitmq_url.replace(f":{rabbitmq_server.port}/", f":{proxy.port}/")
+        scene = scenes(url, redis_url)
+        with pytest.raises(OperationalError):
+            scene.call("act", "order")
+        assert scene.claim("order") == {}
 
 
 def test_a_countdown_is_kept_by_the_broker(scene: Scene) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from celery import Celery
 from kombu.exceptions import EncodeError
-
-from reliable_tasks._store.publication import Published, PutOff, batching
 
 __all__ = ["Producer", "producer_for"]
 
@@ -38,45 +36,39 @@ class Producer:
 
     def publish(self, body: Any, *, declare: Any = None, **options: Any) -> Any:
         """Publish a message; takes what kombu's does."""
-        self.has_begun = True
-        declare = _Undeclared(self._producer, declare or ())
-        if self._puts_off and not options.get("exchange") and not any(True for _ in declare):
+        entities = _Undeclared(self._producer, declare or (), self._begin)
+        if self._puts_off and not options.get("exchange") and not entities.left():
             # It only puts the message off, and cannot fail on the way.
             options["retry"] = False
-        return self._producer.publish(body, declare=declare, **options)
+        return self._producer.publish(body, declare=entities, **options)
+
+    def _begin(self) -> None:
+        self.has_begun = True
 
     @contextmanager
-    def batch(self, ids: Collection[str]) -> Iterator[list[PutOff]]:
-        """Put the messages of some tasks off that are published meanwhile, where that is possible.
-
-        Yields:
-            Those that were.
-        """
-        if not ids or self._is_passed_by:
-            yield []
-            return
-        self._puts_off = hasattr(self._producer.channel, "publish_put_off")
+    def putting_off(self) -> Iterator[bool]:
+        """Say whether what is published meanwhile can be put off, to be queued at once."""
+        self._puts_off = not self._is_passed_by and hasattr(
+            self._producer.channel, "publish_put_off"
+        )
         try:
-            with batching(ids) as messages:
-                yield messages
+            yield self._puts_off
         finally:
             self._puts_off = False
 
-    def publish_put_off(
-        self, messages: list[PutOff], policy: Mapping[str, Any] | None
-    ) -> list[Published]:
+    def publish_put_off(self, messages: list[Any], policy: Mapping[str, Any] | None) -> list[Any]:
         """Queue messages that were put off; with a policy, as Celery has them, with retries."""
-        self._sends_many = True
+        self.has_begun = self._sends_many = True
         connection = self._producer.connection
 
-        def send() -> list[Published]:
-            published: list[Published] = self._producer.channel.publish_put_off(messages)
+        def send() -> list[Any]:
+            published: list[Any] = self._producer.channel.publish_put_off(messages)
             return published
 
         if policy is None:
             with connection._reraise_as_library_errors():
                 return send()
-        sent: list[Published] = connection.ensure(self._producer, send, **policy)()
+        sent: list[Any] = connection.ensure(self._producer, send, **policy)()
         return sent
 
     def may_have_queued(self, error: BaseException) -> bool:
@@ -96,17 +88,32 @@ class _Undeclared(list[Any]):
 
     It binds each to a channel before it finds that it has been, which is a good part of what a
     publish costs. A publish that is tried again has another connection.
+
+    It does so when it has that connection, and just before it hands the message on.
     """
 
-    def __init__(self, producer: Any, entities: Iterable[Any]) -> None:
+    def __init__(
+        self, producer: Any, entities: Iterable[Any], on_declared: Callable[[], None]
+    ) -> None:
         super().__init__(entities)
         self._producer = producer
+        self._on_declared = on_declared
+
+    def __bool__(self) -> bool:
+        return True
 
     def __iter__(self) -> Iterator[Any]:
+        yield from self.left()
+        self._on_declared()
+
+    def left(self) -> list[Any]:
+        """Return those that are not declared."""
         declared = self._producer.connection.declared_entities
-        for entity in super().__iter__():
-            if not (entity.can_cache_declaration and hash(entity) in declared):
-                yield entity
+        return [
+            entity
+            for entity in super().__iter__()
+            if not (entity.can_cache_declaration and hash(entity) in declared)
+        ]
 
 
 @contextmanager

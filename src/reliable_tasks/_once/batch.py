@@ -17,6 +17,7 @@ from reliable_tasks._once.queueing import (
     in_two_steps,
     is_one_step,
     many_in_one_step,
+    putting_off,
     send,
 )
 from reliable_tasks._once.result import ReliableResult
@@ -32,7 +33,7 @@ def queue_many(task: Task[..., Any], calls: Sequence[Call]) -> list[ReliableResu
     first = calls[0]
     ids = dict.fromkeys(str(uuid4()) for _ in calls)
     with producer_for(task.app, first.producer, first.options.get("connection")) as producer:
-        with producer.batch(ids) as messages:
+        with putting_off(producer, ids) as messages:
             results = [
                 call.queue(task_id, None, producer)
                 for call, task_id in zip(calls, ids, strict=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -22,13 +22,22 @@ from reliable_tasks._store.publication import (
     Published,
     PutOff,
     Queued,
+    batching,
     publishing,
 )
 from reliable_tasks._store.scripts import AT_ONCE
 from reliable_tasks.errors import StoreError, StoreUnavailable
 from reliable_tasks.instrumentation.signals import claim_acquired
 
-__all__ = ["Way", "in_one_step", "in_two_steps", "is_one_step", "many_in_one_step", "send"]
+__all__ = [
+    "Way",
+    "in_one_step",
+    "in_two_steps",
+    "is_one_step",
+    "many_in_one_step",
+    "putting_off",
+    "send",
+]
 
 logger = logging.getLogger("reliable_tasks")
 
@@ -237,7 +246,7 @@ def _confirm(locks: Locks, ways: Sequence[Way]) -> None:
 def _queue(ways: Sequence[Way], producer: Producer, *, with_claims: bool) -> None:
     """Queue the messages, together where there are many and the transport can."""
     by_id = {way.asked.claim.owner: way for way in ways} if len(ways) > 1 else {}
-    with producer.batch(by_id) as messages:
+    with putting_off(producer, by_id) as messages:
         for way in ways:
             asked = way.asked
             owner = asked.claim.owner
@@ -247,6 +256,20 @@ def _queue(ways: Sequence[Way], producer: Producer, *, with_claims: bool) -> Non
     asked = ways[0].asked
     for message, said in send(asked.task, messages, producer, asked.call.options):
         by_id[message.task_id].heard(said)
+
+
+@contextmanager
+def putting_off(producer: Producer, ids: Collection[str]) -> Iterator[list[PutOff]]:
+    """Put the messages of some tasks off that are published meanwhile, where that is possible.
+
+    Yields:
+        Those that were.
+    """
+    if not ids:
+        yield []
+        return
+    with producer.putting_off() as is_possible, batching(ids if is_possible else ()) as messages:
+        yield messages
 
 
 def send(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import kombu
 import pytest
 from celery import Celery
 from celery.exceptions import SoftTimeLimitExceeded
 from kombu.exceptions import OperationalError
+from kombu.transport import virtual
 
 from reliable_tasks import ReliableTask, once
 from reliable_tasks._once.locks import locks_of
@@ -28,15 +28,15 @@ def breaking(monkeypatch: pytest.MonkeyPatch) -> Break:
     """Have the next publish end by an error, when its message is queued or before."""
 
     def break_(error: BaseException, *, queues: bool) -> None:
-        publish = kombu.Producer.publish
+        publish = virtual.Channel.basic_publish
 
         def fail(*args: Any, **options: Any) -> None:
-            monkeypatch.setattr(kombu.Producer, "publish", publish)
+            monkeypatch.setattr(virtual.Channel, "basic_publish", publish)
             if queues:
                 publish(*args, **options)
             raise error
 
-        monkeypatch.setattr(kombu.Producer, "publish", fail)
+        monkeypatch.setattr(virtual.Channel, "basic_publish", fail)
 
     return break_
 
@@ -159,7 +159,7 @@ def test_a_window_that_was_seen_is_in_doubt_no_more(
 ) -> None:
     """Its task has run when its caller gives up."""
     send = make(app, started, lock="until_expired", ttl=60)
-    publish = kombu.Producer.publish
+    publish = virtual.Channel.basic_publish
 
     def fail(*args: Any, **options: Any) -> None:
         publish(*args, **options)
@@ -167,7 +167,7 @@ def test_a_window_that_was_seen_is_in_doubt_no_more(
         raise OperationalError("too late")
 
     with monkeypatch.context() as patch:
-        patch.setattr(kombu.Producer, "publish", fail)
+        patch.setattr(virtual.Channel, "basic_publish", fail)
         with pytest.raises(OperationalError):
             send.delay(7)
     assert send.delay(7).duplicate
@@ -195,4 +195,21 @@ def test_what_cannot_be_made_was_not_queued(app: Celery, started: list[Any]) -> 
 
     with pytest.raises(Exception, match="not JSON serializable"):
         odd.delay(7, object())
+    assert claims(app) == []
+
+
+@pytest.mark.parametrize("error", DOUBTS, ids=lambda error: error.__name__)
+def test_what_found_no_connection_was_not_queued(
+    app: Celery, monkeypatch: pytest.MonkeyPatch, started: list[Any], error: type[BaseException]
+) -> None:
+    """The key is free at once: a broker that is not there was sent nothing."""
+    send = make(app, started)
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise error("on the way there")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(virtual.Channel, "prepare_message", fail)
+        with pytest.raises(error):
+            send.delay(7)
     assert claims(app) == []
