@@ -25,6 +25,7 @@ workers and a real server: each lifetime, each way of ending, each pool. The tes
 * *owned*: its task has it, and does not run.
 * *held*: its task has it, and runs.
 * *turn*: its task runs, and others with the key wait for it; a call of one may be queued.
+* *unconfirmed*: its call failed on the way, and is queued or is not: the next one takes its place.
 
 {made_with}
 """

@@ -22,6 +22,7 @@ import redis
 from celery import Task, states
 from kombu import Producer
 from kombu.exceptions import EncodeError, OperationalError
+from kombu.transport import virtual
 
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.apps import ends
@@ -475,14 +476,21 @@ def test_a_task_ends_as_its_worker_does(
 
 
 class _Interrupted:
-    """A producer whose publish is interrupted, before or after the broker has the message."""
+    """A publish that is interrupted, before or after the broker has the message.
 
-    def __init__(self, error: BaseException, *, is_late: bool) -> None:
-        self._error, self._is_late = error, is_late
+    Args:
+        error: What interrupts it.
+        whose: Whose publish: one that has to connect first, or one that sends.
+        is_late: Whether the broker has the message.
+    """
+
+    def __init__(self, error: BaseException, whose: type, *, is_late: bool = False) -> None:
+        self._error, self._whose, self._is_late = error, whose, is_late
 
     @contextmanager
     def __call__(self, scene: Scene) -> Iterator[None]:
-        publish = Producer.publish
+        name = "publish" if self._whose is Producer else "basic_publish"
+        publish = getattr(self._whose, name)
 
         def interrupted(*args: Any, **kwargs: Any) -> None:
             if self._is_late:
@@ -490,7 +498,7 @@ class _Interrupted:
             raise self._error
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Producer, "publish", interrupted)
+            patch.setattr(self._whose, name, interrupted)
             with pytest.raises(type(self._error)):
                 yield
 
@@ -548,10 +556,15 @@ OF_CALLS = {
 }
 for error in (KeyboardInterrupt(), GeneratorExit(), gevent.Timeout(1)):
     named = f"publish interrupted: {type(error).__name__}"
-    OF_CALLS[named] = Failure(happens=_Interrupted(error, is_late=False), with_two=_IN_DOUBT)
-    # The message is queued; where its claim is a step of its own, its caller cannot know.
+    OF_CALLS[named] = Failure(happens=_Interrupted(error, Producer))
+    # Where its claim is a step of its own, its caller cannot know whether the message is queued.
+    OF_CALLS[f"{named}, on the way"] = Failure(
+        happens=_Interrupted(error, virtual.Channel), with_two=_IN_DOUBT
+    )
     OF_CALLS[f"{named}, too late"] = Failure(
-        happens=_Interrupted(error, is_late=True), with_one_redis=QUEUED, with_two=_IN_DOUBT
+        happens=_Interrupted(error, Producer, is_late=True),
+        with_one_redis=QUEUED,
+        with_two=_IN_DOUBT,
     )
 
 

@@ -22,6 +22,7 @@ from kombu import Connection, Consumer, Producer, Queue, transport
 from kombu.asynchronous.hub import Hub
 from kombu.asynchronous.semaphore import LaxBoundedSemaphore
 from kombu.common import QoS as PrefetchCount
+from kombu.exceptions import OperationalError
 from kombu.transport import redis as stock
 from kombu.transport import virtual
 from kombu.utils.scheduling import (
@@ -394,6 +395,40 @@ class TestPublish:
         assert len(shared) == 2, moved
         assert shared[0]["note"] == "kept", moved
         assert len({tag for _, tag in seen}) == 2
+
+    def test_what_is_declared_is_gone_through_just_before(self, connection: Connection) -> None:
+        """In each try, by a connection that is there: ``Producer.has_begun`` is said by that."""
+        seen: list[str] = []
+
+        class Declares(list[Any]):
+            def __bool__(self) -> bool:
+                return True
+
+            def __iter__(self) -> Iterator[Any]:
+                assert connection.connected
+                seen.append("declares")
+                return super().__iter__()
+
+        def put(*_: Any, **__: Any) -> None:
+            seen.append("sends")
+            if len(seen) < 4:
+                raise redis.exceptions.ConnectionError("the reply is lost")
+
+        with patch.object(stock.Channel, "basic_publish", put):
+            Producer(connection).publish(
+                {},
+                routing_key="pin",
+                declare=Declares(),
+                retry=True,
+                retry_policy={"interval_start": 0},
+            )
+        assert seen == ["declares", "sends"] * 2
+
+    def test_errors_are_those_of_the_library(self, connection: Connection) -> None:
+        """What a transport raises is kombu's own error, by the name that ours calls, too."""
+        with pytest.raises(OperationalError), connection._reraise_as_library_errors():
+            raise redis.exceptions.ConnectionError("no one there")
+        _says(Connection.ensure, "with self._reraise_as_library_errors():")
 
     def test_headers_are_in_the_message(self, channel: Any) -> None:
         """The task's id is read from them."""
