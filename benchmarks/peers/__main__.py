@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 from benchmarks import machine
+
+#: The ninth scenario, which compares all of them and not one after the other.
+_RATES = "rates"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,8 +22,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as error:
         raise SystemExit(f"{error}: pip install celery-once six celery-singleton") from error
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=SCENARIOS, action="append", help="one or more of them")
-    parser.add_argument("--systems", choices=SYSTEMS, action="append", help="one or more")
+    names = [*SCENARIOS, _RATES]
+    parser.add_argument("--only", choices=names, action="append", help="one or more of them")
+    parser.add_argument(
+        "--systems", choices=SYSTEMS, action="append", help="one or more, and no rates"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep what was seen here")
     given = parser.parse_args(arguments)
     # Celery would tell servers that are gone of results that are collected.
@@ -27,8 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
     made_with = machine.describe()
     machine.introduce(made_with)
     rows, is_right = [], True
-    for name in given.only or SCENARIOS:
-        scenario = SCENARIOS[name]
+    chosen = given.only or names
+    for name, scenario in SCENARIOS.items():
+        if name not in chosen:
+            continue
         print(f"\n{(scenario.__doc__ or '').strip()}")
         for system in given.systems or SYSTEMS:
             seen = scenario(system)
@@ -44,6 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
                 }
             )
             is_right &= seen.is_right or system != OURS
+    if _RATES in chosen and not given.systems:
+        print("\n9. What a call costs.")
+        sys.stdout.flush()
+        # Its own process has met no other servers.
+        is_right &= subprocess.run([sys.executable, "-m", "benchmarks.enqueue"]).returncode == 0
     if given.json:
         given.json.write_text(json.dumps({**made_with, "rows": rows}, indent=2))
     return 0 if is_right else 1

@@ -270,7 +270,7 @@ def _short_visibility(system: str) -> dict[str, Any]:
     return {"broker_transport_options": options, **late}
 
 
-#: The ninth is a rate: ``python -m benchmarks.enqueue``.
+#: The ninth is what a call costs: ``benchmarks/enqueue.py``.
 SCENARIOS: dict[str, Callable[[str], Seen]] = {
     "killed": _killed,
     "unpublished": _unpublished,

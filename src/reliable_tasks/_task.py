@@ -166,7 +166,8 @@ class ReliableTask(_Task):
         Raises:
             DuplicateTaskError: The `@once` key is taken, and ``on_conflict`` is ``"raise"``, or
                 a callback or the next task of a chain needs a value that no backend keeps.
-            kombu.exceptions.OperationalError: The broker cannot be reached. No claim stays.
+            kombu.exceptions.OperationalError: The broker cannot be reached. The key is free, or
+                left to the next call.
             StoreUnavailable: The lock Redis cannot be reached.
         """
         once = self._take_once(options)
