@@ -190,7 +190,8 @@ class ReliableTask(_Task):
             The results in the order of the calls. For a `@once` key that is taken, by another
             call or by an earlier one of these, ``.duplicate`` is true, and nothing was queued;
             ``on_conflict="raise"`` does not raise here. With callbacks a duplicate waits for
-            the owner of the key, as in `apply_async`.
+            the owner of the key, as in `apply_async`, and ``.followed_id`` says for whom; where
+            `apply_async` would raise nothing was queued, and that is ``None``.
 
         Raises:
             TypeError: A call is no pair of arguments; nothing was queued.

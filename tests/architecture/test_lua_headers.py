@@ -183,7 +183,7 @@ def test_the_readme_lists_every_script_and_all_its_commands() -> None:
 
 
 #: What they write is new, and a full server may refuse it: nothing is lost by that.
-_PUBLISHES = {"claim_acquire", "claim_continue", "message_publish"}
+_PUBLISHES = {"claim_acquire", "message_publish"}
 #: Writes that a full server never refuses; after one it refuses nothing of the script.
 _FREES = {"DEL", "HDEL", "ZREM", "ZREMRANGEBYSCORE", "RPOP", "LTRIM", "PEXPIRE"}
 _WRITES = _FREES | {"HSET", "HINCRBY", "SET", "ZADD", "RPUSH", "LPUSH"}

@@ -161,7 +161,7 @@ class Broker(OnAClock):
     ) -> bool:
         """Put back, as its worker does or as the sweeper does."""
         if if_lapsed:
-            return bool(self.messages.requeue_lapsed(self.server, [delivery], 600.0))
+            return bool(self.messages.requeue_lapsed(self.server, [delivery], 600.0, list))
         return self.messages.requeue(self.server, delivery, to_back=to_back)
 
     def sweep(self) -> int:

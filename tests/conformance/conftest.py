@@ -16,6 +16,7 @@ from reliable_tasks._store.publication import How
 from reliable_tasks.testing import fake_redis
 from tests.conformance.broker import Broker
 from tests.conformance.clock import OnAClock
+from tests.support.claims import abandon, confirm
 
 #: Tokens of two publishes.
 FIRST, SECOND = "t1", "t2"
@@ -118,7 +119,7 @@ class Store(OnAClock):
 
     def confirm(self, owner: str = "two", attempt: int = 0) -> None:
         """Say that the message of a call is queued."""
-        self.claims.confirm(NAME, owner=owner, attempt=attempt)
+        confirm(self.claims, NAME, owner=owner, attempt=attempt)
 
     def replace(self, owner: str = "two", token: str = SECOND, **options: Any) -> Ticket[Publish]:
         """Publish a call that replaces the owner's; its message is queued."""
@@ -161,7 +162,7 @@ class Store(OnAClock):
 
     def abandon(self, owner: str = "one", token: str = FIRST) -> bool:
         """Take a publish back."""
-        return self.claims.abandon(NAME, owner=owner, token=token)
+        return abandon(self.claims, NAME, owner=owner, token=token)
 
 
 @pytest.fixture(params=["fakeredis", "server"])

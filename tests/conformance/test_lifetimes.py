@@ -6,6 +6,7 @@ import pytest
 
 from reliable_tasks._store.claims import Entry, Publish, Release
 from tests.conformance.conftest import NAME, SECOND, Store
+from tests.support.claims import abandon
 
 # -- a window ----------------------------------------------------------------------------------
 
@@ -236,7 +237,7 @@ def test_a_replacement_that_is_not_published_gives_the_key_back(store: Store) ->
     """The call before it is not replaced by nothing."""
     store.acquire()
     store.acquire("two", token=SECOND, how="replace")
-    assert store.claims.abandon(NAME, owner="two", token=SECOND)
+    assert abandon(store.claims, NAME, owner="two", token=SECOND)
     assert store.claims.replaced_by(NAME, "one") is None
     assert store.enter().code is Entry.ENTERED
 
@@ -367,7 +368,7 @@ def test_a_call_of_itself_that_is_not_published_gives_the_claim_back(store: Stor
     store.acquire()
     store.enter()
     store.acquire("two", token=SECOND, holder="h1")
-    assert store.claims.abandon(NAME, owner="two", token=SECOND)
+    assert abandon(store.claims, NAME, owner="two", token=SECOND)
     assert "holder_owner" not in store.record
     assert store.continue_(holder="h1", token="t3").code is Publish.CLAIMED
 

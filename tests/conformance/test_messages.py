@@ -1485,11 +1485,11 @@ def test_what_has_lapsed_is_put_back_in_one_go(broker: Broker) -> None:
     for delivery in taken[:20]:
         broker.end_lease(delivery)
     broker.server.script_flush()
-    put_back = broker.messages.requeue_lapsed(broker.server, taken, 600.0)
+    put_back = broker.messages.requeue_lapsed(broker.server, taken, 600.0, list)
     assert put_back == taken[:20]
     assert set(broker.waiting_ids()) == {f"t{n}" for n in range(20)}
     assert set(broker.unacked) == {delivery.tag for delivery in taken[20:]}
-    assert broker.messages.requeue_lapsed(broker.server, [], 600.0) == []
+    assert broker.messages.requeue_lapsed(broker.server, [], 600.0, list) == []
 
 
 def test_one_that_cannot_be_put_back_does_not_keep_the_others(broker: Broker) -> None:
@@ -1501,7 +1501,7 @@ def test_one_that_cannot_be_put_back_does_not_keep_the_others(broker: Broker) ->
         broker.end_lease(delivery)
     broker.server.set("odd", "is no list any more")
     with pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"):
-        broker.messages.requeue_lapsed(broker.server, deliveries, 600.0)
+        broker.messages.requeue_lapsed(broker.server, deliveries, 600.0, list)
     assert set(broker.waiting_ids()) == {"one", "three"}
 
 
@@ -1552,6 +1552,56 @@ def test_a_purge_of_many(broker: Broker) -> None:
     assert purge(broker) == 450
 
 
+def test_a_purge_of_a_list_that_has_a_neighbour(broker: Broker) -> None:
+    """Another queue may have almost the same name."""
+    put(broker, "one")
+    for end in (":", "\0", ":0"):
+        broker.server.rpush(f"celery{end}", "a message")
+    assert purge(broker) == 1
+    assert all(broker.server.llen(f"celery{end}") == 1 for end in (":", "\0", ":0"))
+
+
+@pytest.mark.parametrize("is_retry", [True, False])
+def test_a_purge_beside_a_run_that_has_published_its_retry(broker: Broker, is_retry: bool) -> None:
+    """Who throws the retry away takes its claim, when the run has ended; a late copy takes none."""
+    put_once(broker, "one")
+    (delivery,) = broker.fetch()
+    broker.server.hset(broker.keys.claim("key"), "next_attempt", 1)
+    carried = {"key": "key", "owner": "one", "attempt": int(is_retry)}
+    broker.server.lpush("celery", message("one", reliable_claim=carried))
+    broker.end_lease(delivery)
+    assert purge(broker) == 1
+    assert bool(claim_of(broker)) is not is_retry
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_what_lapsed_and_was_continued_leaves_no_claim(broker: Broker, where: str) -> None:
+    """Its task has been replaced, and nobody comes to free its key."""
+    put_once(broker, "one")
+    (delivery,) = broker.fetch()
+    broker.messages.note_continued(broker.server, "one", delivery.tag)
+    broker.end_lease(delivery)
+    if where == "elsewhere":
+        broker.server.delete(broker.keys.claim("key"))
+    told: list[Thrown] = []
+    assert broker.messages.requeue_lapsed(broker.server, [delivery], 600.0, told.extend) == []
+    assert broker.waiting_ids() == []
+    assert claim_of(broker) == {}
+    gone = Thrown("key", "one", 0, "shop.send_invoice", is_run_over=True)
+    assert told == ([gone] if where == "elsewhere" else [])
+
+
+def test_what_lapsed_and_was_retried_leaves_the_claim(broker: Broker) -> None:
+    """It is that of the next attempt, which waits in the queue."""
+    put_once(broker, "one")
+    (delivery,) = broker.fetch()
+    broker.messages.note_continued(broker.server, "one", delivery.tag)
+    broker.server.hset(broker.keys.claim("key"), "next_attempt", 1)
+    broker.end_lease(delivery)
+    assert broker.messages.requeue_lapsed(broker.server, [delivery], 600.0, list) == []
+    assert claim_of(broker)[b"owner"] == b"one"
+
+
 @pytest.mark.parametrize("differs", ["owner", "attempt", "window"])
 def test_a_purge_leaves_the_claims_of_others(broker: Broker, differs: str) -> None:
     """Another task has the key by now, or a later attempt, or it is taken for a window."""
@@ -1597,7 +1647,7 @@ def test_a_message_that_is_laid_aside_comes_back_in_time(broker: Broker) -> None
     assert broker.messages.lay_aside(broker.server, delivery, 0.3), "its reply was lost"
     assert not broker.requeue(delivery, if_lapsed=True)
     broker.let_pass(0.4)
-    assert broker.messages.requeue_lapsed(broker.server, [delivery], 600.0) == [delivery]
+    assert broker.messages.requeue_lapsed(broker.server, [delivery], 600.0, list) == [delivery]
     assert delivery.was_aside
     again = broker.fetch_one()
     assert (again.copy.may_run, again.copy.crashes) == (True, 0)
@@ -1611,7 +1661,7 @@ def test_another_copy_runs_while_one_is_laid_aside(broker: Broker) -> None:
     broker.messages.lay_aside(broker.server, first, 0.3)
     assert broker.hold(second).may_run
     broker.let_pass(0.4)
-    (back,) = broker.messages.requeue_lapsed(broker.server, [first], 600.0)
+    (back,) = broker.messages.requeue_lapsed(broker.server, [first], 600.0, list)
     assert not back.was_aside, "it is not known any more, for the other one runs"
     assert not broker.fetch_one().copy.may_run
 

@@ -111,3 +111,20 @@ def test_an_attempt_that_was_continued_is_not_run_again_when_its_retry_has_ended
     wait_until(lambda: not redis.exists("unacked"), 20, lambda: f"no message left\n{shop.logs}")
     attempts = [event.data["attempt"] for event in shop.journal.events("start", name="order")]
     assert attempts == [0, 1]
+
+
+@pytest.mark.parametrize("where", ["the broker's Redis", "another Redis"])
+def test_a_claim_is_freed_whose_task_another_one_has_replaced(
+    scenes: StartScene, redis_server: EmbeddedServer, module_redis: EmbeddedServer, where: str
+) -> None:
+    """The worker died before it could: nobody comes for the message, which was continued."""
+    locks = redis_server.url if where == "the broker's Redis" else other_database(module_redis)
+    results = other_database(redis_server)
+    scene = scenes(redis_server.url, results, limit=2, settings={"reliable_redis_url": locks})
+    scene.worker()
+    scene.worker()
+    result = scene.call("act", "order", "replace_other_and_take_worker_down")
+    assert result.get(timeout=20) == "order, again"
+    scene.wait_free("order")
+    scene.wait_free("order, again")
+    assert scene.starts("order") == 1

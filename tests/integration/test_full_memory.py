@@ -80,6 +80,12 @@ def test_of_the_claims_alone(
         scene = scenes(redis_server.url, module_redis.url, settings=settings, limit=60)
         scene.worker(concurrency=len(LOCKS))
         _run_through(scene, client, name)
+        retried = scene.call("act", f"{name} retried", "wait_and_retry")
+        scene.wait_starts(f"{name} retried")
+        with full(client):
+            scene.journal.open(f"{name} retried")
+            retried.get(timeout=20)
+        assert scene.starts(f"{name} retried") == 2
 
 
 def test_beside_rabbitmq(

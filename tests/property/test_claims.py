@@ -19,6 +19,7 @@ from reliable_tasks._store.client import ServerAddress
 from reliable_tasks._store.publication import Taking
 from reliable_tasks.demo._server import EmbeddedServer
 from reliable_tasks.testing import fake_redis
+from tests.support.claims import abandon, confirm
 
 NAME, TTL, LEASE, MEMORY, DOUBT = "name", 100, 30, 50, 30
 
@@ -149,7 +150,7 @@ class Machine(RuleBasedStateMachine):
         elif claim.owner == owner and claim.is_in_doubt:
             assert (answer.code, answer.owner) == (Publish.CLAIMED, owner)
             claim.token, claim.attempt = token, attempt
-            claim.unconfirmed, claim.expires, claim.seen = None, expires, False
+            claim.unconfirmed, claim.expires = f"again:{owner}", expires
         elif claim.owner != owner and (hands_on or claim.is_in_doubt or how == "replace"):
             assert (answer.code, answer.owner) == (Publish.TAKEN_OVER, claim.owner)
             self.saw(answer.fence, new=True)
@@ -180,7 +181,7 @@ class Machine(RuleBasedStateMachine):
     def confirm(self, owner: str, attempt: int) -> None:
         """A message that took the claim over is queued."""
         self.tick()
-        self.claims.confirm(NAME, owner=owner, attempt=attempt)
+        confirm(self.claims, NAME, owner=owner, attempt=attempt)
         claim = self.claim
         has_started = self.ended and self.ended[0] == owner and self.ended[2] > self.now
         if claim is not None and claim.owner == owner:
@@ -418,7 +419,7 @@ class Machine(RuleBasedStateMachine):
     def abandon(self, owner: str, token: str, in_doubt: bool) -> None:
         """A publish failed, or perhaps it did."""
         self.tick()
-        answer = self.claims.abandon(NAME, owner=owner, token=token, in_doubt=in_doubt)
+        answer = abandon(self.claims, NAME, owner=owner, token=token, in_doubt=in_doubt)
         claim = self.claim
         if claim is None or (claim.owner, claim.token) != (owner, token):
             assert not answer
@@ -435,7 +436,7 @@ class Machine(RuleBasedStateMachine):
                 claim.holder_owner = claim.allowance = None
         elif claim.holder or claim.seen:
             assert not answer
-        elif in_doubt:
+        elif in_doubt or claim.unconfirmed == f"again:{owner}":
             assert answer
             claim.unconfirmed = owner
         else:

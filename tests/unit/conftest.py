@@ -9,7 +9,7 @@ from celery import Celery, _state
 from celery._state import set_default_app
 from kombu.transport import memory
 
-from reliable_tasks._once import following, leaving, waiting
+from reliable_tasks._once import following, leaving
 from reliable_tasks._store.client import forget_clients
 from reliable_tasks.testing import fake_redis
 
@@ -30,7 +30,6 @@ def own_celery() -> Iterator[None]:
     _state._tls.current_app = current
     leaving._silence.end()
     following._silence.end()
-    waiting._silence.end()
     memory.Channel.queues.clear()
     memory.Transport.global_state.clear()
     forget_clients()

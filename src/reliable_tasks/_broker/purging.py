@@ -1,4 +1,4 @@
-"""Who hears of the claims of messages that are thrown away."""
+"""Who hears of the claims of messages that are gone, if they are not kept with the messages."""
 
 from __future__ import annotations
 

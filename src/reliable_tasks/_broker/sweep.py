@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import redis
 
 from reliable_tasks._broker.held import Held
+from reliable_tasks._broker.purging import tell
 from reliable_tasks._broker.saying import say
 from reliable_tasks._store.delivery import Delivery
 from reliable_tasks._store.scripts import execute
@@ -69,7 +70,7 @@ def _put_back(held: Held, server: redis.Redis, tags: list[str]) -> int:
             held.messages.drop(server, found)
         else:
             lapsed.append(found)
-    put_back = held.messages.requeue_lapsed(server, lapsed, _LONGEST_LEASE)
+    put_back = held.messages.requeue_lapsed(server, lapsed, _LONGEST_LEASE, tell)
     for delivery in put_back:
         if delivery.was_aside:
             continue

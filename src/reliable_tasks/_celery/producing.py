@@ -23,13 +23,14 @@ class Producer:
         is_passed_by: Whether Celery uses another one, of which nothing is known.
 
     Attributes:
-        has_begun: Whether a message was handed on, or may have been.
+        has_begun: Whether a message was handed on since the last `forget`, or may have been.
     """
 
     def __init__(self, producer: Any, *, is_passed_by: bool = False) -> None:
         self._producer = producer
-        self.has_begun = self._is_passed_by = is_passed_by
+        self._is_passed_by = is_passed_by
         self._puts_off = self._sends_many = False
+        self.forget()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._producer, name)
@@ -41,6 +42,10 @@ class Producer:
             # It only puts the message off, and cannot fail on the way.
             options["retry"] = False
         return self._producer.publish(body, declare=entities, **options)
+
+    def forget(self) -> None:
+        """Know nothing of the messages before."""
+        self.has_begun = self._is_passed_by
 
     def _begin(self) -> None:
         self.has_begun = True

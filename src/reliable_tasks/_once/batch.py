@@ -17,6 +17,7 @@ from reliable_tasks._once.queueing import (
     in_two_steps,
     is_one_step,
     many_in_one_step,
+    portions,
     putting_off,
     send,
 )
@@ -38,8 +39,8 @@ def queue_many(task: Task[..., Any], calls: Sequence[Call]) -> list[ReliableResu
                 call.queue(task_id, None, producer)
                 for call, task_id in zip(calls, ids, strict=True)
             ]
-        for _ in send(task, messages, producer, first.options):
-            pass
+        for some in portions(messages):
+            send(task, some, producer, first.options)
     return results
 
 

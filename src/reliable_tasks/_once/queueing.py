@@ -35,6 +35,7 @@ __all__ = [
     "in_two_steps",
     "is_one_step",
     "many_in_one_step",
+    "portions",
     "putting_off",
     "send",
 ]
@@ -55,6 +56,7 @@ class Way:
         ticket: What was said of its claim, if anything was.
         result: That of its message, when it is made.
         is_queued: Whether its message is known to be queued.
+        is_in_doubt: Whether it may be, although its publish failed.
     """
 
     asked: Asked
@@ -62,9 +64,10 @@ class Way:
     ticket: Ticket[Publish] | None = None
     result: ReliableResult | None = None
     is_queued: bool = False
+    is_in_doubt: bool = False
 
     @property
-    def is_refused(self) -> bool:
+    def is_duplicate(self) -> bool:
         """Whether its key is taken."""
         return self.ticket is not None and self.ticket.code is Publish.DUPLICATE
 
@@ -92,7 +95,7 @@ class Way:
     def outcome(self) -> ReliableResult | Ticket[Publish]:
         """Return who has the key, or the result of a call that is queued, and tell of that."""
         wish, ticket, result = self.asked.wish, self.ticket, self.result
-        if ticket is not None and self.is_refused:
+        if ticket is not None and self.is_duplicate:
             return ticket
         assert result is not None
         if ticket is None:
@@ -136,7 +139,7 @@ def in_one_step(way: Way) -> None:
     # What cannot be looked at is found when the message is queued, or its error is.
     with suppress(StoreError):
         way.ticket = asked.locks.claims.look(asked.wish)
-    if way.is_refused:
+    if way.is_duplicate:
         return
     try:
         with _producer_for(asked) as producer:
@@ -176,20 +179,14 @@ def in_two_steps(ways: Sequence[Way]) -> None:
     """
     locks = ways[0].asked.locks
     claiming = [way for way in ways if way.asked.wish.claim]
-    in_doubt = False
     try:
         _claim(locks, claiming)
-        if all(way.is_refused for way in ways):
+        if all(way.is_duplicate for way in ways):
             return
         with _producer_for(ways[0].asked) as producer:
-            try:
-                _queue([way for way in ways if not way.is_refused], producer, with_claims=False)
-            except BaseException as error:
-                in_doubt = producer.may_have_queued(error)
-                raise
+            _queue([way for way in ways if not way.is_duplicate], producer, with_claims=False)
     except BaseException:
-        left = [way for way in claiming if not (way.is_refused or way.is_queued)]
-        _take_back(locks, left, in_doubt=in_doubt)
+        _take_back(locks, [way for way in claiming if not (way.is_duplicate or way.is_queued)])
         raise
     finally:
         _confirm(locks, [way for way in claiming if way.is_queued and way.takes_a_place])
@@ -207,26 +204,20 @@ def _claim(locks: Locks, ways: Sequence[Way]) -> None:
                 raise locks.unavailable(error) from error
             raise
         # Perhaps only the reply was lost, and the claim of a task that is queued without stands.
-        _take_back(locks, ways, in_doubt=False)
-        for way in ways:
-            wish = way.asked.wish
-            logger.warning(
-                "Task %s[%s] is queued without a claim: %s", wish.task, wish.owner, error
-            )
+        _take_back(locks, ways)
+        logger.warning("%s: queued without a claim: %s", _named(ways), error)
         return
     for way, ticket in zip(ways, tickets, strict=True):
         way.ticket = ticket
 
 
-def _take_back(locks: Locks, ways: Sequence[Way], *, in_doubt: bool) -> None:
+def _take_back(locks: Locks, ways: Sequence[Way]) -> None:
     if not ways:
         return
     try:
-        locks.claims.abandon_each([(way.asked.wish, way.token) for way in ways], in_doubt=in_doubt)
+        locks.claims.abandon_each((way.asked.wish, way.token, way.is_in_doubt) for way in ways)
     except StoreError as error:
-        for way in ways:
-            claim = way.asked.wish.claim
-            logger.warning("A claim on %s may stay until it lapses: %s", claim, error)
+        logger.warning("%s: the claim may stay until it lapses: %s", _named(ways), error)
 
 
 def _confirm(locks: Locks, ways: Sequence[Way]) -> None:
@@ -235,27 +226,44 @@ def _confirm(locks: Locks, ways: Sequence[Way]) -> None:
     try:
         locks.claims.confirm_each([way.asked.wish for way in ways])
     except StoreError as error:
-        for way in ways:
-            ticket, wish = way.ticket, way.asked.wish
-            logger.warning(
-                "Task %s[%s] is queued in the place of %s, which may run all the same: %s",
-                *(wish.task, wish.owner, ticket.owner if ticket else "another one", error),
-            )
+        logger.warning(
+            "%s: queued in the place of another one, which may run all the same: %s",
+            *(_named(ways), error),
+        )
+
+
+def _named(ways: Sequence[Way]) -> str:
+    """Say of which tasks something is to be said, in one line however many they are."""
+    wish = ways[0].asked.wish
+    first = f"Task {wish.task}[{wish.owner}] ({wish.claim})"
+    return f"{first} and {len(ways) - 1} more" if len(ways) > 1 else first
 
 
 def _queue(ways: Sequence[Way], producer: Producer, *, with_claims: bool) -> None:
     """Queue the messages, together where there are many and the transport can."""
     by_id = {way.asked.claim.owner: way for way in ways} if len(ways) > 1 else {}
-    with putting_off(producer, by_id) as messages:
-        for way in ways:
-            asked = way.asked
-            owner = asked.claim.owner
-            with publishing(asked.wish, owner) if with_claims else nullcontext():
-                way.result = asked.queued(producer)
-            way.is_queued = not (messages and messages[-1].task_id == owner)
-    asked = ways[0].asked
-    for message, said in send(asked.task, messages, producer, asked.call.options):
-        by_id[message.task_id].heard(said)
+    under_way: Sequence[Way] = ()
+    try:
+        with putting_off(producer, by_id) as messages:
+            for way in ways:
+                under_way = [way]
+                producer.forget()
+                asked = way.asked
+                owner = asked.claim.owner
+                with publishing(asked.wish, owner) if with_claims else nullcontext():
+                    way.result = asked.queued(producer)
+                way.is_queued = not (messages and messages[-1].task_id == owner)
+        asked = ways[0].asked
+        for some in portions(messages):
+            under_way = [by_id[message.task_id] for message in some]
+            said = send(asked.task, some, producer, asked.call.options)
+            for way, answer in zip(under_way, said, strict=True):
+                way.heard(answer)
+    except BaseException as error:
+        if producer.may_have_queued(error):
+            for way in under_way:
+                way.is_in_doubt = True
+        raise
 
 
 @contextmanager
@@ -274,20 +282,19 @@ def putting_off(producer: Producer, ids: Collection[str]) -> Iterator[list[PutOf
 
 def send(
     task: Task[..., Any],
-    messages: Sequence[PutOff],
+    messages: list[PutOff],
     producer: Producer,
     options: Mapping[str, Any],
-) -> Iterator[tuple[PutOff, Published]]:
+) -> list[Published]:
     """Queue messages that were put off, and say what became of each."""
     conf: Any = task.app.conf
     is_retried = options.get("retry", conf.task_publish_retry)
     policy = {**conf.task_publish_retry_policy, **(options.get("retry_policy") or {})}
-    for some in _portions(messages):
-        said = producer.publish_put_off(some, policy if is_retried else None)
-        yield from zip(some, said, strict=True)
+    return producer.publish_put_off(messages, policy if is_retried else None)
 
 
-def _portions(messages: Sequence[PutOff]) -> Iterator[list[PutOff]]:
+def portions(messages: Sequence[PutOff]) -> Iterator[list[PutOff]]:
+    """Divide messages into as many as are queued at once."""
     portion: list[PutOff] = []
     size = 0
     for message in messages:

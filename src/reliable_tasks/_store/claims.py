@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Generic, TypeVar
@@ -271,48 +271,41 @@ class Claims:
             Publish, self._ask("claim_continue", [self.keys.claim(name)], args, self._replicas)
         )
 
-    def abandon(self, name: str, *, owner: str, token: str, in_doubt: bool = False) -> bool:
-        """Take back a publish that failed; return whether there was something to take back.
+    def abandon_each(self, wishes: Iterable[tuple[Publication, str, bool]]) -> list[bool]:
+        """Take back publishes that failed; return for each whether there was something to take.
 
-        One that is ``in_doubt`` may have queued its message: until that is seen, its claim is
-        unconfirmed, and the next call takes its place.
+        Args:
+            wishes: Each with the token of its claim, and with whether it is in doubt: it may have
+                queued its message. Until that is seen, its claim is unconfirmed, and the next
+                call takes its place.
         """
-        return bool(self._ask("claim_abandon", *self._abandoning(name, owner, token, in_doubt)))
-
-    def abandon_each(self, wishes: Sequence[tuple[Publication, str]], *, in_doubt: bool) -> None:
-        """Take back publishes that failed, by the tokens of their claims."""
-        calls = [
-            self._abandoning(wish.claim, wish.owner, token, in_doubt) for wish, token in wishes
-        ]
-        self._ask_each("claim_abandon", calls)
-
-    def _abandoning(self, name: str, owner: str, token: str, in_doubt: bool) -> Call:
-        keys = [self.keys.claim(name), self.keys.replaced(name)]
-        return keys, [owner, token, "1" if in_doubt else ""]
-
-    def confirm(self, name: str, *, owner: str, attempt: int) -> None:
-        """Note that the message is queued of a call that took a claim over."""
-        self._ask("claim_confirm", *self._confirming(name, owner, attempt))
-
-    def confirm_each(self, wishes: Sequence[Publication]) -> None:
-        """Note that the messages are queued of calls that took claims over."""
-        calls = [self._confirming(wish.claim, wish.owner, wish.claim_attempt) for wish in wishes]
-        self._ask_each("claim_confirm", calls)
-
-    def _confirming(self, name: str, owner: str, attempt: int) -> Call:
-        keys = [self.keys.claim(name), self.keys.replaced(name), self.keys.ended(name)]
-        return keys, [owner, attempt]
-
-    def discard_each(self, thrown: Sequence[Thrown]) -> None:
-        """Free the claims of messages that were thrown away."""
         calls: list[Call] = [
             (
-                [self.keys.claim(one.key), self.keys.replaced(one.key), self.leases],
-                [one.owner, one.attempt],
+                [self.keys.claim(wish.claim), self.keys.replaced(wish.claim)],
+                [wish.owner, token, "1" if in_doubt else ""],
             )
-            for one in thrown
+            for wish, token, in_doubt in wishes
         ]
-        self._ask_each("claim_discard", calls)
+        return [bool(answer) for answer in self._ask_each("claim_abandon", calls)]
+
+    def confirm_each(self, wishes: Iterable[Publication]) -> None:
+        """Note that the messages are queued of calls that took claims over."""
+        calls: list[Call] = [
+            (
+                [
+                    self.keys.claim(wish.claim),
+                    self.keys.replaced(wish.claim),
+                    self.keys.ended(wish.claim),
+                ],
+                [wish.owner, wish.claim_attempt],
+            )
+            for wish in wishes
+        ]
+        self._ask_each("claim_confirm", calls)
+
+    def discard_each(self, thrown: Iterable[Thrown]) -> None:
+        """Free the claims of messages that are gone."""
+        self._ask_each("claim_discard", [one.discarding(self.keys, self.leases) for one in thrown])
 
     def uncover(self, name: str, *, holder: str, grace: float) -> bool:
         """Cover a run by its own lease alone, and for ``grace`` (s) at least."""
@@ -324,15 +317,23 @@ class Claims:
         keys = [self.keys.claim(name), self.keys.replaced(name)]
         return _ticket(Entry, self._ask("claim_keep", keys, [owner, ms(ttl)]))
 
-    def keep_each(self, kept: Iterable[tuple[str, str, float]]) -> None:
-        """Keep the claims of some messages: for each its name, its owner, and for how long (s)."""
-        self._ask_each(
-            "claim_keep",
-            [
-                ([self.keys.claim(name), self.keys.replaced(name)], [owner, ms(ttl)])
-                for name, owner, ttl in kept
-            ],
-        )
+    def keep_each(self, kept: Sequence[tuple[str, str, float]]) -> None:
+        """Keep the claims of some messages: for each its name, its owner, and for how long (s).
+
+        One that cannot be read keeps none of the others from being kept.
+        """
+        calls: list[Call] = [
+            ([self.keys.claim(name), self.keys.replaced(name)], [owner, ms(ttl)])
+            for name, owner, ttl in kept
+        ]
+        try:
+            self._ask_each("claim_keep", calls)
+        except StoreUnavailable:
+            raise
+        except StoreError:
+            for call in calls:
+                with suppress(StoreError):
+                    self._ask("claim_keep", *call)
 
     def enter(
         self,

@@ -12,8 +12,8 @@ from uuid import uuid4
 
 import redis
 
-from reliable_tasks._store.keys import BESIDE
-from reliable_tasks._store.scripts import Argument, load
+from reliable_tasks._store.keys import BESIDE, Keys
+from reliable_tasks._store.scripts import Argument, Call, load
 
 __all__ = [
     "UNREADABLE",
@@ -27,6 +27,8 @@ __all__ = [
     "redelivered",
 ]
 
+#: Header of a message: the claim of its task.
+_CLAIM = "reliable_claim"
 #: What a message raises that is none.
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
@@ -132,19 +134,37 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Thrown:
-    """The claim of a message that was thrown away.
+    """The claim of a message that is gone.
 
     Attributes:
         key: The claim's name.
         owner: Id of the task.
         attempt: That of the message.
         task: The task's name.
+        is_run_over: Whether it is known that its run is over, if it had one.
     """
 
     key: str
     owner: str
     attempt: int
     task: str
+    is_run_over: bool = False
+
+    @classmethod
+    def of_dead_run(cls, raw: bytes) -> Thrown | None:
+        """Return the claim that the message of a dead run carries by its name, if any."""
+        headers = _mapping(json.loads(raw).get("headers"))
+        claim = _mapping(headers.get(_CLAIM))
+        found = claim.get("key"), claim.get("owner"), claim.get("attempt"), headers.get("task")
+        key, owner, attempt, task = found
+        if isinstance(attempt, int) and all(isinstance(one, str) for one in (key, owner, task)):
+            return cls(str(key), str(owner), attempt, str(task), is_run_over=True)
+        return None
+
+    def discarding(self, keys: Keys, leases: str) -> Call:
+        """Return what `claim_discard` takes."""
+        claim = [keys.claim(self.key), keys.replaced(self.key), leases]
+        return claim, [self.owner, self.attempt, int(self.is_run_over)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ _FOUND_BYTES = 8_000_000
 #: How many tags one renewal takes: each ZADD blocks the server for well under 1 ms.
 _RENEWED_AT_ONCE = 250
 #: Answers of ``message_requeue.lua``.
-_PUT_BACK, _WAS_ASIDE = 1, 3
+_PUT_BACK, _CONTINUED, _WAS_ASIDE = 1, 2, 3
 #: How many messages are thrown away in one go.
 _PURGED_AT_ONCE = 200
 
@@ -261,20 +261,35 @@ class Messages:
         return int(load("message_requeue").on(server, keys, args)) == _PUT_BACK
 
     def requeue_lapsed(
-        self, server: redis.Redis, deliveries: Sequence[Delivery], longest: float
+        self,
+        server: redis.Redis,
+        deliveries: Sequence[Delivery],
+        longest: float,
+        tell: Callable[[list[Thrown]], None],
     ) -> list[Delivery]:
         """Put back the messages whose lease has ended, of which none is longer (s).
+
+        One whose task had been continued is not, and its claim is freed: its run has ended. Those
+        of these whose claims are not here are told.
 
         Returns:
             Those that were put back.
         """
         calls = [self._requeue(delivery, if_lapsed_of=longest) for delivery in deliveries]
         answers = load("message_requeue").on_each(server, calls)
-        put_back = []
+        put_back, gone = [], []
         for delivery, code in zip(deliveries, answers, strict=True):
             delivery.was_aside = int(code) == _WAS_ASIDE
             if int(code) in (_PUT_BACK, _WAS_ASIDE):
                 put_back.append(delivery)
+            elif int(code) == _CONTINUED and (thrown := Thrown.of_dead_run(delivery.raw)):
+                gone.append(thrown)
+        discarded = load("claim_discard").on_each(
+            server, [one.discarding(self.keys, self.keys.leases) for one in gone]
+        )
+        elsewhere = [one for one, is_freed in zip(gone, discarded, strict=True) if not is_freed]
+        if elsewhere:
+            tell(elsewhere)
         return put_back
 
     def lay_aside(self, server: redis.Redis, delivery: Delivery, seconds: float) -> bool:

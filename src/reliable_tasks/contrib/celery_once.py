@@ -82,7 +82,7 @@ class AlreadyQueued(DuplicateTaskError, _AlreadyQueued):  # type: ignore[misc]
         self.message = f"Expires in {countdown} seconds"
 
     def __str__(self) -> str:
-        return super().__str__() if self.key else self.message
+        return super().__str__() if self.owner else self.message
 
 
 class LocksUnavailable(StoreUnavailable, redis.exceptions.ConnectionError):

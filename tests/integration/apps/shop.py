@@ -152,6 +152,14 @@ def _replace_and_take_worker_down(task: Task, name: str) -> None:
             _kill_own_child()
 
 
+def _replace_other_and_take_worker_down(task: Task, name: str) -> None:
+    try:
+        task.replace(task.s(f"{name}, again"))
+    except Ignore:
+        os.kill(os.getppid(), signal.SIGKILL)
+        _kill_own_child()
+
+
 def _replace_same(task: Task, name: str) -> None:
     if _is_first(name):
         raise task.replace(task.s(name))
@@ -266,7 +274,7 @@ ACTIONS = {
             _take_a_while,
             _clean_up,
         ),
-        _replace_and_take_worker_down,
+        *(_replace_and_take_worker_down, _replace_other_and_take_worker_down),
         *(_leave, _interrupt, _cancel, _run_out_of_memory, _hold_gil, _spin),
     )
 }

@@ -8,6 +8,7 @@ import kombu
 import pytest
 from celery import Celery
 from kombu.exceptions import OperationalError
+from kombu.transport import virtual
 
 from reliable_tasks import ReliableTask, StoreUnavailable, once
 from reliable_tasks._once.claim import CLAIM
@@ -270,3 +271,63 @@ def test_the_store_is_asked_in_one_go(app: Celery, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Claims, "_ask_each", note)
     send.apply_many(calls(*range(100)))
     assert asked == ["claim_acquire", "claim_confirm"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OperationalError, ConnectionResetError])
+def test_only_what_was_under_way_is_in_doubt(
+    app: Celery, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Those before are queued, and those behind were never begun."""
+    send = make(app)
+    publish, begun = virtual.Channel.basic_publish, []
+
+    def fail(channel: Any, message: Any, *args: Any, **options: Any) -> None:
+        begun.append(message)
+        if len(begun) == 2:
+            raise error("on the way")
+        publish(channel, message, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(virtual.Channel, "basic_publish", fail)
+        with pytest.raises(error):
+            send.apply_many(calls(1, 2, 3))
+    owners = [message["headers"]["id"] for message in begun]
+    doubted = {claim["owner"]: claim.get("unconfirmed") for claim in claims(app)}
+    assert doubted == {owners[0]: None, owners[1]: owners[1]}
+    again = send.apply_many(calls(1, 2, 3))
+    assert [(one.duplicate, one.replaced_id) for one in again] == [
+        *((True, None), (False, owners[1]), (False, None))
+    ]
+
+
+def test_a_router_that_fails_leaves_no_doubt(app: Celery) -> None:
+    """What was not even begun is not queued."""
+    send = make(app)
+    seen: list[Any] = []
+
+    def route(name: str, args: Any, *_: Any, **__: Any) -> None:
+        seen.append(args)
+        if len(seen) == 2:
+            raise RuntimeError("no way")
+
+    app.conf.task_routes = (route,)
+    with pytest.raises(RuntimeError):
+        send.apply_many(calls(1, 2, 3))
+    assert [claim.get("unconfirmed") for claim in claims(app)] == [None]
+
+
+def test_what_goes_wrong_with_many_is_told_in_one_line(
+    app: Celery, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of how many calls, and of which one."""
+
+    def unavailable(*_: Any, **__: Any) -> None:
+        raise StoreUnavailable(NOBODY, "gone")
+
+    monkeypatch.setattr(Claims, "take_each", unavailable)
+    monkeypatch.setattr(Claims, "abandon_each", unavailable)
+    app.conf.reliable_on_store_error = "proceed"
+    make(app).apply_many(calls(*range(50)))
+    told = [record.getMessage() for record in caplog.records if record.name == "reliable_tasks"]
+    assert len(told) == 2
+    assert all("and 49 more" in line for line in told)

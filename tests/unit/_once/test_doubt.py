@@ -121,6 +121,29 @@ def test_the_caller_can_try_again_with_the_same_id(
     assert started == ["mine"]
 
 
+def test_trying_again_in_vain_leaves_the_doubt(
+    app: Celery, breaking: Break, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That the second try was not queued says nothing of the first."""
+    send = make(app, started, lock="until_expired", ttl=60)
+    breaking(OperationalError("on the way"), queues=True)
+    with pytest.raises(OperationalError):
+        send.apply_async((7,), task_id="mine")
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise OperationalError("no one there")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(virtual.Channel, "prepare_message", fail)
+        with pytest.raises(OperationalError):
+            send.apply_async((7,), task_id="mine")
+    (claim,) = claims(app)
+    assert claim["unconfirmed"] == "mine"
+    run_all(app)
+    assert started == ["mine"]
+    assert send.delay(7).duplicate
+
+
 def test_a_call_that_took_a_place_gives_it_back(
     app: Celery, breaking: Break, started: list[Any]
 ) -> None:

@@ -24,6 +24,7 @@ from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._once.claim import CLAIM, HOLDER
 from reliable_tasks._once.leaving import end_unrun
 from reliable_tasks._once.locks import locks_of
+from tests.support.claims import abandon, confirm
 from tests.unit.harness import claims, run, run_all, take
 
 Body = Callable[[Any], Any]
@@ -439,7 +440,7 @@ class TestReplace:
         name = task.reliable_once.claim_name(task, (7,), {})
         store.acquire(name, owner="other", attempt=0, token="t", ttl=60, task="t", how="replace")
         assert isinstance(run(app, message).value, SetAside)
-        store.abandon(name, owner="other", token="t")
+        abandon(store, name, owner="other", token="t")
         assert owners(app) == [claim["owner"]]
         assert run(app, message).value == "ran"
 
@@ -491,7 +492,7 @@ class TestReplace:
                 task=self.name,
                 how="replace",
             )
-            claims_.confirm(self.claim.key, owner="other", attempt=0)
+            confirm(claims_, self.claim.key, owner="other", attempt=0)
             seen.append(answer)
             with pytest.raises(LockLost) as lost:
                 self.claim.check()

@@ -100,7 +100,7 @@ def test_a_window_is_seen_and_not_prolonged(app: Celery, wait: Wait) -> None:
 def test_what_failed_is_tried_again(
     app: Celery, wait: Wait, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the silence is over, and not a third of its time later."""
+    """When the pause is over, and not a third of its time later."""
 
     def fail(*_: Any) -> None:
         raise StoreUnavailable("redis://gone", "gone")
@@ -111,8 +111,10 @@ def test_what_failed_is_tried_again(
         patch.setattr(Claims, "keep_each", fail)
         keep_claims(app)
     keep_claims(app)
-    assert lives(app) == pytest.approx([1.5], abs=1), "nothing is asked in the silence"
-    waiting._silence.end()
+    assert lives(app) == pytest.approx([1.5], abs=1), "nothing is asked in the pause"
+    (until,) = waiting._paused.values()
+    assert until - time.monotonic() == pytest.approx(TTL / 6, abs=1), "while the claim lives"
+    waiting._paused.clear()
     keep_claims(app)
     assert lives(app) == pytest.approx([TTL], abs=2)
 
@@ -127,3 +129,18 @@ def test_one_that_cannot_be_read(app: Celery, wait: Wait) -> None:
     age(app)
     keep_claims(app)
     assert sorted(lives(app)) == pytest.approx([1.5, TTL], abs=2)
+
+
+def test_one_whose_claim_cannot_be_known(
+    app: Celery, wait: Wait, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is told of once, and the others are kept."""
+    odd, good = wait(1, 2)
+    odd.request_dict["reliable_claim"] = {"key": None, "owner": odd.id, "attempt": 0}
+    odd.request_dict["kwargs"] = {"no": "parameter"}
+    age(app)
+    keep_claims(app)
+    keep_claims(app)
+    assert sorted(lives(app)) == pytest.approx([1.5, TTL], abs=2)
+    assert caplog.text.count(f"The claim of task {odd.id} may lapse") == 1
+    assert good.kept_at

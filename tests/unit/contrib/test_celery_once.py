@@ -89,6 +89,22 @@ class TestAsUsersKnowIt:
         assert server.keys("*") == []
         example.delay(10)
 
+    def test_keys_that_are_almost_the_same(self, app: Celery, server: Any) -> None:
+        """A key is of the users' own making: no other is touched, whatever it ends in."""
+
+        @app.task(base=QueueOnce, name="fetch", once={"keys": ["url"]})
+        def fetch(url: str) -> None:
+            pass
+
+        task = app.tasks["fetch"]
+        for end in (":", "::", ":0"):
+            task.delay(f"a{end}")
+            take(app)
+        kept = set(server.keys("*"))
+        task.delay("a")
+        run_all(app)
+        assert set(server.keys("*")) == kept
+
     @pytest.mark.parametrize("where", ["call", "task"])
     def test_a_graceful_one_is_rejected(self, app: Celery, example: Any, where: str) -> None:
         """The option of the call or of the task."""

@@ -44,7 +44,7 @@ end
 if holder or seen then
     return 0
 end
-if ARGV[3] == '1' then
+if ARGV[3] == '1' or unconfirmed == 'again:' .. owner then
     redis.call('HSET', KEYS[1], 'unconfirmed', owner)
     return 2
 end

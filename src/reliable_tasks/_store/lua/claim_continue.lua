@@ -12,6 +12,7 @@
 -- ARGV[6]  holder: the token of the run that continues, or '' where it is not known
 -- Returns: {1, owner, ttl in ms, fence}           continued, or taken anew because it had lapsed
 --          {0, its owner, ms until it lapses, fence}  another task or another run has it
--- Uses: claim_continue
+-- Uses: admit_writes claim_continue
 -- Commands: none
+admit_writes(KEYS[1])
 return claim_continue(KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6])

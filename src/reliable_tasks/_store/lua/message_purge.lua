@@ -13,7 +13,7 @@
 -- Commands: TIME RPOP EXISTS DEL
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-admit_writes(KEYS[1])
+admit_writes(KEYS[2])
 local elsewhere = {}
 local function free(claim, task)
     local name = '{' .. claim.key .. '}'

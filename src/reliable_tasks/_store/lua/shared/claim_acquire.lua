@@ -20,9 +20,9 @@ local function claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, tas
     local hands_on = owner and my_holder ~= '' and holder == my_holder and not holder_owner
     local in_doubt = owner and owner == unconfirmed
     if owner == mine and in_doubt then
-        -- Its caller tries again.
-        redis.call('HSET', key, 'token', my_token, 'attempt', my_attempt)
-        redis.call('HDEL', key, 'unconfirmed', 'seen')
+        -- Its caller tries again, and what it tried before stays in doubt.
+        redis.call('HSET', key, 'token', my_token, 'attempt', my_attempt, 'unconfirmed',
+            'again:' .. mine)
         redis.call('PEXPIRE', key, lives)
         return {1, owner, tonumber(ttl), fence}
     end
