@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
@@ -30,7 +31,14 @@ def digest(*values: Any) -> str:
     Raises:
         TypeError: A value is of a type that has no encoding.
     """
-    return hashlib.sha256(encode(list(values))).hexdigest()[:_DIGEST_CHARACTERS]
+    pieces = [_name(one) if type(one) is str else encode(one) for one in values]
+    return hashlib.sha256(_piece(b"l", b"".join(pieces))).hexdigest()[:_DIGEST_CHARACTERS]
+
+
+@lru_cache(maxsize=1024)
+def _name(text: str) -> bytes:
+    # Mostly a task's, or its template: the same in each call.
+    return encode(text)
 
 
 def encode(value: Any) -> bytes:

@@ -113,7 +113,7 @@ def _is_stale(connection: Any) -> bool:
 
 def _packed(command: Command) -> bytes:
     """Return a command as the server reads it: an array of texts."""
-    if any(isinstance(one, bytes) for one in command):
+    if bytes in map(type, command):
         return b"*%d\r\n%b" % (len(command), b"".join(map(_packed_bytes, command)))
     parts = [f"*{len(command)}\r\n"]
     for one in command:
