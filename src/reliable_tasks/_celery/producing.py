@@ -40,7 +40,7 @@ class Producer:
         entities = _Undeclared(self._producer, declare or (), self._begin)
         if self._puts_off and not options.get("exchange") and not entities.left():
             # It only puts the message off, and cannot fail on the way.
-            options["retry"] = False
+            return self._producer.publish(body, **{**options, "retry": False})
         return self._producer.publish(body, declare=entities, **options)
 
     def forget(self) -> None:

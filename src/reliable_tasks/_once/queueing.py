@@ -19,11 +19,13 @@ from reliable_tasks._once.result import ReliableResult
 from reliable_tasks._store.claims import Publish, Ticket
 from reliable_tasks._store.publication import (
     ClaimTaken,
+    Publication,
     Published,
     PutOff,
     Queued,
     batching,
     publishing,
+    publishing_each,
 )
 from reliable_tasks._store.scripts import AT_ONCE
 from reliable_tasks.errors import StoreError, StoreUnavailable
@@ -241,18 +243,19 @@ def _named(ways: Sequence[Way]) -> str:
 
 def _queue(ways: Sequence[Way], producer: Producer, *, with_claims: bool) -> None:
     """Queue the messages, together where there are many and the transport can."""
-    by_id = {way.asked.claim.owner: way for way in ways} if len(ways) > 1 else {}
+    by_id = {way.asked.claim.owner: way for way in ways}
+    wishes: dict[str | None, Publication] = {way.asked.claim.owner: way.asked.wish for way in ways}
+    # What is wished for by others, as for a retry, stands otherwise.
+    wishing = publishing_each(wishes) if with_claims else nullcontext()
     under_way: Sequence[Way] = ()
     try:
-        with putting_off(producer, by_id) as messages:
+        with putting_off(producer, by_id) as messages, wishing:
             for way in ways:
                 under_way = [way]
                 producer.forget()
-                asked = way.asked
-                owner = asked.claim.owner
-                with publishing(asked.wish, owner) if with_claims else nullcontext():
-                    way.result = asked.queued(producer)
-                way.is_queued = not (messages and messages[-1].task_id == owner)
+                way.result = way.asked.queued(producer)
+                is_put_off = messages and messages[-1].task_id == way.asked.claim.owner
+                way.is_queued = not is_put_off
         asked = ways[0].asked
         for some in portions(messages):
             under_way = [by_id[message.task_id] for message in some]
@@ -270,10 +273,12 @@ def _queue(ways: Sequence[Way], producer: Producer, *, with_claims: bool) -> Non
 def putting_off(producer: Producer, ids: Collection[str]) -> Iterator[list[PutOff]]:
     """Put the messages of some tasks off that are published meanwhile, where that is possible.
 
+    One alone is published as it is.
+
     Yields:
         Those that were.
     """
-    if not ids:
+    if len(ids) < 2:
         yield []
         return
     with producer.putting_off() as is_possible, batching(ids if is_possible else ()) as messages:

@@ -19,6 +19,9 @@ __all__ = ["Lines"]
 #: What has not been used for so long (s) may have been closed by the other side.
 _IDLE = 1.0
 
+#: So many commands are packed and sent at once: the server works while more are packed.
+_AT_ONCE = 50
+
 Command = Sequence[str | bytes | int]
 
 
@@ -50,7 +53,9 @@ class Lines:
         connection = self._take()
         answers: list[Any] = []
         try:
-            connection.send_packed_command([b"".join(map(_packed, commands))])
+            for begin in range(0, len(commands), _AT_ONCE):
+                some = commands[begin : begin + _AT_ONCE]
+                connection.send_packed_command([b"".join(map(_packed, some))])
             for _ in commands:
                 try:
                     answers.append(connection.read_response())

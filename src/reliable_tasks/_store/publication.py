@@ -28,6 +28,7 @@ __all__ = [
     "note_answer",
     "publication_of",
     "publishing",
+    "publishing_each",
     "put_off",
 ]
 
@@ -123,20 +124,21 @@ class Superseded(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Wish:
-    """What is wished for while a task is published, and what came of it."""
+class _Wishes:
+    """What is wished for while tasks are published, and what came of it."""
 
-    publication: Publication
-    task_id: str | None
+    by_id: Mapping[str | None, Publication]
     answers: list[Published]
 
-    def is_about(self, headers: Mapping[str, Any] | None) -> bool:
-        """Say whether a message with these headers is meant."""
+    def of(self, headers: Mapping[str, Any] | None) -> Publication | None:
+        """Return what is wished for a message with these headers."""
         sent = (headers or {}).get("id")
-        return sent is not None and self.task_id in (None, sent)
+        if not isinstance(sent, str):
+            return None
+        return self.by_id.get(sent) or self.by_id.get(None)
 
 
-_current: ContextVar[_Wish | None] = ContextVar("reliable_publication", default=None)
+_current: ContextVar[_Wishes | None] = ContextVar("reliable_publication", default=None)
 
 
 @contextmanager
@@ -150,8 +152,19 @@ def publishing(publication: Publication, task_id: str | None) -> Iterator[list[P
     Yields:
         The answers, one for each queue that the message went to.
     """
+    with publishing_each({task_id: publication}) as answers:
+        yield answers
+
+
+@contextmanager
+def publishing_each(by_id: Mapping[str | None, Publication]) -> Iterator[list[Published]]:
+    """Have the messages of some tasks, by their ids, published with more than themselves.
+
+    Yields:
+        The answers.
+    """
     answers: list[Published] = []
-    token = _current.set(_Wish(publication, task_id, answers))
+    token = _current.set(_Wishes(by_id, answers))
     try:
         yield answers
     finally:
@@ -161,7 +174,7 @@ def publishing(publication: Publication, task_id: str | None) -> Iterator[list[P
 def publication_of(headers: Mapping[str, Any] | None) -> Publication | None:
     """Return what the publish of a message with these headers does besides."""
     wish = _current.get()
-    return wish.publication if wish is not None and wish.is_about(headers) else None
+    return None if wish is None else wish.of(headers)
 
 
 def note_answer(headers: Mapping[str, Any] | None, published: Published) -> None:
@@ -173,7 +186,7 @@ def note_answer(headers: Mapping[str, Any] | None, published: Published) -> None
     """
     published.check()
     wish = _current.get()
-    if wish is not None and wish.is_about(headers):
+    if wish is not None and wish.of(headers) is not None:
         wish.answers.append(published)
 
 
