@@ -20,12 +20,17 @@ def own_celery() -> Iterator[None]:
 
     Celery keeps the function behind every ``@app.task`` for all apps to come.
     """
-    finalizers, apps = set(_state._on_app_finalizers), set(_state._apps)
+    finalizers, others = set(_state._on_app_finalizers), set(_state._apps)
     default, current = _state.default_app, _state._tls.current_app
+    # An app that another test has left is given each shared task at once.
+    for app in others:
+        _state._deregister_app(app)
     yield
     _state._on_app_finalizers.intersection_update(finalizers)
-    for app in set(_state._apps) - apps:
+    for app in set(_state._apps):
         _state._deregister_app(app)
+    for app in others:
+        _state._register_app(app)
     set_default_app(default)
     _state._tls.current_app = current
     leaving._silence.end()
