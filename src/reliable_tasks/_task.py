@@ -236,25 +236,6 @@ class ReliableTask(_Task):
         shadow: str | None,
         options: dict[str, Any],
     ) -> Call:
-        def queue(
-            identity: str | None, headers: Mapping[str, Any] | None, producer: Any = producer
-        ) -> ReliableResult:
-            given = options if headers is None else {**options, "headers": dict(headers)}
-            lineage = lineage_headers(self.app, identity)
-            if lineage:
-                given = {**given, "headers": {**(given.get("headers") or {}), **lineage}}
-            result = super(ReliableTask, self).apply_async(
-                args,
-                kwargs,
-                identity,
-                producer,
-                link,
-                link_error,
-                shadow,
-                **with_short_delay(self.app, given),
-            )
-            return _as_reliable(result)
-
         # A canvas freezes the ids of its parts, and with them who is to be answered.
         is_part = task_id is not None and "reply_to" in options
         waited_for = is_part or link or link_error or any(options.get(n) for n in _CANVAS)
@@ -264,10 +245,31 @@ class ReliableTask(_Task):
             task_id=task_id,
             producer=producer,
             link=link,
+            link_error=link_error,
+            shadow=shadow,
             options=options,
             is_waited_for=bool(waited_for),
-            queue=queue,
+            queued_by=self._queue,
         )
+
+    def _queue(
+        self, call: Call, identity: str | None, headers: Mapping[str, Any] | None, producer: Any
+    ) -> ReliableResult:
+        given = call.options if headers is None else {**call.options, "headers": dict(headers)}
+        lineage = lineage_headers(self.app, identity)
+        if lineage:
+            given = {**given, "headers": {**(given.get("headers") or {}), **lineage}}
+        result = super().apply_async(
+            call.args,
+            call.kwargs,
+            identity,
+            producer,
+            call.link,
+            call.link_error,
+            call.shadow,
+            **with_short_delay(self.app, given),
+        )
+        return _as_reliable(result)
 
     def _take_once(self, options: dict[str, Any]) -> Once | None:
         """Return the `@once` that applies to a call; what only that knows leaves its options."""

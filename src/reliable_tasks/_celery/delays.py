@@ -25,7 +25,7 @@ def delay_of(app: Celery, options: Mapping[str, Any]) -> float:
     return max((eta - datetime.now(UTC)).total_seconds(), 0.0)
 
 
-def with_short_delay(app: Celery, options: dict[str, Any]) -> dict[str, Any]:
+def with_short_delay(app: Celery, options: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a call's options with a delay of less than a second put where it works.
 
     With native delayed delivery Celery cuts a countdown to whole seconds and refuses the 0 that

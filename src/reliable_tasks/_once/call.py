@@ -21,12 +21,12 @@ __all__ = ["Asked", "Call", "Queue", "ask"]
 
 
 class Queue(Protocol):
-    """Queues the task under an id with the given headers, and returns its result."""
+    """Queues the task of a call under an id with the given headers, and returns its result."""
 
     def __call__(
-        self, identity: str | None, headers: Mapping[str, Any] | None, producer: Any = None
+        self, call: Call, identity: str | None, headers: Mapping[str, Any] | None, producer: Any
     ) -> ReliableResult:
-        """Queue it, by a producer of the caller's if there is one."""
+        """Queue it, by this producer if there is one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +39,11 @@ class Call:
         task_id: The id that the caller asks for, if any.
         producer: A producer of the caller's, if any.
         link: What is called with the result.
+        link_error: What is called with an error.
+        shadow: The name that the message shows.
         options: All else that ``apply_async`` was given.
         is_waited_for: Whether something waits for the end: the rest of a chain, a callback.
-        queue: Queues it.
+        queued_by: Queues it.
     """
 
     args: Any
@@ -49,9 +51,17 @@ class Call:
     task_id: str | None
     producer: Any
     link: Any
+    link_error: Any
+    shadow: str | None
     options: Mapping[str, Any]
     is_waited_for: bool
-    queue: Queue
+    queued_by: Queue
+
+    def queue(
+        self, identity: str | None, headers: Mapping[str, Any] | None, producer: Any = None
+    ) -> ReliableResult:
+        """Queue the task, by this producer or by the caller's if there is one."""
+        return self.queued_by(self, identity, headers, producer or self.producer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +90,7 @@ class Asked:
 
     def queued(self, producer: Any = None) -> ReliableResult:
         """Queue the message as it stands."""
-        return self.call.queue(self.claim.owner, self.headers, producer or self.call.producer)
+        return self.call.queue(self.claim.owner, self.headers, producer)
 
 
 def ask(task: Task[..., Any], once: Once, call: Call) -> Asked:

@@ -481,12 +481,14 @@ def call(task: Any, queue: Any, *args: Any, waited_for: bool = False, **options:
         link=None,
         options=options,
         is_waited_for=waited_for,
-        queue=queue,
+        link_error=None,
+        shadow=None,
+        queued_by=queue,
     )
     return publish(task, task.reliable_once, given)
 
 
-def refusing(owner: str, headers: Any, producer: Any = None) -> ReliableResult:
+def refusing(call: Any, owner: str, headers: Any, producer: Any) -> ReliableResult:
     """What the transport answers where another task has the claim."""
     raise ClaimTaken(Published(Queued.CLAIM_TAKEN, "other", 12.5, 7))
 
@@ -495,7 +497,7 @@ def test_the_broker_makes_the_claim_in_the_step_that_queues(at_broker: Any) -> N
     """The wish is about this task's message, and there is no script before it."""
     seen: list[Any] = []
 
-    def queue(owner: str, headers: Any, producer: Any = None) -> ReliableResult:
+    def queue(call: Any, owner: str, headers: Any, producer: Any) -> ReliableResult:
         assert claims(at_broker.app) == []
         assert publication_of({"id": "another task"}) is None
         seen.extend([owner, headers, publication_of({"id": owner})])
@@ -516,7 +518,7 @@ def test_a_retry_keeps_its_claim_in_the_step_that_queues(at_broker: Any) -> None
     carried = {CLAIM: {"key": name, "owner": "mine", "attempt": 2}}
     seen: list[Any] = []
 
-    def queue(owner: str, headers: Any, producer: Any = None) -> ReliableResult:
+    def queue(call: Any, owner: str, headers: Any, producer: Any) -> ReliableResult:
         seen.append(publication_of({"id": owner}))
         return ReliableResult(owner)
 
@@ -553,7 +555,7 @@ def test_a_refused_retry_has_lost_its_claim(at_broker: Any) -> None:
 def test_a_connection_of_the_callers_own_makes_no_claims(at_broker: Any, option: str) -> None:
     """It may lead to another broker, so the claim is taken before."""
 
-    def queue(owner: str, headers: Any, producer: Any = None) -> ReliableResult:
+    def queue(call: Any, owner: str, headers: Any, producer: Any) -> ReliableResult:
         assert publication_of({"id": owner}) is None
         (claim,) = claims(at_broker.app)
         assert claim["owner"] == owner
@@ -568,7 +570,7 @@ def test_a_producer_of_the_apps_own_makes_claims(at_broker: Any) -> None:
     """As a group hands it on to its parts: the claim comes with the message."""
     given = SimpleNamespace(connection=at_broker.app.connection_for_write())
 
-    def queue(owner: str, headers: Any, producer: Any = None) -> ReliableResult:
+    def queue(call: Any, owner: str, headers: Any, producer: Any) -> ReliableResult:
         assert producer.connection is given.connection
         assert publication_of({"id": owner}) is not None
         return ReliableResult(owner)
@@ -582,7 +584,7 @@ def test_stock_kombu_makes_no_claims(at_broker: Any) -> None:
     del options["reliable"]
     at_broker.app.conf.broker_transport_options = options
 
-    def queue(owner: str, headers: Any, producer: Any = None) -> ReliableResult:
+    def queue(call: Any, owner: str, headers: Any, producer: Any) -> ReliableResult:
         assert len(claims(at_broker.app)) == 1
         return ReliableResult(owner)
 
