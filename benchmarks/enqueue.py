@@ -195,23 +195,19 @@ def _keys(url: str) -> set[str]:
         return set(server.scan_iter(count=10_000))
 
 
-def many(url: str, rounds: int, draw: random.Random) -> list[Row]:
-    """Measure taking and releasing a claim beside few and beside a million others."""
-    claims = Claims(ServerAddress(url, 5.0), "reliable:")
-    rates: dict[str, list[float]] = {}
-    with redis.Redis.from_url(url) as server:
-        for live in (_FEW, _MANY):
-            _fill(server, claims, live)
-            name = f"{live:,} live claims"
-            rates[name] = []
-            for _ in range(rounds):
+def many(rounds: int, draw: random.Random) -> list[Row]:
+    """Measure taking and releasing a claim beside few and beside a million others, in turn."""
+    few, lots = f"{_FEW:,} live claims", f"{_MANY:,} live claims"
+    rates: dict[str, list[float]] = {few: [], lots: []}
+    with EmbeddedServer() as one, EmbeddedServer() as other:
+        stores = {few: _filled(one.url, _FEW), lots: _filled(other.url, _MANY)}
+        for _ in range(rounds):
+            for name in draw.sample(list(stores), len(stores)):
                 begun = time.perf_counter()
                 for _ in range(_TAKEN):
-                    _take_and_release(claims)
+                    _take_and_release(stores[name])
                 rates[name].append(_TAKEN / (time.perf_counter() - begun))
-        assert server.dbsize() >= _MANY
-    first = next(iter(rates))
-    return compared(rates, first, draw, "taken and released")
+    return compared(rates, few, draw, "taken and released")
 
 
 def _take_and_release(claims: Claims) -> None:
@@ -222,19 +218,22 @@ def _take_and_release(claims: Claims) -> None:
     claims.release(owner, **common, holder="h")
 
 
-def _fill(server: redis.Redis, claims: Claims, live: int) -> None:
-    """Let there be so many claims, as calls make them."""
+def _filled(url: str, live: int) -> Claims:
+    """Return the claims of a server that has so many, as calls make them."""
+    claims = Claims(ServerAddress(url, 5.0), "reliable:")
     sample = "sample"
     claims.acquire(sample, owner=uuid4().hex, attempt=0, token=uuid4().hex, ttl=36_000, task="t")
-    fields: Any = server.hgetall(claims.keys.claim(sample))
-    there = int(server.dbsize())  # type: ignore[arg-type]
-    for begin in range(there, live, 10_000):
-        with server.pipeline(transaction=False) as pipeline:
-            for number in range(begin, min(begin + 10_000, live)):
-                key = claims.keys.claim(f"filler:{number}")
-                pipeline.hset(key, mapping=fields)
-                pipeline.pexpire(key, 36_000_000)
-            pipeline.execute()
+    with redis.Redis.from_url(url) as server:
+        fields: Any = server.hgetall(claims.keys.claim(sample))
+        for begin in range(1, live, 10_000):
+            with server.pipeline(transaction=False) as pipeline:
+                for number in range(begin, min(begin + 10_000, live)):
+                    key = claims.keys.claim(f"filler:{number}")
+                    pipeline.hset(key, mapping=fields)
+                    pipeline.pexpire(key, 36_000_000)
+                pipeline.execute()
+        assert server.dbsize() == live
+    return claims
 
 
 def judged(
@@ -289,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
         in_one_go = measure_many(publishers, in_batches, numbers, given.rounds, draw)
         batches = compared(in_one_go, "celery-once", draw, f"batches of {BATCH:,}")
         locks = memory(publishers, [server.url, other.url])
-        claims = many(other.url, given.rounds, draw) if given.many else []
+        claims = many(given.rounds, draw) if given.many else []
     missed = judged(publishing, duplicate, batches, claims)
     if given.json:
         kept = {
