@@ -82,6 +82,10 @@ assert_type(first.ignored_id, str | None)
 assert_type(send_invoice.delay(7, copy_to="b").duplicate, bool)
 assert_type(send_invoice.apply_async((7,), countdown=5, task_id="mine"), ReliableResult)
 assert_type(send_invoice.AsyncResult("mine"), ReliableResult)
+assert_type(
+    send_invoice.apply_many([((7,), None), ([8], {"copy_to": "b"})], countdown=5),
+    list[ReliableResult],
+)
 
 
 @once(key="report:{day}", on_conflict="raise", ttl=timedelta(hours=2))
