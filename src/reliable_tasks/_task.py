@@ -27,7 +27,7 @@ from reliable_tasks._once.claim import CLAIM, OF_ONE_DELIVERY, Claim, Run
 from reliable_tasks._once.decorator import OPTIONS, once_options
 from reliable_tasks._once.following import is_follower, pause_of
 from reliable_tasks._once.held import HeldClaim, held_claim
-from reliable_tasks._once.leaving import end_unrun, uncover
+from reliable_tasks._once.leaving import end_late, end_unrun, uncover
 from reliable_tasks._once.lineage import lineage_headers, note_end
 from reliable_tasks._once.locks import locks_of, read_config
 from reliable_tasks._once.once import Once
@@ -392,6 +392,10 @@ class ReliableTask(_Task):
         once = self.reliable_once
         if once is not None:
             end_unrun(self, once, headers, requeued=False, has_started=True, is_routine=True)
+
+    def _reliable_heard_late(self, headers: dict[str, Any]) -> None:
+        if self.reliable_once is not None:
+            end_late(self, self.reliable_once, headers)
 
     def _reliable_pause(self, headers: dict[str, Any]) -> SetAside | None:
         once = self.reliable_once

@@ -321,3 +321,33 @@ class TestWorker:
             assert result.get(timeout=60) == name
             scene.wait_free(name, timeout=40)
             scene.stop_workers()
+
+    @pytest.mark.parametrize("task", ["act", "while_executing", "until_and_while_executing"])
+    @pytest.mark.parametrize("where", ["the broker's Redis", "beside RabbitMQ"])
+    def test_what_ends_while_nobody_answers_leaves_no_claim(
+        self,
+        request: pytest.FixtureRequest,
+        module_redis: EmbeddedServer,
+        scenes: StartScene,
+        locks: EmbeddedServer,
+        name: str,
+        task: str,
+        where: str,
+    ) -> None:
+        """Its worker frees it when the Redis is back that knows the run by its lease."""
+        is_one = where == "the broker's Redis"
+        broker = locks.url if is_one else str(request.getfixturevalue("rabbitmq_url"))
+        settings = {} if is_one else {"reliable_redis_url": locks.url}
+        scene = scenes(broker, other_database(module_redis), settings=settings, limit=60)
+        worker = scene.worker()
+        result = scene.call(task, name, "wait")
+        scene.wait_starts(name)
+        locks.kill()
+        scene.journal.open(name)
+        assert result.get(timeout=20) == name
+        worker.wait_log("may stay until it lapses", timeout=20)
+        locks.start()
+        wait_until(lambda: not scene.claims.names(), 20, lambda: f"no claim\n{scene.logs}")
+        again = scene.call(task, name)
+        assert not again.duplicate
+        assert again.get(timeout=20) == name

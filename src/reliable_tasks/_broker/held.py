@@ -273,7 +273,10 @@ class Held:
                 say(logging.ERROR, "The broker does not take the end of %s: %s", tag, error)
                 continue
             self._unsaid.pop(tag, None)
+            delivery = self._deliveries.get(tag)
             self.forget(tag)
+            if delivery is not None and delivery.when_heard_late is not None:
+                delivery.when_heard_late()
 
     @property
     def unsaid(self) -> int:

@@ -162,6 +162,7 @@ class CarryingConsumer(Consumer):
             if held.is_open(tag):
                 message.channel = channel
                 channel.qos.append(message, tag)
+                held.get(tag).is_carried = True
         lost, self._lost_qos = self._lost_qos, None
         # What waits for its ETA raised the prefetch count, and lowers it when it is due.
         waiting = lost.value - self.initial_prefetch_count if lost and lost.value else 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import weakref
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
@@ -95,6 +96,9 @@ class GuardedTask(Protocol):
 
     def _reliable_repeated(self, headers: dict[str, Any]) -> None:
         """A redelivered copy is about to be acknowledged; perhaps it did not run."""
+
+    def _reliable_heard_late(self, headers: dict[str, Any]) -> None:
+        """The end of a copy was told late, for nobody answered; perhaps its child met the same."""
 
     def _reliable_pause(self, headers: dict[str, Any]) -> Any:
         """Say why a copy must not take a slot yet, by a `SetAside`, or ``None``."""
@@ -210,6 +214,12 @@ class DeliveredRequest(Request):
 
     def _leave(self, *, goes_back: bool) -> None:
         """End the run, where it is kept beside the broker; before the message is ended."""
+        if self._delivery is not None and not goes_back:
+            heard = partial(self._guard._reliable_heard_late, self.request_dict)
+            self._delivery.when_heard_late = heard
+            if self._delivery.is_carried and not self._held.is_silent:
+                # The main loop heard of the end when it had connected again.
+                heard()
         if self._beside is None:
             return
         self._delivery.is_lost = is_lost(self.message.channel)

@@ -25,7 +25,7 @@ from reliable_tasks._store.claims import End, Release
 from reliable_tasks.errors import DuplicateTaskError, StoreError
 from reliable_tasks.instrumentation.signals import claim_lost, claim_released
 
-__all__ = ["end_unrun", "uncover"]
+__all__ = ["end_late", "end_unrun", "uncover"]
 
 logger = logging.getLogger("reliable_tasks")
 
@@ -117,6 +117,12 @@ def end_unrun(
             _silence.begin()
     except Exception:
         logger.exception("The claim of task %s[%s] is not released", task.name, headers.get("id"))
+
+
+def end_late(task: Task[..., Any], once: Once, headers: dict[str, Any]) -> None:
+    """Release what a copy has left because nobody answered when it ended: now somebody does."""
+    _silence.end()
+    end_unrun(task, once, headers, requeued=False, has_started=True, is_routine=True)
 
 
 def _end_unrun(

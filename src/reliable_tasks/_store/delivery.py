@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -107,6 +107,9 @@ class Delivery:
         is_ended: Whether its acknowledgement or rejection is under way.
         was_aside: Whether it waited in the broker for its turn when it was put back.
         renew_until: When to stop renewing its lease (monotonic s): the run has hung.
+        is_carried: Whether it has outlived the connection that it came by.
+        when_heard_late: Called when the broker has heard of its end, if that could not be told at
+            once. It must not raise.
     """
 
     tag: str
@@ -122,6 +125,8 @@ class Delivery:
     is_ended: bool = False
     was_aside: bool = False
     renew_until: float = math.inf
+    is_carried: bool = False
+    when_heard_late: Callable[[], None] | None = None
 
     def describe(self, message: Mapping[str, Any]) -> None:
         """Take over what the decoded message says of its task."""
