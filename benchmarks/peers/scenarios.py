@@ -265,7 +265,9 @@ def _redelivered(system: str) -> Seen:
 def _short_visibility(system: str) -> dict[str, Any]:
     if system == OURS:
         return {}
-    options = {"visibility_timeout": _VISIBILITY, "unacked_restore_interval": 1}
+    # Swept each second, and not at some time of the next hundred.
+    sweeps = {"unacked_restore_interval": 1, "unacked_restore_throttle": 1}
+    options = {"visibility_timeout": _VISIBILITY, **sweeps}
     late = {"task_acks_late": True, "task_reject_on_worker_lost": True}
     return {"broker_transport_options": options, **late}
 
