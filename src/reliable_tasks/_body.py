@@ -11,6 +11,7 @@ from typing import Any
 from celery.exceptions import Ignore, Reject, Retry
 
 from reliable_tasks._broker.fence import Fenced, exclusively
+from reliable_tasks._celery.budgets import condemned
 from reliable_tasks._celery.exits import ends_more_than_the_task, is_told_to_end
 from reliable_tasks._celery.headers import IN_DOUBT
 from reliable_tasks._celery.registry import hard_limit
@@ -41,6 +42,8 @@ def guarded(function: Callable[..., Any], *, takes_self: bool) -> Callable[..., 
         # Called as a function, or by a subclass' run through super(): nothing of ours to do.
         if self.request.called_directly or self.request.get("reliable_body"):
             return body(*args, **kwargs)
+        if (verdict := condemned(self.request)) is not None:
+            raise verdict
         if self.request.get(IN_DOUBT):
             raise SetAside("its lease may have ended", *_IN_DOUBT)
         self.request.update(reliable_body=True)

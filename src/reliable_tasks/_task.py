@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
+from uuid import uuid4
 
 from celery import Celery, Task, chord, group
 from celery.exceptions import Ignore, Reject, Retry
@@ -15,12 +17,16 @@ from reliable_tasks._body import guarded
 from reliable_tasks._broker.beside import note_done
 from reliable_tasks._broker.continuing import check_held, continuing, note_continued
 from reliable_tasks._broker.purging import listen
+from reliable_tasks._celery.budgets import condemned
 from reliable_tasks._celery.delays import with_short_delay
 from reliable_tasks._celery.delivery import remember_consumer
-from reliable_tasks._celery.headers import OF_ONE_COPY
+from reliable_tasks._celery.headers import FIRST_FAILED, OF_ONE_COPY
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._celery.settings import explicit
 from reliable_tasks._celery.versions import check_versions
+from reliable_tasks._dead.keeping import bury, keep_part, tell_buried, tell_crash
+from reliable_tasks._dead.letters import letter_of_request
+from reliable_tasks._dead.options import DeadLetterOption, Options, read_options
 from reliable_tasks._once.batch import publish_many, queue_many
 from reliable_tasks._once.call import Call
 from reliable_tasks._once.claim import CLAIM, OF_ONE_DELIVERY, Claim, Run
@@ -29,14 +35,16 @@ from reliable_tasks._once.following import is_follower, pause_of
 from reliable_tasks._once.held import HeldClaim, held_claim
 from reliable_tasks._once.leaving import end_late, end_unrun, uncover
 from reliable_tasks._once.lineage import lineage_headers, note_end
-from reliable_tasks._once.locks import locks_of, read_config
+from reliable_tasks._once.locks import locks_of
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.options import OnceOptions
 from reliable_tasks._once.publish import publish
 from reliable_tasks._once.purged import free_thrown
 from reliable_tasks._once.received import mark_copy
 from reliable_tasks._once.result import ReliableResult
+from reliable_tasks._redis_of import read_config
 from reliable_tasks._retrying import Policy, Retrying
+from reliable_tasks._store.dead import Letter
 from reliable_tasks._store.publication import Superseded
 from reliable_tasks.errors import ConfigError, DuplicateTaskError, LockLost, StoreError
 
@@ -85,6 +93,14 @@ class ReliableTask(_Task):
         exclusive: Whether the task dies, with its pool child, before others may run it: when its
             worker is stopped or cut off from the broker for as long as ``reliable_lease``. For
             prefork workers on a Redis broker; another worker refuses to start.
+        max_crashes: How many times the task may crash, ``reliable_max_crashes`` (3) unless it is
+            set: be started, and take its pool child or its worker with it. Then it ends as
+            ``FAILURE`` with `PoisonPill`. With ``None`` nothing stops it.
+        max_requeues: How many times it may go back to its queue, by ``Reject(requeue=True)`` or
+            with ``acks_on_timeout=False``; ``reliable_max_requeues`` (100) unless it is set.
+        dead_letter: Whether it is kept as a dead letter when it has failed for good, or for which
+            causes: ``True``, ``False``, names of causes, or a mapping of names to ``True`` and
+            ``False`` where they differ from the default; ``reliable_dead_letter`` unless it is set.
         reliable_once: What `@once` made of the task, or ``None``.
     """
 
@@ -93,8 +109,12 @@ class ReliableTask(_Task):
 
     retrying: Retrying | None = None
     exclusive: bool = False
+    max_crashes: ClassVar[int | None]
+    max_requeues: ClassVar[int | None]
+    dead_letter: ClassVar[DeadLetterOption]
     reliable_once: ClassVar[Once | None] = None
     _policy: ClassVar[Policy | None] = None
+    _end_options: ClassVar[Options]
     _visibility_margin: ClassVar[float] = 0.0
 
     def __init_subclass__(cls) -> None:
@@ -141,8 +161,9 @@ class ReliableTask(_Task):
                 setattr(cls, attribute, default)
         cls._visibility_margin = read_config(app).visibility_margin
         bound = super().bind(app)
-        # Not before: task_annotations can have set it a moment ago.
+        # Not before: task_annotations can have set them a moment ago.
         cls._adopt_retrying()
+        cls._end_options = read_options(app, cls)
         return bound
 
     def apply_async(
@@ -303,8 +324,10 @@ class ReliableTask(_Task):
         """
         run = Run.of(self)
         error = options.get("exc")
-        is_answer = is_follower(self) or (isinstance(error, DuplicateTaskError) and not run)
-        if isinstance(error, Exception) and self.reliable_once is not None and is_answer:
+        is_answer = self.reliable_once is not None and (
+            is_follower(self) or (isinstance(error, DuplicateTaskError) and not run)
+        )
+        if isinstance(error, Exception) and (is_answer or condemned(self.request) is not None):
             # With autoretry_for=(Exception,) Celery takes for an error of the task what is an
             # answer to a copy that does not run: its "retry" would count as a later attempt.
             raise error
@@ -315,6 +338,8 @@ class ReliableTask(_Task):
             # A message published by name has no claim in its headers, and a caller's own headers
             # replace those that it has.
             headers[CLAIM] = claim.as_owner.as_header()
+        if error is not None:
+            headers.setdefault(FIRST_FAILED, time.time())
         if headers != given:
             options["headers"] = headers
         try:
@@ -400,6 +425,29 @@ class ReliableTask(_Task):
     def _reliable_pause(self, headers: dict[str, Any]) -> SetAside | None:
         once = self.reliable_once
         return None if once is None else pause_of(self, once, headers)
+
+    def _reliable_budgets(self) -> tuple[int | None, int | None]:
+        return self._end_options.max_crashes, self._end_options.max_requeues
+
+    def _reliable_crashed(self, task_id: str, crashes: int, crash: dict[str, Any]) -> None:
+        tell_crash(self, task_id, crashes, self._end_options.max_crashes, crash)
+
+    def _reliable_letter(self, request: Any, error: BaseException, traceback: str) -> Letter | None:
+        # An error here would end the worker, and lose the task.
+        try:
+            return letter_of_request(request, error, traceback, self._end_options)
+        except Exception:
+            logger.exception("Task %s[%s] has failed, and is not kept", self.name, request.id)
+            return None
+
+    def _reliable_bury(self, letter: Letter) -> None:
+        bury(self.app, self, letter, str(uuid4()))
+
+    def _reliable_buried(self, letter: Letter, id: str, count: int) -> None:  # noqa: A002
+        tell_buried(self.app, self, letter, id, count)
+
+    def _reliable_keep_part(self, request: Any) -> None:
+        keep_part(self.app, request)
 
     def _reliable_slack(self, visibility_timeout: float) -> float:
         # One half of the margin is for waiting, the other for clocks that differ.

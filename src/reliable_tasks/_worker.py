@@ -22,6 +22,7 @@ from reliable_tasks._celery.delivery import give_back_what_waits, tell_events_to
 from reliable_tasks._celery.exits import is_stopping
 from reliable_tasks._celery.pools import notice_dead_children, wait_for_all_of_eventlets_pool
 from reliable_tasks._celery.signals import handle_signals_in_green_threads
+from reliable_tasks._dead.rejected import Rejected
 from reliable_tasks._once.locks import locks_of
 from reliable_tasks._once.waiting import keep_claims
 from reliable_tasks.errors import ConfigError
@@ -54,6 +55,8 @@ class KeeperStep(bootsteps.StartStopStep):
     def start(self, parent: Any) -> None:
         """Start the keeper; Celery calls it each time the consumer has connected."""
         notice_dead_children(parent.pool)
+        if isinstance(parent, CarryingConsumer):
+            parent.rejected = Rejected(parent.app, parent.hostname)
         for tick in self._ticks:
             # A green pool's timer returns the first of the greenlets that follow each other.
             getattr(tick, "entry", tick).cancel()
@@ -63,6 +66,7 @@ class KeeperStep(bootsteps.StartStopStep):
             held = _beside(parent)
         if held is None:
             return
+        held.host = parent.hostname
         tell_events_to(parent.app, parent.event_dispatcher)
         keeper = Keeper.of(held)
         # Their fence waits for the end of the lease, so the others must.

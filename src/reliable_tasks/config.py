@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from math import inf
 from typing import Any, Self
 
 from reliable_tasks.errors import ConfigError
 
-__all__ = ["LONGEST_TTL", "REDIS_OPTIONS", "UNLIMITED", "ReliableConfig", "nearest"]
+__all__ = [
+    "LONGEST_TTL",
+    "REDIS_OPTIONS",
+    "UNLIMITED",
+    "ReliableConfig",
+    "check_count",
+    "nearest",
+]
 
 PREFIX = "reliable_"
 
@@ -37,6 +44,36 @@ LONGEST_TTL = 10 * 366 * 86400.0
 
 def _setting(default: Any, doc: str, *, unit: str = "", choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata={"doc": doc, "unit": unit, "choices": choices})
+
+
+#: Settings that are numbers of something: their least, of what, and whether ``None`` is no bound.
+_COUNTS = (
+    ("wait_replicas", 0, "replicas", False),
+    ("max_crashes", 1, "crashes", True),
+    ("max_requeues", 0, "requeues", True),
+    ("dead_letter_max_count", 1, "dead letters", False),
+    ("dead_letter_max_body", 0, "bytes", False),
+)
+
+
+def check_count(where: str, value: Any, least: int, what: str, *, is_optional: bool) -> None:
+    """Refuse what is no number of something.
+
+    Args:
+        where: What was set, e.g. ``"reliable_max_crashes"``.
+        value: To what.
+        least: The least number.
+        what: Of what it is a number.
+        is_optional: Whether ``None`` stands for no bound.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if value is None and is_optional:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        other = ", or None for no bound" if is_optional else ""
+        raise ConfigError(f"{where} = {value!r}: give a number of {what}, {least} or more{other}")
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -138,6 +175,46 @@ class ReliableConfig:
         "and of the lock Redis a `@once` claim before it counts (`WAIT`); a failover then forgets "
         "less. With 0 none is waited for.",
     )
+    max_crashes: int | None = _setting(
+        3,
+        "How many times a task may crash: be started, and take its pool child or its worker with "
+        "it. Then it ends as `FAILURE` with `PoisonPill`. `max_crashes=` of a task sets it for "
+        "that one; with `None` nothing stops it.",
+    )
+    max_requeues: int | None = _setting(
+        100,
+        "How many times a task may put itself back into its queue, by `Reject(requeue=True)` or "
+        "with `acks_on_timeout=False`. Then it ends as `FAILURE` with `RequeuesExhausted`. "
+        "`max_requeues=` of a task sets it for that one; with `None` nothing stops it.",
+    )
+    dead_letter: bool | str | Collection[str] | Mapping[str, bool] = _setting(
+        True,
+        "Which tasks become dead letters: `True`, those that end for one of the causes that are "
+        "kept by default; `False`, none; or some causes by name, in a collection, or in a mapping "
+        "with `True` or `False` for each that is not as by default. `dead_letter=` of a task sets "
+        "it for that one.",
+    )
+    dead_letter_max_age: float = _setting(
+        90 * 86400.0,
+        "How long a dead letter is kept.",
+        unit="s",
+    )
+    dead_letter_max_count: int = _setting(
+        100_000,
+        "How many dead letters are kept. Beyond it the oldest is dropped; from four fifths of it "
+        "on a worker warns.",
+    )
+    dead_letter_max_body: int = _setting(
+        1_000_000,
+        "How large a message is kept (bytes). Of a larger one all is kept but the message, so "
+        "that it cannot be replayed.",
+    )
+    dead_letter_redact: str | Callable[[Any], Any] | None = _setting(  # noqa: RUF009 - as the others
+        None,
+        "A function, or its name as `module:function`, that takes a `DeadLetter` before it is kept "
+        "and returns it without what must not be read: its `argsrepr`, `kwargsrepr`, `error` and "
+        "`traceback`. The message itself is kept whole.",
+    )
     visibility_margin: float = _setting(
         10.0,
         "What `visibility_timeout` adds to the longest task: room for the hard limit's kill, "
@@ -153,6 +230,7 @@ class ReliableConfig:
             ("longest_countdown", True),
             ("visibility_margin", True),
             ("lease", False),
+            ("dead_letter_max_age", False),
         ):
             value = getattr(self, name)
             if value is None and name.startswith("longest_"):
@@ -176,11 +254,9 @@ class ReliableConfig:
                 f"reliable_lease = {self.lease!r}: give at least {SHORTEST_LEASE:g} seconds, or "
                 "a worker that is busy for a moment would lose what it runs"
             )
-        replicas: Any = self.wait_replicas
-        if not isinstance(replicas, int) or isinstance(replicas, bool) or replicas < 0:
-            raise ConfigError(
-                f"reliable_wait_replicas = {self.wait_replicas!r}: give a number of replicas, "
-                "0 or more"
+        for name, fewest, what, is_optional in _COUNTS:
+            check_count(
+                f"reliable_{name}", getattr(self, name), fewest, what, is_optional=is_optional
             )
         for name in self.redis_options or {}:
             if name not in REDIS_OPTIONS:

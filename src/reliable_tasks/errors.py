@@ -15,7 +15,12 @@
     ├── FollowTimeout
     ├── FollowedTaskFailed
     ├── RetriesExhausted
-    └── TaskExited
+    ├── TaskExited
+    ├── PoisonPill
+    ├── RequeuesExhausted
+    └── DeadLetterError
+        ├── DeadLetterNotFound (LookupError)
+        └── ReplayRefused
 
     ReliableWarning (UserWarning)
 
@@ -25,16 +30,24 @@ and keeps it as attributes: an error that went through pickle or JSON is the sam
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 __all__ = [
     "ConfigError",
+    "DeadLetterError",
+    "DeadLetterNotFound",
     "DuplicateTaskError",
     "FollowTimeout",
     "FollowedTaskFailed",
     "LockError",
     "LockLost",
     "MissingExtra",
+    "PoisonPill",
     "ReliableError",
     "ReliableWarning",
+    "ReplayRefused",
+    "RequeuesExhausted",
     "RetriesExhausted",
     "ScriptError",
     "StoreError",
@@ -233,6 +246,98 @@ class TaskExited(ReliableError):
 
     def __str__(self) -> str:
         return f"the task raised {self.raised}"
+
+
+class PoisonPill(ReliableError):
+    """A task crashed as often as it may (``max_crashes``), and is not run again.
+
+    Attributes:
+        task_id: The task's id.
+        crashes: How many times it was started and ended by no word of its own.
+        limit: How many times it may.
+        history: What is known of the latest of these, the first one first. Of each ``host``, the
+            worker's name; ``pid``, of the pool child that died, or of the worker where nobody saw
+            how it ended; ``signal``, how it ended, or ``""``; ``at``, when (s since the epoch).
+    """
+
+    def __init__(
+        self, task_id: str, crashes: int, limit: int, history: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        self.history = [dict(one) for one in history]
+        super().__init__(task_id, crashes, limit, self.history)
+        self.task_id = task_id
+        self.crashes = crashes
+        self.limit = limit
+
+    def __str__(self) -> str:
+        seen = "; ".join(
+            f"{one['signal'] or 'an end that nobody saw'} of process {one['pid']} on {one['host']}"
+            for one in self.history
+        )
+        return (
+            f"task {self.task_id} has crashed {self.crashes} times (max_crashes is {self.limit}), "
+            f"and is not run again{f': {seen}' if seen else ''}"
+        )
+
+
+class RequeuesExhausted(ReliableError):
+    """A task went back to its queue as often as it may (``max_requeues``), and is not run again.
+
+    By ``raise Reject(requeue=True)``, or by its hard time limit with ``acks_on_timeout=False``.
+
+    Attributes:
+        task_id: The task's id.
+        requeues: How many times it went back.
+        limit: How many times it may.
+    """
+
+    def __init__(self, task_id: str, requeues: int, limit: int) -> None:
+        super().__init__(task_id, requeues, limit)
+        self.task_id = task_id
+        self.requeues = requeues
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return (
+            f"task {self.task_id} has gone back to its queue {self.requeues} times (max_requeues is "
+            f"{self.limit}), and is not run again"
+        )
+
+
+class DeadLetterError(ReliableError):
+    """Something cannot be done with dead letters; the message says why."""
+
+
+class DeadLetterNotFound(DeadLetterError, LookupError):
+    """There is no dead letter of this id: it was discarded, or dropped for its age.
+
+    Attributes:
+        id: The id that was asked for.
+    """
+
+    def __init__(self, id: str) -> None:  # noqa: A002 - it is called so everywhere
+        super().__init__(id)
+        self.id = id
+
+    def __str__(self) -> str:
+        return f"there is no dead letter {self.id}"
+
+
+class ReplayRefused(DeadLetterError):
+    """A dead letter cannot be replayed as it was asked for.
+
+    Attributes:
+        id: The dead letter's id.
+        reason: Why, and what can be done instead.
+    """
+
+    def __init__(self, id: str, reason: str) -> None:  # noqa: A002 - it is called so everywhere
+        super().__init__(id, reason)
+        self.id = id
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"dead letter {self.id} is not replayed: {self.reason}"
 
 
 class ReliableWarning(UserWarning):

@@ -11,6 +11,7 @@ from uuid import uuid4
 import redis
 import time_machine
 
+from reliable_tasks._store.dead import Bounds, DeadLetter
 from reliable_tasks._store.delivery import UNREADABLE, Copy, Delivery, FetchPlan, Layout
 from reliable_tasks._store.fleet import Fleet
 from reliable_tasks._store.messages import Messages
@@ -19,6 +20,8 @@ from tests.conformance.clock import OnAClock
 
 #: What kombu puts between a queue's name and a priority.
 SEP = "\x06\x16"
+#: How many dead letters are kept, how old ones, and how large ones.
+BOUNDS = Bounds(max_age=3600.0, max_count=100, max_body=10_000)
 #: The steps of priority that these tests use.
 STEPS = (0, 3)
 
@@ -62,7 +65,7 @@ class Broker(OnAClock):
         self.server = server
         self.prefix = prefix
         layout = Layout(prefix, "unacked", "unacked_index", SEP)
-        self.messages = Messages(layout, "reliable:")
+        self.messages = Messages(layout, "reliable:", bounds=BOUNDS)
         self.keys = self.messages.keys
         self.fleet = Fleet(layout, self.keys)
         self._fetches = 0
@@ -197,6 +200,16 @@ class Broker(OnAClock):
         """When stock workers would put a delivery back (s)."""
         found = self.server.zrange(self.prefix + "unacked_index", 0, -1, withscores=True)
         return {tag.decode(): score for tag, score in found}
+
+    @property
+    def dead(self) -> list[DeadLetter]:
+        """The dead letters, the newest first."""
+        every: dict[str, Any] = {"task": None, "cause": None, "since": None}
+        return list(self.messages.dead.walk(self.server, **every))
+
+    def dead_message(self, letter: DeadLetter) -> bytes:
+        """What is kept of the message of a dead letter."""
+        return self.messages.dead.message(self.server, letter.id)
 
     @property
     def leases(self) -> dict[str, float]:

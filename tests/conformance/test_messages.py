@@ -262,7 +262,7 @@ def test_what_was_taken_can_be_ended_without_memory(full_broker: FullBroker) -> 
     broker.messages.set_apart(broker.server, three.tag, three.raw)
     assert broker.waiting_ids() == ["two"]
     assert broker.unacked == broker.leases == {}
-    assert broker.server.lrange(broker.keys.undecodable, 0, -1) == [three.raw]
+    assert [broker.dead_message(letter) for letter in broker.dead] == [three.raw]
 
 
 def test_a_publish_without_memory_is_refused_whole(full_broker: FullBroker) -> None:
@@ -333,7 +333,8 @@ def test_a_copy_that_does_not_hold_the_run_leaves_it(broker: Broker) -> None:
     first, second = broker.fetch()
     broker.start(first)
     assert broker.settle(second)
-    assert broker.run_of() == {"tag": first.tag, "crashes": "1"}
+    run = broker.run_of()
+    assert (run["tag"], run["crashes"]) == (first.tag, "1")
 
 
 # -- requeue ---------------------------------------------------------------------------------
@@ -1349,7 +1350,9 @@ def test_a_message_that_nobody_can_read_is_set_apart(broker: Broker) -> None:
     broker.publish(raw="no JSON")
     delivery = broker.fetch_one()
     broker.messages.set_apart(broker.server, delivery.tag, delivery.raw)
-    assert broker.server.lrange(broker.keys.undecodable, 0, -1) == [b"no JSON"]
+    (letter,) = broker.dead
+    assert (letter.cause, letter.queue, letter.task_id) == ("undecodable", "celery", "")
+    assert broker.dead_message(letter) == b"no JSON"
     assert broker.server.hlen("unacked") == 0
     assert broker.index == broker.leases == {}
 
@@ -1364,8 +1367,8 @@ def test_one_message_that_nobody_can_read_does_not_stop_the_sweep(broker: Broker
         broker.end_lease(delivery)
     assert broker.sweep() == 3
     assert sorted(broker.waiting_ids()) == ["one", "three", "two"]
-    (kept,) = broker.server.lrange(broker.keys.undecodable, 0, -1)
-    assert raw.encode() in kept
+    (letter,) = broker.dead
+    assert raw.encode() in broker.dead_message(letter)
     assert broker.server.hlen("unacked") == 0
     assert broker.leases == {}
 

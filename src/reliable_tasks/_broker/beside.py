@@ -21,6 +21,7 @@ from reliable_tasks._broker.held import SILENCE, Held, held_for
 from reliable_tasks._celery.headers import IS_COPY
 from reliable_tasks._store.claims import Claims
 from reliable_tasks._store.client import ServerAddress, connect
+from reliable_tasks._store.dead import DeadStore
 from reliable_tasks._store.delivery import Copy, Delivery, Guard, Layout
 from reliable_tasks._store.keys import BESIDE, Keys
 from reliable_tasks._store.messages import Messages
@@ -86,6 +87,7 @@ class Beside(Held):
         assert isinstance(delivery, Run)
         if self.is_silent:
             return self._go_without(delivery, "it did not answer a moment ago")
+        self.name_starter(delivery)
         try:
             delivery.copy = self.messages.enter(
                 self.server,
@@ -112,7 +114,9 @@ class Beside(Held):
         return delivery.copy
 
     def count_start(self, delivery: Delivery) -> None:
-        """Do nothing: the start was counted when the copy was let in."""
+        """Say who starts it, if that is more than was said: it was counted when it was let in."""
+        if delivery.starter is not None and delivery.starter.is_ending:
+            self.explain_start(delivery)
 
     def uncount_start(self, delivery: Delivery) -> None:
         """Do nothing: a copy that waits again has left, and its start is taken back."""
@@ -130,15 +134,18 @@ class Beside(Held):
         if not isinstance(delivery, Run) or not self.is_open(tag):
             return
         run = delivery
+        remembers = _COPIES_OVER_TTL if run.is_copy or run.is_lost else _OVER_TTL
 
         def say(server: redis.Redis, is_repeated: bool) -> None:
-            was_held = self.messages.leave_run(
-                server,
-                run,
-                order=run.order,
-                goes_back=goes_back,
-                remembers=_COPIES_OVER_TTL if run.is_copy or run.is_lost else _OVER_TTL,
-            )
+            if run.letter is not None and not goes_back:
+                was_held = self._note_buried(
+                    run,
+                    self.messages.bury_run(server, run, order=run.order, remembers=remembers),
+                )
+            else:
+                was_held = self.messages.leave_run(
+                    server, run, order=run.order, goes_back=goes_back, remembers=remembers
+                )
             if not was_held and not is_repeated:
                 self._warn_of_lapsed(run)
 
@@ -203,7 +210,8 @@ def say_unnoted(task: Task[..., Any], error: Exception) -> None:
 
 def _messages(prefix: str, config: ReliableConfig) -> Messages:
     own = Keys(config.key_prefix).beside.prefix
-    return Messages(Layout(prefix, f"{own}unacked", f"{own}unacked_index", ""), own)
+    layout = Layout(prefix, f"{own}unacked", f"{own}unacked_index", "")
+    return Messages(layout, own, dead=DeadStore(Keys(prefix + config.key_prefix)))
 
 
 def _order(nesting: Any, retries: Any) -> int:

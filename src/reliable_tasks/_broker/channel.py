@@ -22,6 +22,7 @@ from redis.retry import Retry
 from reliable_tasks._broker.fetching import FetchingChannel
 from reliable_tasks._broker.held import Held, held_for
 from reliable_tasks._broker.purging import tell
+from reliable_tasks._store.dead import Bounds
 from reliable_tasks._store.delivery import Layout
 from reliable_tasks._store.lines import Lines
 from reliable_tasks._store.messages import Messages
@@ -37,7 +38,8 @@ from reliable_tasks._store.scripts import Replicas
 __all__ = ["OPTION", "Channel", "QoS", "ReliableChannel", "SentinelChannel"]
 
 #: The entry of ``broker_transport_options`` that turns this transport on: a mapping with
-#: ``key_prefix``, ``lease`` (s), ``death_detection`` and ``wait_replicas``.
+#: ``key_prefix``, ``lease`` (s), ``death_detection``, ``wait_replicas``, ``store_timeout`` (s), and
+#: ``undecodable``: `Bounds` of what is kept of messages that nobody can read, or ``None``.
 OPTION = "reliable"
 _TOKEN = "reliable_token"  # noqa: S105 - not a secret
 
@@ -220,7 +222,12 @@ class ReliableChannel(FetchingChannel):
     def _make_held(self: Any) -> Held:
         layout = Layout(self.global_keyprefix, self.unacked_key, self.unacked_index_key, self.sep)
         lease = float(self.reliable.get("lease") or 15.0)
-        messages = Messages(layout, str(self.reliable.get("key_prefix") or "reliable:"))
+        kept = self.reliable.get("undecodable")
+        messages = Messages(
+            layout,
+            str(self.reliable.get("key_prefix") or "reliable:"),
+            bounds=Bounds(**kept) if kept else None,
+        )
 
         def client() -> redis.Redis:
             pool = self._get_pool()

@@ -215,9 +215,8 @@ class FetchingChannel:
                 self.Message(decoded, channel=self)
             except UNREADABLE:
                 logger.error(
-                    "A message in %s cannot be read and is kept in %s: %r",
+                    "A message in %s cannot be read, and becomes a dead letter: %r",
                     list_,
-                    self.held.messages.keys.undecodable,
                     message[:200],
                 )
                 # Should that fail, it stays on lease, and the sweeper does it.

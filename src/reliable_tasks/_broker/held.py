@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import Any
 from uuid import uuid4
@@ -23,8 +24,17 @@ from uuid import uuid4
 import redis
 
 from reliable_tasks._broker.mute import UNREACHABLE, MuteConnection
-from reliable_tasks._broker.saying import say
-from reliable_tasks._store.delivery import UNREADABLE, Copy, Delivery, FetchPlan, Guard
+from reliable_tasks._broker.saying import say, tell
+from reliable_tasks._store.crashes import Crash, Starter
+from reliable_tasks._store.dead import Buried
+from reliable_tasks._store.delivery import (
+    UNREADABLE,
+    Copy,
+    Delivery,
+    FetchPlan,
+    Guard,
+    with_header,
+)
 from reliable_tasks._store.fleet import Fleet
 from reliable_tasks._store.messages import Messages
 from reliable_tasks._store.scripts import leave_replica
@@ -44,6 +54,7 @@ class Held:
 
     Attributes:
         worker: This process' name in tags and beats; never used again.
+        host: The worker's name for people, e.g. ``"celery@shop"``.
         messages: The scripts, with the keys they work on.
         fleet: All processes that share the broker, of which this is one.
         lease: Seconds.
@@ -69,6 +80,7 @@ class Held:
         self.lease = lease
         self.server = server
         self.keepers = keepers
+        self.host = ""
         self.detects_deaths = True
         self.renewed_at = self.heard_at = time.monotonic()
         self.loop_seen_at: float | None = None
@@ -159,12 +171,9 @@ class Held:
                 lambda server, _: self.messages.lay_aside(server, delivery, seconds),
             )
 
-    def set_apart(self, delivery: Delivery) -> None:
-        """End a delivery whose message is no task's, and keep the message."""
-        self._say(
-            delivery,
-            lambda server, _: self.messages.set_apart(server, delivery.tag, delivery.raw),
-        )
+    def note_header(self, delivery: Delivery, name: str, value: Any) -> None:
+        """Have a message go back with one more header."""
+        delivery.raw = with_header(delivery.raw, name, value)
 
     def put_back_fetched(self, plan: FetchPlan) -> None:
         """Put back what a fetch took whose answer is lost, now or when the broker answers."""
@@ -229,12 +238,49 @@ class Held:
 
     def count_start(self, delivery: Delivery) -> None:
         """Count a crash ahead of a start; its orderly end takes it back."""
+        if delivery.starter is None:
+            self.name_starter(delivery)
         self._count(delivery, 1)
+
+    def name_starter(
+        self,
+        delivery: Delivery,
+        *,
+        pid: int | None = None,
+        signal: str = "",
+        is_ending: bool = False,
+    ) -> None:
+        """Say who starts a delivery's task, or how that ended, before it is counted or goes back.
+
+        Args:
+            delivery: The delivery.
+            pid: Of the pool child, if it is known.
+            signal: How that ended, or ``""``.
+            is_ending: Whether it runs no more than the task's handlers.
+        """
+        known = delivery.starter
+        is_ending = is_ending or (known is not None and known.is_ending)
+        delivery.starter = Starter(pid or os.getpid(), self.host, is_ending, signal)
+
+    def explain_start(self, delivery: Delivery) -> None:
+        """Say more of a start that is counted."""
+        if delivery.is_started:
+            self._count(delivery, 0)
+
+    def crashes(self, delivery: Delivery) -> list[Crash] | None:
+        """Return what is known of a task's crashes, ``None`` if the server does not say."""
+        try:
+            return self.messages.crashes(self.server, delivery)
+        except (redis.exceptions.RedisError, OSError) as error:
+            self.be_silent(error)
+            say(logging.WARNING, "Nobody says how task %s crashed: %s", delivery.task_id, error)
+            return None
 
     def uncount_start(self, delivery: Delivery) -> None:
         """Take that back: the copy was started, and waits again."""
         if delivery.is_started:
             self._count(delivery, -1)
+        delivery.starter = None
         # Asked again before the next start, for it may have published its continuation.
         delivery.copy = replace(delivery.copy, guard=Guard.UNKNOWN)
         # Of the start that is over; while it waits, it has not hung.
@@ -265,9 +311,9 @@ class Held:
         while self._lost_fetches:
             self._put_back(server, self._lost_fetches[0])
             self._lost_fetches.popleft()
-        for tag, tell in list(self._unsaid.items()):
+        for tag, say_end in list(self._unsaid.items()):
             try:
-                tell(server, True)
+                say_end(server, True)
             except redis.exceptions.ResponseError as error:
                 # What is refused must not keep the others from being said.
                 say(logging.ERROR, "The broker does not take the end of %s: %s", tag, error)
@@ -276,7 +322,7 @@ class Held:
             delivery = self._deliveries.get(tag)
             self.forget(tag)
             if delivery is not None and delivery.when_heard_late is not None:
-                delivery.when_heard_late()
+                tell(delivery.when_heard_late)
 
     @property
     def unsaid(self) -> int:
@@ -302,14 +348,14 @@ class Held:
     def _count(self, delivery: Delivery, by: int) -> None:
         if not delivery.task_id:
             return
-        delivery.is_started = False
+        was_started, delivery.is_started = delivery.is_started, False
         command = self.messages.count_start(delivery, by)
         try:
             self._mute.send(command)
         except UNREACHABLE as error:
             say(logging.INFO, "A start of task %s is not counted: %s", delivery.task_id, error)
         else:
-            delivery.is_started = by > 0
+            delivery.is_started = by > 0 or (by == 0 and was_started)
 
     def _say(self, delivery: Delivery, tell: Callable[[redis.Redis, bool], Any]) -> None:
         """Tell the broker how a delivery ended.
@@ -353,9 +399,18 @@ class Held:
             self.messages.requeue(server, delivery)
 
     def _settle(self, server: redis.Redis, delivery: Delivery, is_repeated: bool) -> None:
-        settled = self.messages.settle(server, delivery)
+        if delivery.letter is None:
+            settled = self.messages.settle(server, delivery)
+        else:
+            settled = self._note_buried(delivery, self.messages.bury(server, delivery))
         if not settled and not is_repeated:
             self._warn_of_lapsed(delivery)
+
+    def _note_buried(self, delivery: Delivery, buried: Buried) -> bool:
+        """Tell of a dead letter that was kept; return whether its delivery had not ended."""
+        if buried.id and delivery.when_buried is not None:
+            tell(partial(delivery.when_buried, buried.id, buried.count))
+        return buried.is_ended
 
     def _warn_of_lapsed(self, delivery: Delivery) -> None:
         if delivery.tag not in self._over:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from reliable_tasks._celery.threads import is_patched
 
-__all__ = ["say", "say_what_waits", "speak_later"]
+__all__ = ["say", "say_what_waits", "speak_later", "tell"]
 
 logger = logging.getLogger("reliable_tasks")
 
 #: The numbers of the threads that must not log, and what they would have said.
 _silent: set[int] = set()
-_waiting: deque[tuple[Any, ...]] = deque(maxlen=1000)
+_waiting: deque[Callable[[], None]] = deque(maxlen=1000)
 
 
 def speak_later() -> None:
@@ -31,12 +33,21 @@ def speak_later() -> None:
 def say(level: int, message: str, *args: Any, **options: Any) -> None:
     """Log a line, now or when the main loop turns."""
     if threading.get_native_id() in _silent:
-        _waiting.append((level, message, *args))
+        # Without its options: the traceback is this moment's.
+        tell(partial(logger.log, level, message, *args))
     else:
         logger.log(level, message, *args, **options)
 
 
+def tell(telling: Callable[[], None]) -> None:
+    """Call what may log, now or when the main loop turns."""
+    if threading.get_native_id() in _silent:
+        _waiting.append(telling)
+    else:
+        telling()
+
+
 def say_what_waits() -> None:
-    """Log what was kept; the main loop calls it."""
+    """Say what was kept; the main loop calls it."""
     while _waiting:
-        logger.log(*_waiting.popleft())
+        _waiting.popleft()()

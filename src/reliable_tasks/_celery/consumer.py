@@ -36,7 +36,8 @@ logger = logging.getLogger("reliable_tasks")
 
 def is_amqp(consumer: Any) -> bool:
     """Say whether a consumer's broker is RabbitMQ, or another one that speaks AMQP."""
-    return bool(consumer.connection.transport.driver_type == "amqp")
+    transport = getattr(getattr(consumer, "connection", None), "transport", None)
+    return getattr(transport, "driver_type", None) == "amqp"
 
 
 def _is_guarded(request: Any) -> bool:
@@ -76,6 +77,8 @@ class CarryingConsumer(Consumer):
         self._lost_qos: Any = None
         #: What is kept of an AMQP broker's messages in a Redis beside it.
         self.beside: Any = None
+        #: What becomes of messages that are no task's; set before the first one comes.
+        self.rejected: Any = None
         self._is_lost = False
         self._timers_before: set[Any] = set()
         self._timers_of_connection: set[Any] = set()
@@ -106,7 +109,10 @@ class CarryingConsumer(Consumer):
         set_apart(self, message, None)
 
     def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
-        """Discard a message that names an unknown task; without a result backend, too."""
+        """Keep a message that names an unknown task, and fail that; without a backend, too."""
+        if self.rejected.keep(message, exc, is_unknown=True):
+            # Rejected, RabbitMQ would keep it once more.
+            message.reject_log_error = message.ack_log_error
         try:
             super().on_unknown_task(body, message, exc)
         except Exception as error:

@@ -17,7 +17,7 @@ from celery import Celery
 from celery.worker.request import Request
 
 from reliable_tasks._celery.channels import held_by, is_lost
-from reliable_tasks._celery.consumer import copy_of
+from reliable_tasks._celery.consumer import copy_of, is_amqp
 from reliable_tasks._celery.headers import DELIVERY, TIMES_SET_ASIDE, WAITS_FOR
 from reliable_tasks._celery.receiving import check_request
 from reliable_tasks._celery.registry import hard_limit
@@ -103,6 +103,24 @@ class GuardedTask(Protocol):
     def _reliable_pause(self, headers: dict[str, Any]) -> Any:
         """Say why a copy must not take a slot yet, by a `SetAside`, or ``None``."""
 
+    def _reliable_budgets(self) -> tuple[int | None, int | None]:
+        """How often the task may crash, and how often it may go back to its queue."""
+
+    def _reliable_crashed(self, task_id: str, crashes: int, crash: dict[str, Any]) -> None:
+        """A task has crashed, for the so-manieth time."""
+
+    def _reliable_letter(self, request: Any, error: BaseException, traceback: str) -> Any:
+        """Return the dead letter that a task becomes, or ``None``."""
+
+    def _reliable_bury(self, letter: Any) -> None:
+        """Keep a dead letter whose message is acknowledged already, or will be."""
+
+    def _reliable_buried(self, letter: Any, id: str, count: int) -> None:  # noqa: A002
+        """A dead letter is kept, and there are so many."""
+
+    def _reliable_keep_part(self, request: Any) -> None:
+        """A part of a chord has succeeded, of which another one may become a dead letter."""
+
     def _reliable_slack(self, visibility_timeout: float) -> float:
         """How many seconds of a visibility timeout must not be counted on."""
 
@@ -163,6 +181,11 @@ class DeliveredRequest(Request):
     def _consumer(self) -> Any:
         found = _consumers.get(cast(Celery, self.app))
         return found() if found is not None else None
+
+    @property
+    def _is_amqp(self) -> bool:
+        consumer = self._consumer
+        return consumer is not None and is_amqp(consumer)
 
     @property
     def _is_green(self) -> bool:

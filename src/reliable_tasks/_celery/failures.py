@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from signal import SIGTERM
 from typing import Any
 
@@ -12,10 +13,29 @@ from billiard.exceptions import WorkerLostError
 __all__ = [
     "TaskOutOfMemory",
     "has_exited",
+    "how_lost",
+    "info_of",
     "lost_worker",
     "was_told_to_end",
     "without_memory_error",
 ]
+
+
+_HOW = re.compile(r"prematurely: (.+?)(?: Job: \d+)?\.?$")
+
+
+def how_lost(error: Any) -> str:
+    """Return how a pool child ended, in billiard's words, e.g. ``"signal 9 (SIGKILL)"``."""
+    found = _HOW.search(str(error))
+    return found[1] if found else ""
+
+
+def info_of(error: Exception) -> ExceptionInfo:
+    """Return an error as a pool reports one."""
+    try:
+        raise error
+    except type(error):
+        return ExceptionInfo()
 
 
 def has_exited(pid: Any) -> bool:
@@ -35,10 +55,7 @@ def was_told_to_end(error: Any) -> bool:
 
 def without_memory_error(exc_info: Any) -> Any:
     """Return the same failure under another type."""
-    try:
-        raise TaskOutOfMemory(str(exc_info.exception)) from None
-    except TaskOutOfMemory:
-        replaced = ExceptionInfo()
+    replaced = info_of(TaskOutOfMemory(str(exc_info.exception)))
     replaced.traceback = exc_info.traceback
     return replaced
 
@@ -49,7 +66,4 @@ class TaskOutOfMemory(Exception):
 
 def lost_worker(reason: str) -> ExceptionInfo:
     """Return the failure of a task whose child is gone."""
-    try:
-        raise WorkerLostError(f"Worker exited prematurely: {reason}.")
-    except WorkerLostError:
-        return ExceptionInfo()
+    return info_of(WorkerLostError(f"Worker exited prematurely: {reason}."))

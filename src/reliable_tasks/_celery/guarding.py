@@ -10,10 +10,11 @@ from typing import Any
 from celery.worker.state import active_requests, requests, reserved_requests, task_ready
 
 from reliable_tasks._celery import stock
+from reliable_tasks._celery.budgets import BudgetedRequest
 from reliable_tasks._celery.channels import is_lost
 from reliable_tasks._celery.consumer import copy_of
 from reliable_tasks._celery.registry import hard_limit
-from reliable_tasks._celery.setting_aside import PatientRequest, SetAside
+from reliable_tasks._celery.setting_aside import SetAside
 
 __all__ = ["GuardedRequest"]
 
@@ -27,7 +28,7 @@ _MOST_LOOKS = 12
 _AT_FIRST = 1.0
 
 
-class GuardedRequest(PatientRequest):
+class GuardedRequest(BudgetedRequest):
     """A request that asks before it starts: the lease, the guard, or stock kombu's timeout."""
 
     def _may_start(self) -> bool:
@@ -41,8 +42,10 @@ class GuardedRequest(PatientRequest):
         if self._delivery is not None:
             return self._may_start_on_lease()
         timeout = stock.visibility_timeout(self.message)
-        if timeout is None or self.acknowledged:
+        if self.acknowledged:
             return True
+        if timeout is None:
+            return self._may_run_again()
         limit = hard_limit(self.task, self.time_limits)
         slack = self._guard._reliable_slack(timeout)
         held = time.monotonic() - self.received_at
@@ -105,6 +108,8 @@ class GuardedRequest(PatientRequest):
             self._set_aside(SetAside("another copy of it is alive", 0.05, max(seconds, 0.05)))
             return False
         if delivery.is_redelivered and self._resumes():
+            return False
+        if not self._may_run_again():
             return False
         if self._has_free_slot:
             self._note_start()

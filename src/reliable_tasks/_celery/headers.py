@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-__all__ = ["DELIVERY", "IN_DOUBT", "IS_COPY", "OF_ONE_COPY", "TIMES_SET_ASIDE", "WAITS_FOR"]
+__all__ = [
+    "CONDEMNED",
+    "DELIVERY",
+    "FIRST_FAILED",
+    "IN_DOUBT",
+    "IS_COPY",
+    "OF_ONE_COPY",
+    "REPLAY_OF",
+    "REQUEUES",
+    "TIMES_SET_ASIDE",
+    "WAITS_FOR",
+]
 
 #: Header, of one delivery: its tag.
 DELIVERY = "reliable_delivery"
 #: Header, of one start: the broker may have taken its message back.
 IN_DOUBT = "reliable_in_doubt"
+#: Header, of one start: the task is over, and its child only says so, by an error's name and
+#: arguments.
+CONDEMNED = "reliable_condemned"
+#: Header of a retry: when the task failed first (s since the epoch).
+FIRST_FAILED = "reliable_first_failed"
+#: Header of a replay: the dead letter that it is one of.
+REPLAY_OF = "reliable-replay-of"
 #: Headers of a copy that waits in the broker: its message was delivered before, ...
 IS_COPY = "reliable_copy"
 #: ... so many times it was set aside, ...
 TIMES_SET_ASIDE = "reliable_set_aside"
 #: ... and it waits for this.
 WAITS_FOR = "reliable_waits_for"
-OF_ONE_COPY = (IS_COPY, TIMES_SET_ASIDE, WAITS_FOR)
+#: Header of a copy that put itself back into its queue: how often it did.
+REQUEUES = "reliable_requeues"
+OF_ONE_COPY = (IS_COPY, TIMES_SET_ASIDE, WAITS_FOR, REQUEUES, CONDEMNED)

@@ -49,13 +49,10 @@ def carefully(consumer: Any, handle: Callable[[Any], Any]) -> Callable[[Any], An
 
 def set_apart(consumer: Any, message: Any, error: Exception | None) -> None:
     """Keep a message that is no task's where somebody can look at it, or reject it."""
-    held = held_by(message.channel)
-    delivery = held.get(message.delivery_tag) if held is not None else None
-    if delivery is None:
-        message.reject_log_error(logger, consumer.connection_errors)
+    if consumer.rejected.keep(message, error, is_unknown=False):
+        message.ack_log_error(logger, consumer.connection_errors)
     else:
-        held.set_apart(delivery)
-        message.channel.qos._quick_ack(message.delivery_tag)
+        message.reject_log_error(logger, consumer.connection_errors)
     signals.task_rejected.send(sender=consumer, message=message, exc=error)
 
 

@@ -4,8 +4,9 @@ Celery's ``Request`` lives in the worker's main process, where it sees what a po
 report: that it was killed, timed out, revoked or cancelled. ``create_request_cls`` overrides
 ``execute_using_pool`` and ``on_success`` in a subclass of ours, so those two stay untouched.
 
-Here are Celery's callbacks. `ReliableRequest` stands on `GuardedRequest` (may it start?), that on
-`PatientRequest` (run it later), and that on `DeliveredRequest` (what is held of its message).
+Here are Celery's callbacks. `ReliableRequest` stands on `BuriedRequest` (keep what has failed),
+that on `GuardedRequest` (may it start?), that on `BudgetedRequest` (has it crashed too often?),
+that on `PatientRequest` (run it later), and that on `DeliveredRequest` (what is held of it).
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from celery.signals import task_failure
 from celery.worker import state
 from celery.worker.state import reserved_requests, successful_requests
 
+from reliable_tasks._celery.burying import BuriedRequest
 from reliable_tasks._celery.escaping import has_escaped
 from reliable_tasks._celery.exits import is_stopping, quiet_exit
 from reliable_tasks._celery.failures import (
     has_exited,
+    how_lost,
     lost_worker,
     was_told_to_end,
     without_memory_error,
 )
-from reliable_tasks._celery.guarding import GuardedRequest
 from reliable_tasks._celery.headers import IN_DOUBT
 from reliable_tasks._celery.receiving import UNTREATABLE
 from reliable_tasks._celery.setting_aside import SetAside, growing
@@ -45,12 +47,13 @@ _UNTIL_STORED = (1.0, 30.0)
 _KILL_GRACE = 1.0
 
 
-class ReliableRequest(GuardedRequest):
+class ReliableRequest(BuriedRequest):
     """Celery's request, with nothing lost between a child's death and its message's end."""
 
     _already_revoked: bool
     _terminate_on_ack: Any
     _times_unstored = 0
+    _puts_itself_back = False
     _is_end_stored = False
 
     def revoked(self) -> bool:
@@ -98,9 +101,7 @@ class ReliableRequest(GuardedRequest):
         self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
     ) -> None:
         """Handle a task that failed, was set aside, or whose child is gone."""
-        error = exc_info.exception
-        if isinstance(error, ExceptionWithTraceback):
-            error = error.exc
+        error = _error_of(exc_info)
         if isinstance(error, SetAside):
             self._set_aside(error)
             return
@@ -109,6 +110,7 @@ class ReliableRequest(GuardedRequest):
         if is_first and isinstance(error, TimeLimitExceeded) and has_exited(self.worker_pid):
             # billiard looks for dead children every 5 s; the limit's timer can be quicker.
             exc_info = lost_worker(f"died before its hard time limit of {error}")
+            error = _error_of(exc_info)
         # In a warm shutdown the child was asked to stop, and has not crashed.
         self._was_told_to_end = is_stopping(state.should_stop) and was_told_to_end(error)
         if isinstance(error, MemoryError):
@@ -117,10 +119,13 @@ class ReliableRequest(GuardedRequest):
         if not ENDS_EXITS_AND_REJECTS:
             if isinstance(error, (SystemExit, KeyboardInterrupt)):
                 exc_info = lost_worker(repr(error))
+                error = _error_of(exc_info)
             elif isinstance(error, Reject) and not error.requeue:  # type: ignore[attr-defined]
                 self._fail(error, exc_info)
         if has_escaped(exc_info):
             return_ok = False
+        self._note_failure(error, exc_info.traceback)
+        self._puts_itself_back = isinstance(error, Reject) and bool(error.requeue)  # type: ignore[attr-defined]
         # With return_ok the child itself reported, and released its claim.
         self._ends_here = not return_ok
         if not self._ends_in_order(
@@ -167,6 +172,8 @@ class ReliableRequest(GuardedRequest):
         finally:
             self._keeps_ack = False
         self._is_end_stored = True
+        if not self.task.acks_late:
+            self._bury()
         if self._owes_ack:
             self._owes_ack = False
             self.acknowledge()
@@ -221,6 +228,9 @@ class ReliableRequest(GuardedRequest):
                 self._guard._reliable_repeated(self.request_dict)
             if self._ends_here and self._is_accepted and not self.acknowledged:
                 self._guard._reliable_uncovered(self.request_dict)
+            if self.task.acks_late:
+                self._keep_part()
+                self._bury()
             self._leave(goes_back=False)
             self._note_end()
             if not self._is_left_to_broker():
@@ -239,23 +249,32 @@ class ReliableRequest(GuardedRequest):
             return
         if soft:
             super().on_timeout(soft, timeout)
-        elif not self._ends_in_order(
+            return
+        if not self._is_reported:
+            # gevent says no more than this; in prefork on_failure came before.
+            self._note_failure(TimeLimitExceeded(timeout), None)
+        if not self._ends_in_order(
             lambda: super(ReliableRequest, self).on_timeout(soft, timeout),
             lambda: self.on_timeout(soft, timeout),
         ):
             return
-        if not soft and not self._ends_here:
-            # gevent says no more than this; in prefork on_failure came before.
+        if not self._ends_here:
             self._settle(requeued=False)
 
     def reject(self, requeue: bool = False) -> None:
         """Reject the message; a requeued one finds its claim free to enter."""
+        failed_with, _ = self._failure or (None, "")
+        is_timeout = isinstance(failed_with, TimeLimitExceeded)
         if requeue and self._ends_here and not self.acknowledged:
             self._is_requeued = True
-            if self._delivery is not None:
-                # The child is dead, not asked to stop: the crash stands.
-                self._delivery.has_crashed = not (should_terminate() or self._was_told_to_end)
+            # The child is dead, not asked to stop: the crash stands.
+            if not (is_timeout or should_terminate() or self._was_told_to_end):
+                self._note_crash(how_lost(failed_with))
             self._settle(requeued=True)
+        if not requeue:
+            self._bury()
+        elif (is_timeout or self._puts_itself_back) and self._put_behind():
+            return
         self._leave(goes_back=requeue)
         self._note_end()
         if not self._is_left_to_broker():
@@ -287,6 +306,11 @@ class ReliableRequest(GuardedRequest):
             function()
         else:
             consumer.timer.call_after(seconds, function)
+
+
+def _error_of(exc_info: Any) -> Any:
+    error = exc_info.exception
+    return error.exc if isinstance(error, ExceptionWithTraceback) else error
 
 
 def should_terminate() -> bool:

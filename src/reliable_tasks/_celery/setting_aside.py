@@ -18,7 +18,15 @@ from celery.worker.state import task_ready, task_reserved
 
 from reliable_tasks._celery import stock
 from reliable_tasks._celery.delivery import DeliveredRequest
-from reliable_tasks._celery.headers import DELIVERY, IN_DOUBT, IS_COPY, TIMES_SET_ASIDE, WAITS_FOR
+from reliable_tasks._celery.headers import (
+    CONDEMNED,
+    DELIVERY,
+    IN_DOUBT,
+    IS_COPY,
+    REQUEUES,
+    TIMES_SET_ASIDE,
+    WAITS_FOR,
+)
 
 __all__ = ["PatientRequest", "SetAside", "growing"]
 
@@ -32,6 +40,10 @@ _MOST_WAITING = 100
 
 #: So long (s) a copy waits for its turn in the broker, when there are as many in the worker.
 _ASIDE = (10.0, 20.0)
+
+#: How long a copy waits that put itself back for the second time, and at most (s). The first time
+#: it is behind all others at once.
+_BEHIND = (1.0, 60.0)
 
 #: So long (s) is too long to wait in a worker whose prefetch stands: the broker keeps the copy.
 _SHORTEST_IN_BROKER = 1.0
@@ -170,6 +182,41 @@ class PatientRequest(DeliveredRequest):
 
         _call_after(consumer, pause, run_again)
 
+    def _put_behind(self) -> bool:
+        """Put a copy back that asks for it, after a pause that grows each time.
+
+        Returns:
+            Whether it was; if not, it is to be rejected.
+        """
+        if self.acknowledged or self._is_left_to_broker():
+            return False
+        times = int(self.request_dict.get(REQUEUES) or 0) + 1
+        self.request_dict[REQUEUES] = times
+        pause = growing(*_BEHIND, times - 2) if times > 1 else 0.0
+        logger.info("Task %s[%s] goes back to its queue (%.0f s)", self.name, self.id, pause)
+        if self._delivery is not None and self._beside is None:
+            tag = self._delivery.tag
+            self._held.note_header(self._delivery, REQUEUES, times)
+            if not pause or not self._held.is_open(tag):
+                return False
+            self._let_go(pause)
+            self.acknowledged = True
+            return True
+        if stock.visibility_timeout(self.message) is not None:
+            self._set_aside(SetAside("it goes back to its queue", *_BEHIND))
+            return True
+        if not self._is_amqp:
+            return False
+        self._leave(goes_back=True)
+        return self._send_again(pause)
+
+    def _let_go(self, seconds: float) -> None:
+        """Have the broker keep the message for a while."""
+        tag = self._delivery.tag
+        self._delivery.is_ended = True
+        self._held.lay_aside(tag, seconds)
+        self.message.channel.qos._quick_ack(tag)
+
     def _lay_aside(self) -> bool:
         """Have the broker keep a copy that waits for its turn, where many wait here already.
 
@@ -181,9 +228,7 @@ class PatientRequest(DeliveredRequest):
         # Not all at the same time.
         seconds = random.uniform(*_ASIDE)
         logger.info("Task %s[%s] waits in the broker for %.0f s", self.name, self.id, seconds)
-        self._delivery.is_ended = True
-        held.lay_aside(tag, seconds)
-        self.message.channel.qos._quick_ack(tag)
+        self._let_go(seconds)
         return True
 
     def _send_again(self, pause: float) -> bool:
@@ -197,14 +242,18 @@ class PatientRequest(DeliveredRequest):
         copy = self.task.signature_from_request(
             request, countdown=max(round(pause), 1), retries=request.retries
         )
+        headers = dict(copy.options.get("headers") or {})
+        for name in (DELIVERY, CONDEMNED, "crashes"):
+            headers.pop(name, None)
         if self._beside is not None:
-            headers = copy.options.get("headers") or {}
-            copy.options["headers"] = {
-                **{k: v for k, v in headers.items() if k not in (DELIVERY, "crashes")},
+            headers |= {
                 IS_COPY: self._delivery.is_copy,
                 TIMES_SET_ASIDE: self._times_set_aside,
                 WAITS_FOR: self._waits_for,
             }
+        if self.request_dict.get(REQUEUES):
+            headers[REQUEUES] = self.request_dict[REQUEUES]
+        copy.options["headers"] = headers
         try:
             Task.apply_async(self.task, copy.args, copy.kwargs, **copy.options)
         except Exception:

@@ -23,8 +23,8 @@ from reliable_tasks._celery.registry import (
 from reliable_tasks._celery.settings import explicit, put
 from reliable_tasks._celery.versions import check_versions
 from reliable_tasks._once.decorator import refuse_plain_base
-from reliable_tasks._once.locks import read_config
 from reliable_tasks._once.purged import remember
+from reliable_tasks._redis_of import read_config
 from reliable_tasks._setup import rules
 from reliable_tasks._setup.concerns import concerns
 from reliable_tasks._setup.facts import Facts

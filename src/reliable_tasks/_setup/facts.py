@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from celery import Celery
 
-from reliable_tasks._once.locks import read_config
+from reliable_tasks._dead.options import bounds_of, causes_of
+from reliable_tasks._redis_of import has_own_transport, read_config, scheme_of
 from reliable_tasks._store.client import as_text, is_redis_url
+from reliable_tasks._store.dead import Cause
 from reliable_tasks.config import ReliableConfig
 
 __all__ = ["Facts"]
-
-#: The schemes that kombu's own transports have, and ours takes over.
-OWN_SCHEMES = ("redis", "rediss", "sentinel")
 
 Broker = Literal["redis", "amqp", "other"]
 
@@ -52,13 +51,13 @@ class Facts:
         kind: Broker = "other"
         if is_redis_url(broker):
             kind = "redis"
-        elif _scheme(broker) in ("amqp", "amqps", "pyamqp", "pyamqps", "librabbitmq"):
+        elif scheme_of(broker) in ("amqp", "amqps", "pyamqp", "pyamqps", "librabbitmq"):
             kind = "amqp"
         return cls(
             app=app,
             broker=kind,
-            broker_scheme=_scheme(broker),
-            backend_scheme=_scheme(backend) if backend not in ("", "disabled") else "",
+            broker_scheme=scheme_of(broker),
+            backend_scheme=scheme_of(backend) if backend not in ("", "disabled") else "",
             transport_options=transport_options or {},
             config=read_config(app),
         )
@@ -66,7 +65,13 @@ class Facts:
     @property
     def has_own_transport(self) -> bool:
         """Whether this library's transport talks to the broker."""
-        return self.config.broker == "reliable" and self.broker_scheme in OWN_SCHEMES
+        return has_own_transport(self.config, f"{self.broker_scheme}://")
+
+    @property
+    def undecodable(self) -> dict[str, Any] | None:
+        """How much is kept of messages that nobody can read, if any of it is."""
+        causes = causes_of("reliable_dead_letter", self.config.dead_letter)
+        return asdict(bounds_of(self.config)) if Cause.UNDECODABLE in causes else None
 
     @property
     def has_guard_beside(self) -> bool:
@@ -94,7 +99,3 @@ class Facts:
     def backend_is_redis(self) -> bool:
         """Whether results are kept in a Redis."""
         return is_redis_url(f"{self.backend_scheme}://")
-
-
-def _scheme(url: str) -> str:
-    return url.split("://", 1)[0].split("+", 1)[0] if "://" in url else url.split(":", 1)[0]

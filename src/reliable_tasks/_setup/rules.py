@@ -209,6 +209,7 @@ def transport_options(facts: Facts, timeout: VisibilityTimeout) -> tuple[Rule, .
                     "death_detection": facts.config.death_detection,
                     "wait_replicas": facts.config.wait_replicas,
                     "store_timeout": facts.config.store_timeout,
+                    "undecodable": facts.undecodable,
                 },
                 "messages are fetched, renewed and acknowledged by scripts that lose none",
             ),

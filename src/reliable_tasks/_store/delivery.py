@@ -12,6 +12,8 @@ from uuid import uuid4
 
 import redis
 
+from reliable_tasks._store.crashes import Starter
+from reliable_tasks._store.dead import Letter
 from reliable_tasks._store.keys import BESIDE, Keys
 from reliable_tasks._store.scripts import Argument, Call, load
 
@@ -25,6 +27,7 @@ __all__ = [
     "Thrown",
     "is_beside",
     "redelivered",
+    "with_header",
 ]
 
 #: Header of a message: the claim of its task.
@@ -103,6 +106,10 @@ class Delivery:
         is_redelivered: Whether the task may have had other copies.
         is_started: Whether a crash was counted ahead.
         has_crashed: Whether that crash stands, for the child that ran it is dead.
+        starter: Who starts it; after a crash, with what is known of that.
+        letter: What is to be kept of it when it ends, if it is a dead letter then.
+        when_buried: Called with the letter's id and how many there are, when it is kept. It must
+            not raise.
         is_received: Whether a request of ours was made of it.
         is_ended: Whether its acknowledgement or rejection is under way.
         was_aside: Whether it waited in the broker for its turn when it was put back.
@@ -121,6 +128,9 @@ class Delivery:
     is_redelivered: bool = False
     is_started: bool = False
     has_crashed: bool = False
+    starter: Starter | None = None
+    letter: Letter | None = None
+    when_buried: Callable[[str, int], None] | None = None
     is_received: bool = False
     is_ended: bool = False
     was_aside: bool = False
@@ -226,6 +236,13 @@ class FetchPlan:
             list_ = self.lists[int(place) - 1]
             queue = self.queues[(int(place) - 1) % len(self.queues)]
             yield f"{self.prefix}{int(number)}:{list_}", list_, queue, message, Copy.of(held)
+
+
+def with_header(raw: bytes, name: str, value: Any) -> bytes:
+    """Return a message with one more header."""
+    message: dict[str, Any] = json.loads(raw)
+    headers = {**_mapping(message.get("headers")), name: value}
+    return json.dumps({**message, "headers": headers}).encode()
 
 
 def redelivered(raw: bytes) -> str:

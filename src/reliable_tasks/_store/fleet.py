@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import redis
 
 from reliable_tasks._store.delivery import Layout
 from reliable_tasks._store.keys import Keys
 from reliable_tasks._store.scripts import Argument, execute, load
-from reliable_tasks._store.values import ms, text
+from reliable_tasks._store.values import ms, pairs, text
 
 __all__ = ["Fleet"]
 
@@ -86,7 +85,7 @@ class Fleet:
         found = execute(
             server, "ZRANGEBYSCORE", self._keys.beats, "-inf", f"({before * 1000:.0f}", "WITHSCORES"
         )
-        return {text(name): at / 1000 for name, at in _pairs(found)}
+        return {text(name): at / 1000 for name, at in pairs(found)}
 
     def keepers(self, server: redis.Redis, workers: Sequence[str]) -> dict[str, str]:
         """Return how to tell the connections of workers."""
@@ -135,12 +134,3 @@ class Fleet:
         key = self._keys.leases
         found = execute(server, "ZRANGEBYSCORE", key, first, last, "LIMIT", 0, limit)
         return [text(tag) for tag in found]
-
-
-def _pairs(found: Any) -> Iterator[tuple[Any, float]]:
-    """Read members and scores, which redis-py gives as pairs or as one flat list."""
-    rows = list(found)
-    if rows and not isinstance(rows[0], (tuple, list)):
-        rows = list(zip(rows[::2], rows[1::2], strict=True))
-    for name, score in rows:
-        yield name, float(score)

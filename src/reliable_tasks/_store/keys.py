@@ -15,7 +15,13 @@ key                                       type  what
 ``<prefix>beats``                         zset  worker -> its last sign of life (ms)
 ``<prefix>keepers``                       hash  worker -> how to tell its connection
 ``<prefix>sweeper``                       hash  the worker that sweeps, and since when
-``<prefix>undecodable``                   list  messages that no worker could read
+``<prefix>dead:letter:<id>``              hash  a dead letter, and what became of its replay
+``<prefix>dead:all``                      zset  dead letter -> when it was kept (ms)
+``<prefix>dead:of:<cause>:<task>``        zset  the same of those of one task and one cause
+``<prefix>dead:counts``                   hash  ``<cause>:<task>`` -> how many there are
+``<prefix>dead:replayed``                 zset  dead letter that was replayed -> when (ms)
+``<prefix>dead:bounds``                   hash  for how long they are kept, and how many
+``<prefix>dead:chord:<group id>``         hash  parts of a chord, for its replay
 ========================================  ====  =================================================
 
 ``<prefix>`` is kombu's ``global_keyprefix`` followed by ``reliable_key_prefix``. The braces are
@@ -122,6 +128,18 @@ class Keys:
         return f"{self.prefix}sweeper"
 
     @property
-    def undecodable(self) -> str:
-        """The key of the messages that no worker could read."""
-        return f"{self.prefix}undecodable"
+    def dead(self) -> str:
+        """What the keys of dead letters begin with."""
+        return f"{self.prefix}dead:"
+
+    def dead_letter(self, id_: str) -> str:
+        """Return the key of a dead letter."""
+        return f"{self.dead}letter:{id_}"
+
+    def dead_of(self, kind: str) -> str:
+        """Return the key of the dead letters of ``<cause>:<task>``."""
+        return f"{self.dead}of:{kind}"
+
+    def chord(self, group_id: str) -> str:
+        """Return the key of what is kept of a chord."""
+        return f"{self.dead}chord:{group_id}"

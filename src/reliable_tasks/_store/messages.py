@@ -13,6 +13,8 @@ from typing import Any
 
 import redis
 
+from reliable_tasks._store.crashes import Crash
+from reliable_tasks._store.dead import Bounds, Buried, DeadStore, undecodable
 from reliable_tasks._store.delivery import (
     UNREADABLE,
     Copy,
@@ -65,11 +67,26 @@ class Messages:
 
     Every method takes the client to use, raises redis-py's own errors, and can be repeated when
     its reply was lost.
+
+    Args:
+        layout: Where kombu keeps its messages.
+        key_prefix: What our keys begin with, behind kombu's prefix.
+        dead: The dead letters, where those have other keys.
+        bounds: How much is kept of messages that nobody can read; ``None`` to discard them.
     """
 
-    def __init__(self, layout: Layout, key_prefix: str) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        key_prefix: str,
+        *,
+        dead: DeadStore | None = None,
+        bounds: Bounds | None = None,
+    ) -> None:
         self.layout = layout
         self.keys = Keys(layout.prefix + key_prefix)
+        self.dead = dead or DeadStore(self.keys)
+        self._bounds = bounds
         self._held = [layout.prefix + layout.unacked, layout.prefix + layout.index]
 
     def plan_fetch(
@@ -215,7 +232,10 @@ class Messages:
             lease: In seconds.
         """
         keys = [self.keys.leases, self.keys.run(delivery.task_id)]
-        args: list[Argument] = [delivery.tag, order, int(is_copy), ms(_RUN_TTL), ms(lease)]
+        args: list[Argument] = [
+            *(delivery.tag, order, int(is_copy), ms(_RUN_TTL), ms(lease)),
+            str(delivery.starter or ""),
+        ]
         return Copy.of(load("run_enter").on(server, keys, args))
 
     def leave_run(
@@ -235,8 +255,18 @@ class Messages:
             "back" if goes_back else "over",
             int(not delivery.has_crashed),
             ms(remembers),
+            _crash(delivery),
         ]
         return bool(load("run_leave").on(server, keys, args))
+
+    def bury_run(
+        self, server: redis.Redis, delivery: Delivery, *, order: int, remembers: float
+    ) -> Buried:
+        """End a copy that was let in so, and keep its message as a dead letter."""
+        assert delivery.letter is not None
+        keys = [self.keys.leases, self.keys.run(delivery.task_id), self.dead.keys.dead]
+        args = [delivery.tag, order, ms(remembers), *delivery.letter.arguments(delivery.tag)]
+        return Buried.of(load("run_bury").on(server, keys, args))
 
     def note_done(self, server: redis.Redis, task_id: str, order: int) -> None:
         """Note that the copy of this order has published its task's continuation."""
@@ -248,6 +278,15 @@ class Messages:
         remembers = ms(_OVER_TTL) if delivery.is_redelivered else 0
         args: list[Argument] = [delivery.tag, int(delivery.is_started), remembers]
         return bool(load("message_settle").on(server, keys, args))
+
+    def bury(self, server: redis.Redis, delivery: Delivery) -> Buried:
+        """Acknowledge, and keep the message as a dead letter."""
+        assert delivery.letter is not None
+        keys = [*self._held, self.keys.leases, self.keys.run(delivery.task_id)]
+        remembers = ms(_OVER_TTL) if delivery.is_redelivered else 0
+        args: list[Argument] = [delivery.tag, int(delivery.is_started), remembers]
+        args += delivery.letter.arguments(delivery.tag)
+        return Buried.of(load("message_bury").on(server, [*keys, self.dead.keys.dead], args))
 
     def requeue(self, server: redis.Redis, delivery: Delivery, *, to_back: bool = False) -> bool:
         """Put a message back; return False if it was over, or has continued itself.
@@ -296,7 +335,8 @@ class Messages:
         """Let go of a delivery whose task waits; its message is put back when the time is over."""
         keys = [*self._held, self.keys.leases, self.keys.run(delivery.task_id)]
         is_started = int(delivery.is_started and not delivery.has_crashed)
-        args: list[Argument] = [delivery.tag, ms(seconds), is_started]
+        entry = f'[{delivery.raw.decode()},"",{json.dumps(delivery.queue)}]'
+        args: list[Argument] = [delivery.tag, ms(seconds), is_started, entry]
         return bool(load("message_lay_aside").on(server, keys, args))
 
     def _requeue(
@@ -315,6 +355,7 @@ class Messages:
             "back" if to_back else "front",
             int(delivery.is_started and not delivery.has_crashed),
             ms(if_lapsed_of),
+            _crash(delivery),
         ]
         return keys, args
 
@@ -393,10 +434,24 @@ class Messages:
         execute(server, "ZREM", self.keys.leases, tag)
         execute(server, "ZREM", self._held[1], tag)
 
-    def set_apart(self, server: redis.Redis, tag: str, message: bytes) -> None:
-        """Keep a message that nobody can read where somebody can look at it."""
-        keys = [*self._held, self.keys.leases, self.keys.undecodable]
-        load("message_set_apart").on(server, keys, [tag, message])
+    def set_apart(self, server: redis.Redis, tag: str, raw: bytes) -> None:
+        """End the delivery of a message that nobody can read, and keep it as a dead letter."""
+        list_ = tag.split(":", 3)[-1]
+        queue = list_.partition(self.layout.sep)[0] if self.layout.sep else list_
+        delivery = Delivery(tag, list_, queue, raw, Copy(Guard.UNKNOWN, 0, 0.0))
+        if self._bounds is None:
+            self.settle(server, delivery)
+            return
+        delivery.letter = undecodable(
+            raw, event=tag, queue=queue, worker=tag.partition(":")[0], bounds=self._bounds
+        )
+        self.bury(server, delivery)
+
+    def crashes(self, server: redis.Redis, delivery: Delivery) -> list[Crash]:
+        """Return what is known of the latest crashes of a task; the last of them is the latest."""
+        return Crash.read_all(
+            *execute(server, "HMGET", self.keys.run(delivery.task_id), "history", "start")
+        )
 
     def ring(self, server: redis.Redis, bell: str) -> None:
         """Wake the one that waits for a bell of its own."""
@@ -404,10 +459,11 @@ class Messages:
         checked(pipelined(server, commands, is_atomic=True))
 
     def count_start(self, delivery: Delivery, by: int) -> tuple[Argument, ...]:
-        """Return the command that counts a start as a crash, or takes that back."""
+        """Return the command that counts a start as a crash, takes that back, or says more."""
         script = load("run_start")
+        starter = str(delivery.starter or "")
         # Nobody waits for an answer that says NOSCRIPT.
-        return ("EVAL", script.source, 1, self.keys.run(delivery.task_id), delivery.tag, by)
+        return ("EVAL", script.code, 1, self.keys.run(delivery.task_id), delivery.tag, by, starter)
 
     def _delivery(self, tag: str, entry: bytes) -> Delivery:
         message, _, queue = json.loads(entry)
@@ -416,6 +472,10 @@ class Messages:
         delivery = Delivery(tag, list_, queue, json.dumps(message).encode(), copy)
         delivery.describe(message)
         return delivery
+
+
+def _crash(delivery: Delivery) -> str:
+    return str(delivery.starter or "") if delivery.has_crashed else ""
 
 
 _QUEUED = Published(Queued.QUEUED, "", 0.0, 0)

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -40,6 +40,7 @@ _PAUSE = 0.05
 #: their answers need room.
 AT_ONCE = 250
 
+_COMMENT = re.compile(r"^ *--.*\n", re.MULTILINE)
 _USES = re.compile(r"^-- Uses: (.+)$", re.MULTILINE)
 
 _Answer = TypeVar("_Answer")
@@ -105,6 +106,11 @@ class Script:
         self.name = name
         self.source = source
         self.sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+
+    @cached_property
+    def code(self) -> str:
+        """The source without its comments, for one that is sent whole each time."""
+        return _COMMENT.sub("", self.source)
 
     def __call__(
         self,

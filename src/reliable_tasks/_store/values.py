@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["ms", "text"]
+__all__ = ["ms", "pairs", "text"]
 
 
 def ms(seconds: float) -> int:
@@ -15,3 +16,12 @@ def ms(seconds: float) -> int:
 def text(value: Any) -> str:
     """Return a reply as text, whether or not the client decodes it."""
     return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def pairs(found: Any) -> Iterator[tuple[str, float]]:
+    """Read members and scores, which redis-py gives as pairs or as one flat list."""
+    rows = list(found)
+    if rows and not isinstance(rows[0], (tuple, list)):
+        rows = list(zip(rows[::2], rows[1::2], strict=True))
+    for name, score in rows:
+        yield text(name), float(score)

@@ -9,7 +9,8 @@ import pytest
 from celery import Celery
 
 from reliable_tasks import ConfigError
-from reliable_tasks._once.locks import locks_of, read_config
+from reliable_tasks._once.locks import locks_of
+from reliable_tasks._redis_of import read_config
 from reliable_tasks._store.client import ServerAddress
 
 

@@ -79,6 +79,7 @@ def test_it_sets_what_redis_needs() -> None:
         "death_detection": "connection",
         "wait_replicas": 0,
         "store_timeout": 5.0,
+        "undecodable": {"max_age": 90 * 86400.0, "max_count": 100_000, "max_body": 1_000_000},
     }
 
 
@@ -91,6 +92,7 @@ def test_the_transport_is_told_the_users_settings() -> None:
         reliable_death_detection="lease",
         reliable_wait_replicas=1,
         reliable_store_timeout=2,
+        reliable_dead_letter={"undecodable": False},
     )
     apply_reliable_config(app)
     assert app.conf.broker_transport_options["reliable"] == {
@@ -99,6 +101,7 @@ def test_the_transport_is_told_the_users_settings() -> None:
         "death_detection": "lease",
         "wait_replicas": 1,
         "store_timeout": 2,
+        "undecodable": None,
     }
 
 

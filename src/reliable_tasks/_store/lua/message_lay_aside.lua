@@ -7,6 +7,7 @@
 -- ARGV[1]  tag of the delivery
 -- ARGV[2]  pause, ms
 -- ARGV[3]  started: '1' to take back the crash that was counted ahead
+-- ARGV[4]  entry of the message in unacked, as it shall wait from now on, or ''
 -- Returns: 1, or 0 if the delivery is over already
 -- Uses: release_run admit_writes
 -- Commands: TIME HEXISTS HGET HSET ZADD
@@ -17,6 +18,9 @@ admit_writes(KEYS[3])
 if redis.call('HGET', KEYS[4], 'tag') == ARGV[1] then
     release_run(KEYS[4], ARGV[1], ARGV[3], false, 0)
     redis.call('HSET', KEYS[4], 'tag', 'aside:' .. ARGV[1])
+end
+if ARGV[4] ~= '' then
+    redis.call('HSET', KEYS[1], ARGV[1], ARGV[4])
 end
 local time = redis.call('TIME')
 local ends = time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[2]

@@ -11,11 +11,12 @@
 -- ARGV[3]  'front' to be the next one taken, 'back' to wait behind all others
 -- ARGV[4]  started: '1' to take back the crash that was counted ahead
 -- ARGV[5]  longest: '0', or to do it only if the lease has ended: how long one can be, ms
+-- ARGV[6]  crash: what is known of it, as count_crash has it, or ''
 -- Returns: 1  put back
 --          3  put back: it had been laid aside for so long
 --          2  not put back: the copy had published a continuation of its task
 --          0  the delivery is over already, or its lease has not ended
--- Uses: release_run ring_bell admit_writes
+-- Uses: release_run explain_crash ring_bell admit_writes
 -- Commands: TIME ZSCORE HEXISTS HGET HDEL ZREM RPUSH LPUSH
 if ARGV[5] ~= '0' then
     local time = redis.call('TIME')
@@ -32,7 +33,11 @@ if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then
     return 0
 end
 admit_writes(KEYS[3])
-local was_aside = redis.call('HGET', KEYS[4], 'tag') == 'aside:' .. ARGV[1]
+local holder = redis.call('HGET', KEYS[4], 'tag')
+local was_aside = holder == 'aside:' .. ARGV[1]
+if holder == ARGV[1] then
+    explain_crash(KEYS[4], ARGV[6])
+end
 local has_continued = release_run(KEYS[4], ARGV[1], ARGV[4], false, 0)
 if not has_continued then
     -- Before it is taken away: what is refused here, for want of a right, must not be lost.

@@ -8,11 +8,12 @@
 -- ARGV[3]  '1' if the broker, or one of us, says that the message was delivered before
 -- ARGV[4]  run ttl, ms
 -- ARGV[5]  lease, ms
+-- ARGV[6]  who starts it, as count_crash has it
 -- Returns: {1, crashes, 0}             let in
 --          {2, crashes, 0}             over: a copy of this order ended, or was continued
 --          {3, crashes, ms of lease}   another copy is alive
--- Uses: hold_run admit_writes
--- Commands: TIME HMGET HINCRBY HDEL HSET ZADD
+-- Uses: hold_run count_crash admit_writes
+-- Commands: TIME HMGET HDEL HSET ZADD
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local order = tonumber(ARGV[2])
@@ -38,5 +39,5 @@ if ended >= order then
     redis.call('HDEL', KEYS[2], 'done')
 end
 redis.call('HSET', KEYS[2], 'order', ARGV[2])
-redis.call('HINCRBY', KEYS[2], 'crashes', 1)
+count_crash(KEYS[2], ARGV[6])
 return held

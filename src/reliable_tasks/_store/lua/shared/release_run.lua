@@ -17,7 +17,7 @@ local function release_run(run, tag, started, is_over, remembers)
         return has_continued
     end
     if is_over and not has_continued then
-        redis.call('HDEL', run, 'crashes')
+        redis.call('HDEL', run, 'crashes', 'start', 'history')
         if remembers > 0 then
             redis.call('HSET', run, 'tag', 'over')
             redis.call('PEXPIRE', run, remembers)
@@ -31,6 +31,7 @@ local function release_run(run, tag, started, is_over, remembers)
     end
     if started == '1' and tonumber(crashes or 0) > 0 then
         redis.call('HINCRBY', run, 'crashes', -1)
+        redis.call('HDEL', run, 'start')
     end
     -- Not deleted: the copy that let go must not publish a continuation any more.
     redis.call('HSET', run, 'tag', 'queued')

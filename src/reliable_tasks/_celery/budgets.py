@@ -1,0 +1,121 @@
+"""How often a task may crash or go back to its queue, and beside whom one runs that has crashed.
+
+A crash that takes a whole worker with it is counted for all that ran there. So a task that has
+crashed runs beside no other one that has: whoever is innocent is not lost with the same culprit
+again.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from celery.worker.state import active_requests, reserved_requests
+
+from reliable_tasks._celery.consumer import copy_of
+from reliable_tasks._celery.failures import info_of
+from reliable_tasks._celery.headers import CONDEMNED, REQUEUES
+from reliable_tasks._celery.setting_aside import PatientRequest, SetAside
+from reliable_tasks.errors import PoisonPill, ReliableError, RequeuesExhausted
+
+__all__ = ["BudgetedRequest", "condemned"]
+
+#: The count of a quorum queue.
+_DELIVERY_COUNT = "x-delivery-count"
+#: How soon one that waits for its turn looks again, at first and at last (s).
+_TURN = (0.05, 1.0)
+#: How soon it is asked again what nobody could say (s).
+_UNKNOWN = (0.05, 5.0)
+_ERRORS: dict[str, type[ReliableError]] = {
+    error.__name__: error for error in (PoisonPill, RequeuesExhausted)
+}
+
+
+def condemned(request: Any) -> ReliableError | None:
+    """Return what a task ends with that is not to run again, in the child that says so."""
+    found = request.get(CONDEMNED)
+    return _ERRORS[found[0]](*found[1]) if found else None
+
+
+class BudgetedRequest(PatientRequest):
+    """A request that runs no more often than its task may crash."""
+
+    _is_suspect = False
+    _has_told_crash = False
+
+    @property
+    def _crashes(self) -> int:
+        """How often the task was started before and ended by no word of its own."""
+        if self._delivery is not None:
+            return int(self._delivery.copy.crashes)
+        # Of RabbitMQ without a Redis: an upper bound, for it counts all that comes back.
+        count = self.request_dict.get(_DELIVERY_COUNT)
+        is_counted = isinstance(count, int) and self.task.acks_late and self._is_amqp
+        return count if is_counted and isinstance(count, int) else 0
+
+    def _may_run_again(self) -> bool:
+        """Say whether the task may be started; if not, it was set aside, or has ended."""
+        crashes, requeues = self._crashes, int(self.request_dict.get(REQUEUES) or 0)
+        if not crashes and not requeues:
+            return True
+        self.request_dict.pop(CONDEMNED, None)
+        max_crashes, max_requeues = self._guard._reliable_budgets()
+        verdict: ReliableError | None = None
+        if max_requeues is not None and requeues > max_requeues:
+            verdict = RequeuesExhausted(self.id, requeues, max_requeues)
+        if crashes:
+            history = self._history()
+            if history is None:
+                self._set_aside(SetAside("nobody says how it crashed", *_UNKNOWN))
+                return False
+            self._tell_crash(crashes, history)
+            if max_crashes is not None and crashes >= max_crashes:
+                known = [crash.as_dict() for crash in history]
+                verdict = PoisonPill(self.id, crashes, max_crashes, known)
+                if history[-1].is_ending if history else crashes > max_crashes:
+                    # Its handlers have crashed, too.
+                    self.on_failure(info_of(verdict))
+                    return False
+            if self._is_beside_a_suspect():
+                turn = "another task that has crashed runs here"
+                self._set_aside(SetAside(turn, *_TURN, waits_for=turn))
+                return False
+        if verdict is not None:
+            self.request_dict[CONDEMNED] = (type(verdict).__name__, verdict.args)
+            if self._delivery is not None:
+                self._held.name_starter(self._delivery, is_ending=True)
+        self._is_suspect = bool(crashes)
+        return True
+
+    def _is_beside_a_suspect(self) -> bool:
+        running = (*copy_of(active_requests), *copy_of(reserved_requests))
+        return any(getattr(one, "_is_suspect", False) for one in running if one is not self)
+
+    def _set_aside(self, answer: SetAside) -> None:
+        self._is_suspect = False
+        super()._set_aside(answer)
+
+    def _history(self) -> Any:
+        """Return what is known of the crashes, ``None`` if nobody says it now."""
+        return [] if self._delivery is None else self._held.crashes(self._delivery)
+
+    def _tell_crash(self, crashes: int, history: Any) -> None:
+        """Tell of the last crash, unless the worker did that lost its child by it."""
+        if self._has_told_crash or not history or history[-1].signal:
+            return
+        self._has_told_crash = True
+        self._guard._reliable_crashed(self.id, crashes, history[-1].as_dict())
+
+    def _note_crash(self, how: str) -> None:
+        """Note, and tell, that the child of this run is dead."""
+        signal = how or "lost"
+        if self._delivery is not None:
+            self._delivery.has_crashed = True
+            self._held.name_starter(self._delivery, pid=self.worker_pid, signal=signal)
+        crash = {
+            "host": self.hostname,
+            "pid": self.worker_pid,
+            "signal": signal,
+            "at": self.time_start or time.time(),
+        }
+        self._guard._reliable_crashed(self.id, self._crashes + 1, crash)

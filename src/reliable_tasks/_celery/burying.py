@@ -1,0 +1,57 @@
+"""A task that has failed for good, and whose message is kept: a dead letter."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from billiard.exceptions import Terminated
+from celery.exceptions import Ignore, Reject, Retry
+
+from reliable_tasks._celery.guarding import GuardedRequest
+
+__all__ = ["BuriedRequest"]
+
+
+class BuriedRequest(GuardedRequest):
+    """A request whose message becomes a dead letter when its task has failed for good."""
+
+    #: The error that it has failed with, and its traceback, until the message is ended.
+    _failure: tuple[BaseException, str] | None = None
+    #: Whether the pool has told of more than a success.
+    _is_reported = False
+    _has_succeeded = False
+
+    def _note_failure(self, error: BaseException, traceback: Any) -> None:
+        """Note what the task fails with, if that is its end; it may go back to its queue yet."""
+        self._is_reported = True
+        goes_on = isinstance(error, (Retry, Ignore, Terminated)) or (
+            isinstance(error, Reject) and bool(error.requeue)  # type: ignore[attr-defined]
+        )
+        self._failure = None if goes_on else (error, str(traceback or ""))
+
+    def send_event(self, type: str, **fields: Any) -> None:  # noqa: A002 - Celery's
+        """Tell an event, and note that a lost child had stored its result before."""
+        if type == "task-succeeded":
+            self._has_succeeded = True
+        super().send_event(type, **fields)
+
+    def _bury(self) -> None:
+        """Keep the message of a task that has failed, at the latest when that is acknowledged."""
+        failure, self._failure = self._failure, None
+        if failure is None or self._has_succeeded:
+            return
+        letter = self._guard._reliable_letter(self, *failure)
+        if letter is None:
+            return
+        if self._delivery is not None and not self.acknowledged:
+            self._delivery.letter = letter
+            self._delivery.when_buried = partial(self._guard._reliable_buried, letter)
+        else:
+            self._guard._reliable_bury(letter)
+
+    def _keep_part(self) -> None:
+        """Keep the message of a part of a chord that has succeeded: another one may die."""
+        is_success = not (self._is_reported or self._ends_here or self._is_cancelled)
+        if is_success and self.task.acks_late and not self.acknowledged and self.chord:
+            self._guard._reliable_keep_part(self)

@@ -1,0 +1,1 @@
+"""What becomes of tasks that will not run again by themselves."""

@@ -1,0 +1,210 @@
+"""What is kept of a task that has failed, made of its request and its error."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from billiard.exceptions import TimeLimitExceeded, WorkerLostError
+from celery.exceptions import Reject
+from kombu.utils.json import dumps
+
+from reliable_tasks._celery.channels import queue_of
+from reliable_tasks._celery.headers import FIRST_FAILED
+from reliable_tasks._dead.options import Options
+from reliable_tasks._store.dead import Cause, DeadLetter, Letter
+from reliable_tasks.errors import DuplicateTaskError, PoisonPill, RequeuesExhausted
+
+__all__ = ["cause_of", "letter_of_message", "letter_of_request", "raw_of"]
+
+logger = logging.getLogger("reliable_tasks")
+
+#: So much of an error, and of its traceback, is kept (characters).
+_LONGEST_ERROR, _LONGEST_TRACEBACK = 1_000, 20_000
+_OF_ERRORS: tuple[tuple[type[BaseException], Cause], ...] = (
+    (PoisonPill, Cause.POISON),
+    (RequeuesExhausted, Cause.REQUEUES),
+    (TimeLimitExceeded, Cause.TIME_LIMIT),
+    (WorkerLostError, Cause.LOST),
+    (Reject, Cause.REJECTED),
+)
+
+
+def cause_of(error: BaseException, retries: int) -> Cause:
+    """Say why a task will not run again that failed with an error."""
+    for kind, cause in _OF_ERRORS:
+        if isinstance(error, kind):
+            return cause
+    return Cause.RETRIES if retries else Cause.FAILED
+
+
+def letter_of_request(
+    request: Any, error: BaseException, traceback: str, options: Options, cause: Cause | None = None
+) -> Letter | None:
+    """Return the dead letter that a failed task becomes, or ``None`` if it becomes none.
+
+    What the task calls expected (``throws``) is no failure, and who ends as a duplicate has another
+    one that runs for it.
+    """
+    if isinstance(error, (DuplicateTaskError, *request.task.throws)):
+        return None
+    headers = request.request_dict
+    retries = int(headers.get("retries") or 0)
+    cause = cause or cause_of(error, retries)
+    if cause not in options.causes:
+        return None
+    delivery = request._delivery  # noqa: SLF001 - of our own request
+    message = request.message
+    crashes = int(headers.get("crashes") or 0)
+    history = error.history if isinstance(error, PoisonPill) else ()
+    first = headers.get(FIRST_FAILED) or (history[0]["at"] if history else None)
+    about = DeadLetter(
+        id=request.id,
+        task=request.name,
+        task_id=request.id,
+        cause=cause,
+        error=f"{type(error).__name__}: {error}"[:_LONGEST_ERROR],
+        traceback=traceback[-_LONGEST_TRACEBACK:],
+        worker=request.hostname,
+        queue=queue_of(message),
+        priority=message.properties.get("priority"),
+        retries=retries,
+        crashes=max(crashes, getattr(error, "crashes", 0)),
+        deliveries=_number(headers.get("x-delivery-count")),
+        first_at=float(first or time.time()),
+        argsrepr=str(headers.get("argsrepr") or ""),
+        kwargsrepr=str(headers.get("kwargsrepr") or ""),
+        claim=_claim_of(headers),
+        root_id=str(headers.get("root_id") or request.id),
+        parent_id=headers.get("parent_id"),
+        group_id=headers.get("group"),
+        chord_id=_chord_of(request),
+    )
+    raw = delivery.raw if delivery is not None and delivery.raw else raw_of(message)
+    return Letter(_redacted(about, options), raw, options.bounds)
+
+
+def letter_of_message(
+    message: Any,
+    error: BaseException | None,
+    cause: Cause,
+    options: Options,
+    *,
+    worker: str,
+    event: str,
+    raw: bytes,
+) -> Letter | None:
+    """Return the dead letter of a message that is not a task's of this worker.
+
+    Args:
+        message: The message.
+        error: What is wrong with it, if that was raised.
+        cause: What is wrong with it.
+        options: The app's.
+        worker: The worker's name.
+        event: What tells it from others like it: its delivery.
+        raw: The whole message, as kombu's Redis transport would write it.
+    """
+    if cause not in options.causes:
+        return None
+    headers = message.headers if isinstance(message.headers, Mapping) else {}
+    task_id = str(headers.get("id") or "")
+    about = DeadLetter(
+        id=task_id or event,
+        task=str(headers.get("task") or ""),
+        task_id=task_id,
+        cause=cause,
+        error=f"{type(error).__name__}: {error}"[:_LONGEST_ERROR] if error else "no task's message",
+        worker=worker,
+        queue=queue_of(message),
+        priority=message.properties.get("priority"),
+        retries=_number(headers.get("retries")),
+        deliveries=_number(headers.get("x-delivery-count")),
+        first_at=time.time(),
+        argsrepr=str(headers.get("argsrepr") or ""),
+        kwargsrepr=str(headers.get("kwargsrepr") or ""),
+        claim=_claim_of(headers),
+        root_id=str(headers.get("root_id") or task_id),
+        parent_id=_text(headers.get("parent_id")),
+        group_id=_text(headers.get("group")),
+    )
+    return Letter(_redacted(about, options), raw, options.bounds)
+
+
+def raw_of(message: Any) -> bytes:
+    """Return a message of any broker as kombu's Redis transport would write it."""
+    body = message.body
+    encoded = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else bytes(body or b"")
+    properties = {
+        name: value
+        for name, value in message.properties.items()
+        if name not in ("delivery_tag", "application_headers", "delivery_info")
+    }
+    properties["body_encoding"] = "base64"
+    properties["delivery_info"] = {
+        name: message.delivery_info.get(name) for name in ("exchange", "routing_key")
+    }
+    return dumps(
+        {
+            "body": base64.b64encode(encoded).decode(),
+            "content-type": message.content_type,
+            "content-encoding": message.content_encoding,
+            "headers": _jsonable(message.headers),
+            "properties": _jsonable(properties),
+        }
+    ).encode()
+
+
+def _jsonable(values: Any) -> dict[str, Any]:
+    """Return what can be written as JSON of headers; producers of all kinds write them."""
+    found = {}
+    for name, value in dict(values or {}).items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            value = str(value)
+        found[str(name)] = value
+    return found
+
+
+def _redacted(about: DeadLetter, options: Options) -> DeadLetter:
+    if options.redact is None:
+        return about
+    try:
+        return options.redact(about)
+    except Exception:
+        # Rather nothing to read than what must not be read.
+        logger.exception("reliable_dead_letter_redact failed for task %s", about.task_id)
+        hidden = "(not redacted)"
+        return replace(
+            about, argsrepr=hidden, kwargsrepr=hidden, error=hidden, traceback=hidden, claim=""
+        )
+
+
+def _claim_of(headers: Mapping[str, Any]) -> str:
+    claim = headers.get("reliable_claim")
+    return str(claim.get("key") or "") if isinstance(claim, Mapping) else ""
+
+
+def _chord_of(request: Any) -> str | None:
+    """Return the group of the chord that has counted a task's failure, if it is a part of one."""
+    if request.chord:
+        return _text(request.request_dict.get("group"))
+    for step in request._context.chain or ():  # noqa: SLF001 - its public parts do not have it
+        options = step.get("options") or {}
+        if options.get("chord"):
+            return _text(options.get("group_id"))
+    return None
+
+
+def _number(value: Any) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)

@@ -1,0 +1,66 @@
+"""Messages that are no task's of this worker: Celery drops them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from functools import partial
+from typing import Any
+
+from celery import Celery
+
+from reliable_tasks._celery.channels import held_by
+from reliable_tasks._dead.keeping import bury, tell_buried
+from reliable_tasks._dead.letters import letter_of_message, raw_of
+from reliable_tasks._dead.options import read_options
+from reliable_tasks._store.dead import Cause
+
+__all__ = ["Rejected"]
+
+logger = logging.getLogger("reliable_tasks")
+
+
+class Rejected:
+    """What a worker does with messages that it can make nothing of.
+
+    Args:
+        app: The app.
+        worker: The worker's name.
+    """
+
+    def __init__(self, app: Celery, worker: str) -> None:
+        self._app = app
+        self._worker = worker
+
+    def keep(self, message: Any, error: BaseException | None, *, is_unknown: bool) -> bool:
+        """Have a message kept, at the latest when it is acknowledged.
+
+        Args:
+            message: The message; it is not ended here.
+            error: What is wrong with it, if that was raised.
+            is_unknown: Whether it is a task's that this worker does not know.
+
+        Returns:
+            Whether it is; if not, it is to be rejected.
+        """
+        held = held_by(message.channel)
+        delivery = held.get(message.delivery_tag) if held is not None else None
+        raw = raw_of(message) if delivery is None else delivery.raw
+        # RabbitMQ counts its tags anew on each connection; the same message is the same event.
+        event = hashlib.sha256(raw if delivery is None else delivery.tag.encode()).hexdigest()[:32]
+        letter = letter_of_message(
+            message,
+            error,
+            Cause.UNKNOWN_TASK if is_unknown else Cause.UNDECODABLE,
+            read_options(self._app),
+            worker=self._worker,
+            event=event,
+            raw=raw,
+        )
+        if letter is None:
+            return False
+        if delivery is None:
+            return bury(self._app, None, letter, event)
+        delivery.letter = letter
+        delivery.when_buried = partial(tell_buried, self._app, None, letter)
+        return True

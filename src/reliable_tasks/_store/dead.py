@@ -1,0 +1,481 @@
+"""Dead letters: tasks that will not run again by themselves, kept whole."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import heapq
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from enum import IntEnum, StrEnum
+from itertools import islice
+from typing import Any
+from uuid import uuid4
+
+import redis
+
+from reliable_tasks._store.keys import Keys
+from reliable_tasks._store.scripts import Argument, checked, execute, load, pipelined
+from reliable_tasks._store.values import ms, pairs, text
+
+__all__ = [
+    "Bounds",
+    "Buried",
+    "Cause",
+    "DeadLetter",
+    "DeadStore",
+    "Letter",
+    "Pruned",
+    "Reservation",
+    "Sent",
+    "undecodable",
+]
+
+#: How many are read in one go, and how many dropped.
+_AT_ONCE = 200
+#: For how long one caller replays a dead letter undisturbed (s).
+_WINDOW = 15.0
+#: A message that is no UTF-8 is kept behind this; no other begins so.
+_BASE64 = b"base64:"
+
+
+class Cause(StrEnum):
+    """Why a task will not run again."""
+
+    POISON = "poison"
+    REQUEUES = "requeues"
+    RETRIES = "retries"
+    TIME_LIMIT = "time_limit"
+    LOST = "lost"
+    REJECTED = "rejected"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    UNKNOWN_TASK = "unknown_task"
+    UNDECODABLE = "undecodable"
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How much is kept.
+
+    Attributes:
+        max_age: For how long (s).
+        max_count: How many dead letters.
+        max_body: Up to how many bytes of a message.
+    """
+
+    max_age: float
+    max_count: int
+    max_body: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetter:
+    """A task that will not run again by itself.
+
+    Attributes:
+        id: Its own: the task's id, with a number behind it where a task of this id died before. One
+            of a message without an id has that of its delivery.
+        task: The task's name, or ``""``.
+        task_id: The task's id, or ``""``.
+        cause: Why it is here.
+        error: The error's type and text.
+        traceback: Its traceback, or ``""``.
+        worker: Name of the worker that kept it.
+        queue: The queue that its message came by.
+        priority: The message's priority, or ``None``.
+        retries: How often the task was retried.
+        crashes: How often it was started and ended by no word of its own.
+        deliveries: How often its message was delivered again, as far as the broker counts.
+        first_at: When it failed or crashed first, as far as that is known (s since the epoch).
+        at: When it was kept (s since the epoch, by the clock of Redis).
+        argsrepr: Its positional arguments, as text that people may read.
+        kwargsrepr: Its keyword arguments, the same.
+        claim: The `@once` key that its message owned, or ``""``.
+        root_id: The task that it all began with.
+        parent_id: The task that called it, or ``None``.
+        group_id: The group that it is a part of, or ``None``.
+        chord_id: The chord that has counted its failure, or ``None``.
+        size: Size of its message (bytes); 0 if that was too large to be kept.
+        replayed_as: Id of the task that was sent in its place, or ``None``.
+    """
+
+    id: str
+    task: str
+    task_id: str
+    cause: Cause
+    error: str
+    traceback: str = ""
+    worker: str = ""
+    queue: str = ""
+    priority: int | None = None
+    retries: int = 0
+    crashes: int = 0
+    deliveries: int = 0
+    first_at: float = 0.0
+    at: float = 0.0
+    argsrepr: str = ""
+    kwargsrepr: str = ""
+    claim: str = ""
+    root_id: str = ""
+    parent_id: str | None = None
+    group_id: str | None = None
+    chord_id: str | None = None
+    size: int = 0
+    replayed_as: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """Cause and task, by which they are found."""
+        return f"{self.cause}:{self.task}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all of it as JSON can have it."""
+        return asdict(self)
+
+
+#: What the server itself knows, or has in fields of its own.
+_ELSEWHERE = ("id", "at", "size", "traceback", "replayed_as")
+_KNOWN = frozenset(one.name for one in fields(DeadLetter))
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A dead letter that is to be kept.
+
+    Attributes:
+        about: What is known of it.
+        message: The whole message, as kombu's Redis transport would write it.
+        bounds: How much is kept.
+    """
+
+    about: DeadLetter
+    message: bytes
+    bounds: Bounds
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether the message is left out."""
+        return len(self.message) > self.bounds.max_body
+
+    def kept_as(self, id_: str) -> DeadLetter:
+        """Return it as it is kept under an id."""
+        size = 0 if self.is_too_large else len(self.message)
+        return replace(self.about, id=id_, size=size)
+
+    def arguments(self, delivery: str) -> list[Argument]:
+        """Return what ``dead_add.lua`` takes, for a delivery or another event with a name."""
+        about = self.about
+        meta: dict[str, Any] = {
+            "id": about.id,
+            "cause": about.cause,
+            "task": about.task,
+            "delivery": delivery,
+            "max_age": ms(self.bounds.max_age),
+            "max_count": self.bounds.max_count,
+        }
+        if about.chord_id:
+            meta |= {"chord": about.chord_id, "member": about.task_id}
+        shown = {k: v for k, v in asdict(about).items() if k not in _ELSEWHERE and v}
+        return [
+            json.dumps(meta),
+            json.dumps(shown),
+            about.traceback.encode("utf-8", "replace"),
+            b"" if self.is_too_large else _as_text(self.message),
+        ]
+
+
+def undecodable(raw: bytes, *, event: str, queue: str, worker: str, bounds: Bounds) -> Letter:
+    """Return the letter of a message that nobody can read.
+
+    Args:
+        raw: What there is of it.
+        event: What tells it from others like it: its delivery.
+        queue: The queue that it came by.
+        worker: Name of the worker that could not read it.
+        bounds: How much is kept.
+    """
+    about = DeadLetter(
+        id=hashlib.sha256(event.encode("utf-8", "surrogateescape")).hexdigest()[:32],
+        task="",
+        task_id="",
+        cause=Cause.UNDECODABLE,
+        error=f"not a message of kombu's: {raw[:100]!r}",
+        worker=worker,
+        queue=queue,
+    )
+    return Letter(about, raw, bounds)
+
+
+@dataclass(frozen=True, slots=True)
+class Buried:
+    """What came of a delivery that was to end as a dead letter.
+
+    Attributes:
+        is_ended: Whether it was still held when it ended.
+        id: Id of the letter; ``""`` if somebody else has the message.
+        count: How many letters there are.
+    """
+
+    is_ended: bool
+    id: str
+    count: int
+
+    @classmethod
+    def of(cls, answer: Sequence[Any]) -> Buried:
+        """Read what ``message_bury.lua`` and ``run_bury.lua`` return."""
+        if len(answer) == 1:
+            return cls(False, "", 0)
+        ended, id_, count = answer
+        return cls(bool(ended), text(id_), int(count))
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What was dropped.
+
+    Attributes:
+        aged: How many for their age.
+        many: How many because there were too many.
+        soon: How many are in the last tenth of their time.
+        count: How many there are.
+        max_count: How many there may be.
+    """
+
+    aged: int
+    many: int
+    soon: int
+    count: int
+    max_count: int
+
+
+class Reservation(IntEnum):
+    """Answers to who wants to replay; the numbers are those of ``dead_reserve.lua``."""
+
+    NOT_FOUND = 0
+    OURS = 1
+    IN_DOUBT = 2
+    SENT = 3
+    OTHERS = 4
+
+
+class Sent(StrEnum):
+    """How a replay went, as ``dead_release.lua`` has it."""
+
+    SENT = "sent"
+    IN_DOUBT = "doubt"
+    REFUSED = "refused"
+
+
+class DeadStore:
+    """The dead letters behind one prefix.
+
+    Every method takes the client to use, raises redis-py's own errors, and can be repeated when
+    its reply was lost.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        self.keys = keys
+
+    # -- writing -------------------------------------------------------------------------------
+
+    def bury(self, server: redis.Redis, letter: Letter, event: str) -> tuple[str, int]:
+        """Keep a letter whose message is acknowledged; return its id and how many there are."""
+        answer = load("dead_bury").on(server, [self.keys.dead], letter.arguments(event))
+        return text(answer[0]), int(answer[1])
+
+    def keep_part(
+        self,
+        server: redis.Redis,
+        group_id: str,
+        task_id: str,
+        message: bytes,
+        size: int,
+        ttl: float,
+    ) -> None:
+        """Keep the message of a part of a chord that has succeeded, for so long (s)."""
+        args: list[Argument] = [task_id, message, size, ms(ttl)]
+        load("chord_keep").on(server, [self.keys.chord(group_id)], args)
+
+    def prune(self, server: redis.Redis) -> Pruned:
+        """Drop what is too old, or too many; some of it."""
+        return Pruned(*map(int, load("dead_prune").on(server, [self.keys.dead], [_AT_ONCE])))
+
+    def discard(self, server: redis.Redis, id_: str) -> bool:
+        """Remove a letter; return whether there was one."""
+        keys = [self.keys.dead, self.keys.dead_letter(id_)]
+        return bool(load("dead_discard").on(server, keys, [id_]))
+
+    def discard_each(self, server: redis.Redis, ids: Sequence[str]) -> int:
+        """Remove some letters; return how many there were."""
+        calls = [([self.keys.dead, self.keys.dead_letter(id_)], [id_]) for id_ in ids]
+        return sum(map(int, load("dead_discard").on_each(server, calls))) if calls else 0
+
+    # -- replaying -----------------------------------------------------------------------------
+
+    def reserve(self, server: redis.Redis, id_: str, token: str) -> tuple[Reservation, str]:
+        """Ask to replay a letter; return whether one may, and the id of the new task."""
+        args: list[Argument] = [str(uuid4()), token, ms(_WINDOW)]
+        code, new_id = load("dead_reserve").on(server, [self.keys.dead_letter(id_)], args)
+        return Reservation(int(code)), text(new_id)
+
+    def release(self, server: redis.Redis, id_: str, token: str, how: Sent) -> None:
+        """Note how a replay went."""
+        keys = [self.keys.dead, self.keys.dead_letter(id_)]
+        load("dead_release").on(server, keys, [id_, token, how])
+
+    def parts(self, server: redis.Redis, group_id: str) -> dict[str, bytes]:
+        """Return what is kept of a chord: task ids, and messages, or ``@`` and a letter's id."""
+        found = execute(server, "HGETALL", self.keys.chord(group_id))
+        return {
+            text(name): _as_message(value) for name, value in found.items() if text(name) != "@"
+        }
+
+    def forget_parts(self, server: redis.Redis, group_id: str) -> None:
+        """Forget a chord that was replayed."""
+        execute(server, "DEL", self.keys.chord(group_id))
+
+    # -- reading -------------------------------------------------------------------------------
+
+    def get(self, server: redis.Redis, id_: str) -> DeadLetter | None:
+        """Return a letter with its traceback."""
+        found = self._read(server, [id_])
+        if not found:
+            return None
+        trace = execute(server, "HGET", self.keys.dead_letter(id_), "traceback")
+        return replace(found[0], traceback=text(trace or b""))
+
+    def message(self, server: redis.Redis, id_: str) -> bytes:
+        """Return the whole message of a letter, or nothing."""
+        return _as_message(execute(server, "HGET", self.keys.dead_letter(id_), "message") or b"")
+
+    def count(
+        self,
+        server: redis.Redis,
+        *,
+        task: str | None,
+        cause: str | None,
+        since: float | None,
+    ) -> int:
+        """Count the letters that were not replayed."""
+        kinds = self._kinds(server, task, cause)
+        if since is None:
+            return sum(kinds.values())
+        commands = [("ZCOUNT", self.keys.dead_of(kind), since * 1000, "+inf") for kind in kinds]
+        return sum(map(int, checked(pipelined(server, commands)))) if commands else 0
+
+    def walk(
+        self,
+        server: redis.Redis,
+        *,
+        task: str | None,
+        cause: str | None,
+        since: float | None,
+        oldest_first: bool = False,
+        replayed: bool = False,
+        page: int = _AT_ONCE,
+    ) -> Iterator[DeadLetter]:
+        """Yield letters, the newest first, some at a time, so that Redis is blocked for nobody.
+
+        One that is kept or removed meanwhile may be there, or not; none is there twice.
+        """
+        for ids in self._pages(server, task, cause, since, oldest_first, replayed, page):
+            for letter in self._read(server, ids):
+                is_asked_for = task in (None, letter.task) and cause in (None, letter.cause)
+                if is_asked_for and (letter.replayed_as is not None) == replayed:
+                    yield letter
+
+    def _pages(
+        self,
+        server: redis.Redis,
+        task: str | None,
+        cause: str | None,
+        since: float | None,
+        oldest_first: bool,
+        replayed: bool,
+        page: int,
+    ) -> Iterator[list[str]]:
+        if replayed:
+            sources = [f"{self.keys.dead}replayed"]
+        elif task is None and cause is None:
+            sources = [f"{self.keys.dead}all"]
+        else:
+            sources = [self.keys.dead_of(kind) for kind in self._kinds(server, task, cause)]
+        least = "-inf" if since is None else since * 1000
+        rows = [self._rows(server, source, least, oldest_first, page) for source in sources]
+        merged = heapq.merge(*rows, key=lambda row: row[0] if oldest_first else -row[0])
+        while ids := [id_ for _, id_ in islice(merged, page)]:
+            yield ids
+
+    def _rows(
+        self, server: redis.Redis, source: str, least: Any, oldest_first: bool, page: int
+    ) -> Iterator[tuple[float, str]]:
+        """Yield the members of one index by their scores, though others come and go."""
+        edge: float | None = None
+        at_edge: set[str] = set()
+        while True:
+            if oldest_first:
+                command = ("ZRANGEBYSCORE", source, least if edge is None else edge, "+inf")
+            else:
+                command = ("ZREVRANGEBYSCORE", source, "+inf" if edge is None else edge, least)
+            limit = ("WITHSCORES", "LIMIT", 0, page + len(at_edge))
+            found = pairs(execute(server, *command, *limit))
+            new = [(score, id_) for id_, score in found if id_ not in at_edge]
+            if not new:
+                return
+            yield from new
+            last = new[-1][0]
+            # Those of the same millisecond are met again.
+            at_edge = {id_ for score, id_ in new if score == last} | (
+                at_edge if last == edge else set()
+            )
+            edge = last
+
+    def _kinds(self, server: redis.Redis, task: str | None, cause: str | None) -> dict[str, int]:
+        found = execute(server, "HGETALL", f"{self.keys.dead}counts")
+        counts = {text(kind): int(count) for kind, count in found.items()}
+        return {
+            kind: count
+            for kind, count in counts.items()
+            if cause in (None, kind.partition(":")[0]) and task in (None, kind.partition(":")[2])
+        }
+
+    def _read(self, server: redis.Redis, ids: Iterable[str]) -> list[DeadLetter]:
+        names = list(ids)
+        keys = [self.keys.dead_letter(id_) for id_ in names]
+        wanted = ("about", "at", "replay_id", "replayed")
+        rows = checked(pipelined(server, [("HMGET", key, *wanted) for key in keys]))
+        sizes = checked(pipelined(server, [("HSTRLEN", key, "message") for key in keys]))
+        return [
+            _letter(id_, row, int(size))
+            for id_, row, size in zip(names, rows, sizes, strict=True)
+            if row[0] is not None
+        ]
+
+
+def _letter(id_: str, row: Sequence[Any], size: int) -> DeadLetter:
+    about, at, replay_id, replayed = row
+    known = {k: v for k, v in json.loads(text(about)).items() if k in _KNOWN}
+    known["cause"] = Cause(known["cause"])
+    return DeadLetter(
+        **{"task": "", "task_id": "", "error": "", **known},
+        id=id_,
+        at=int(at) / 1000,
+        size=size,
+        replayed_as=text(replay_id) if replayed is not None else None,
+    )
+
+
+def _as_text(message: bytes) -> bytes:
+    """Return a message as a client can read it that takes all for UTF-8."""
+    try:
+        message.decode()
+    except UnicodeDecodeError:
+        return _BASE64 + base64.b64encode(message)
+    return message
+
+
+def _as_message(value: Any) -> bytes:
+    kept = value if isinstance(value, bytes) else str(value).encode()
+    return base64.b64decode(kept.removeprefix(_BASE64)) if kept.startswith(_BASE64) else kept

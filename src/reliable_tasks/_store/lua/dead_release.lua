@@ -1,0 +1,37 @@
+-- Purpose: note how the replay of a dead letter went, for who was let in by dead_reserve.
+--          Safe to repeat.
+-- KEYS[1]  what the keys of dead letters begin with
+-- KEYS[2]  the dead letter
+-- ARGV[1]  its id
+-- ARGV[2]  token of the caller
+-- ARGV[3]  'sent'; 'doubt', if it may have been sent: the next one sends it under the same id; or
+--          'refused', if it was not
+-- Returns: 1, or 0 if somebody else was let in since, or there is none
+-- Uses: admit_writes
+-- Commands: TIME HMGET HSET HDEL ZADD ZREM HINCRBY
+local kind, token, replayed = unpack(redis.call('HMGET', KEYS[2], 'kind', 'replay_token', 'replayed'))
+if not kind or token ~= ARGV[2] then
+    return 0
+end
+admit_writes(KEYS[2])
+if ARGV[3] == 'doubt' then
+    redis.call('HSET', KEYS[2], 'replay_until', '0')
+    return 1
+end
+if ARGV[3] == 'refused' then
+    redis.call('HDEL', KEYS[2], 'replay_id', 'replay_token', 'replay_until')
+    return 1
+end
+if replayed then
+    return 1
+end
+local time = redis.call('TIME')
+local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
+redis.call('HSET', KEYS[2], 'replayed', now)
+redis.call('ZREM', KEYS[1] .. 'all', ARGV[1])
+redis.call('ZREM', KEYS[1] .. 'of:' .. kind, ARGV[1])
+redis.call('ZADD', KEYS[1] .. 'replayed', now, ARGV[1])
+if redis.call('HINCRBY', KEYS[1] .. 'counts', kind, -1) <= 0 then
+    redis.call('HDEL', KEYS[1] .. 'counts', kind)
+end
+return 1

@@ -1,0 +1,165 @@
+"""The app of tasks that crash, go back to their queue without end, or fail for good."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from celery import Celery, Task
+from celery.exceptions import Reject
+
+from reliable_tasks import ReliableTask, apply_reliable_config, once
+from tests.integration.apps.journal import Journal
+
+#: Hard time limit of the tasks (s).
+LIMIT = 30
+
+journal = Journal(Path(os.environ.get("RT_JOURNAL", "/nonexistent")))
+
+
+def _sigkill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _exit() -> None:
+    os._exit(3)
+
+
+def _segfault() -> None:
+    # Python writes a traceback to stderr otherwise.
+    ctypes.string_at(0)
+
+
+def _out_of_memory() -> None:
+    """Be killed by the kernel for what it allocates, as far as a test may provoke that.
+
+    A limit of the address space turns it into an error of malloc, which C code answers by abort.
+    """
+    resource.setrlimit(resource.RLIMIT_AS, (2**28, 2**28))
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    if libc.malloc(ctypes.c_size_t(2**34)) is None:
+        os.abort()
+
+
+def _kill_worker() -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(30)
+
+
+#: How a task can crash, by its name.
+CRASHES = {
+    "sigkill": _sigkill,
+    "exit": _exit,
+    "segfault": _segfault,
+    "out_of_memory": _out_of_memory,
+    "kill_worker": _kill_worker,
+}
+
+
+class Handled(ReliableTask):
+    """A task that says when its handlers run, and whose handlers can crash, too."""
+
+    abstract = True
+
+    def on_failure(self, exc: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
+        """Write down the failure."""
+        journal.write("on_failure", id=task_id, error=type(exc).__name__)
+        if args and len(args) > 2 and args[2] == "crash in on_failure":
+            _sigkill()
+
+
+def build(
+    broker: str, backend: str | None = None, *, limit: int = LIMIT, **settings: Any
+) -> Celery:
+    """Make the app, the same for a worker and for its client."""
+    app = Celery("poison", broker=broker, backend=backend, set_as_current=False)
+    app.conf.update(settings)
+    apply_reliable_config(app)
+    common = {"shared": False, "base": Handled, "bind": True, "time_limit": limit}
+
+    def start(task: Task, name: str) -> None:
+        request = task.request
+        journal.write(
+            "start", name=name, id=request.id, retries=request.retries, args=list(request.args)
+        )
+
+    @app.task(name="crash", **common)
+    def crash(self: Task, name: str, how: str, then: str = "") -> None:
+        start(self, name)
+        CRASHES[how]()
+
+    @app.task(name="crash_once", **common)
+    @once(key="{name}")
+    def crash_once(self: Task, name: str, how: str) -> None:
+        start(self, name)
+        CRASHES[how]()
+
+    @app.task(name="innocent", **common)
+    def innocent(self: Task, name: str, seconds: float = 0) -> str:
+        start(self, name)
+        time.sleep(seconds)
+        journal.write("end", name=name, id=self.request.id)
+        return name
+
+    @app.task(name="requeue", max_requeues=3, **common)
+    def requeue(self: Task, name: str) -> None:
+        start(self, name)
+        raise Reject("not here", requeue=True)
+
+    @app.task(name="fail", **common)
+    def fail(self: Task, name: str) -> None:
+        start(self, name)
+        if not journal.events("mended", name=name):
+            raise ValueError(f"{name} is broken")
+
+    @app.task(name="fail_again", max_retries=2, **common)
+    def fail_again(self: Task, name: str) -> str:
+        start(self, name)
+        if not journal.events("mended", name=name):
+            raise self.retry(exc=KeyError(name), countdown=0)
+        return name
+
+    @app.task(name="slow", **{**common, "time_limit": 1})
+    def slow(self: Task, name: str) -> str:
+        start(self, name)
+        if not journal.events("mended", name=name):
+            time.sleep(30)
+        return name
+
+    @app.task(name="dropped", **common)
+    def dropped(self: Task, name: str) -> None:
+        start(self, name)
+        raise Reject("not here", requeue=False)
+
+    @app.task(name="add", **common)
+    def add(self: Task, name: str, number: int, other: int = 1) -> int:
+        start(self, name)
+        if not journal.events("mended", name=name):
+            raise ValueError(f"{name} is broken")
+        return number + other
+
+    @app.task(name="note", **common)
+    def note(self: Task, *values: Any) -> None:
+        journal.write("note", values=[repr(value) for value in values])
+
+    @app.task(name="total", **common)
+    def total(self: Task, numbers: list[int]) -> int:
+        journal.write("total", numbers=numbers)
+        return sum(numbers)
+
+    return app
+
+
+app = build(
+    os.environ.get("RT_BROKER_URL", "memory://"),
+    os.environ.get("RT_RESULT_URL"),
+    limit=int(os.environ.get("RT_LIMIT", LIMIT)),
+    **json.loads(os.environ.get("RT_SETTINGS", "{}")),
+)
