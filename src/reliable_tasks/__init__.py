@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from reliable_tasks import presets
+from reliable_tasks import dead_letters, presets
 from reliable_tasks._once.decorator import once
 from reliable_tasks._once.held import HeldClaim
 from reliable_tasks._once.result import ReliableResult
@@ -71,6 +71,7 @@ __all__ = [
     "UnsupportedCelery",
     "VisibilityTimeout",
     "apply_reliable_config",
+    "dead_letters",
     "once",
     "presets",
     "recommended_visibility_timeout",

@@ -42,7 +42,7 @@ from reliable_tasks._once.publish import publish
 from reliable_tasks._once.purged import free_thrown
 from reliable_tasks._once.received import mark_copy
 from reliable_tasks._once.result import ReliableResult
-from reliable_tasks._redis_of import read_config
+from reliable_tasks._places import read_config
 from reliable_tasks._retrying import Policy, Retrying
 from reliable_tasks._store.dead import Letter
 from reliable_tasks._store.publication import Superseded

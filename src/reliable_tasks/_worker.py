@@ -22,6 +22,7 @@ from reliable_tasks._celery.delivery import give_back_what_waits, tell_events_to
 from reliable_tasks._celery.exits import is_stopping
 from reliable_tasks._celery.pools import notice_dead_children, wait_for_all_of_eventlets_pool
 from reliable_tasks._celery.signals import handle_signals_in_green_threads
+from reliable_tasks._celery.stock import is_stock_redis
 from reliable_tasks._dead.rejected import Rejected
 from reliable_tasks._once.locks import locks_of
 from reliable_tasks._once.waiting import keep_claims
@@ -100,8 +101,9 @@ class KeeperStep(bootsteps.StartStopStep):
 
 
 def _beside(consumer: Any) -> Any:
-    """Have a worker of RabbitMQ keep its runs in the lock Redis, if there is one."""
-    if not is_amqp(consumer) or not isinstance(consumer, CarryingConsumer):
+    """Have a worker of another broker keep its runs in the lock Redis, if there is one."""
+    is_known = is_amqp(consumer) or is_stock_redis(consumer.task_consumer.channel)
+    if not is_known or not isinstance(consumer, CarryingConsumer):
         return None
     try:
         locks = locks_of(consumer.app)

@@ -299,8 +299,8 @@ class RequeuesExhausted(ReliableError):
 
     def __str__(self) -> str:
         return (
-            f"task {self.task_id} has gone back to its queue {self.requeues} times (max_requeues is "
-            f"{self.limit}), and is not run again"
+            f"task {self.task_id} has gone back to its queue {self.requeues} times "
+            f"(max_requeues is {self.limit}), and is not run again"
         )
 
 

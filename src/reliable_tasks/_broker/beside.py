@@ -1,8 +1,10 @@
 """What a worker of another broker holds, kept in a Redis beside it.
 
-RabbitMQ gives a message to somebody else as soon as a connection is lost, also while its task
-runs on. So each run has a lease in the lock Redis: while it is renewed, no copy of the task is
-let in; and what is over is known there, for the message of a lost connection comes back.
+The other broker is RabbitMQ, or kombu's own Redis transport, whose Redis can be the same. RabbitMQ
+gives a message to somebody else as soon as a connection is lost, also while its task runs on; stock
+kombu does so too, and when its timeout is over. So each run has a lease in the lock Redis: while it
+is renewed, no copy of the task is let in; and what is over is known there, for the message comes
+back.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from reliable_tasks._broker.held import SILENCE, Held, held_for
 from reliable_tasks._celery.headers import IS_COPY
 from reliable_tasks._store.claims import Claims
 from reliable_tasks._store.client import ServerAddress, connect
+from reliable_tasks._store.crashes import Crash
 from reliable_tasks._store.dead import DeadStore
 from reliable_tasks._store.delivery import Copy, Delivery, Guard, Layout
 from reliable_tasks._store.keys import BESIDE, Keys
@@ -117,6 +120,11 @@ class Beside(Held):
         """Say who starts it, if that is more than was said: it was counted when it was let in."""
         if delivery.starter is not None and delivery.starter.is_ending:
             self.explain_start(delivery)
+
+    def crashes(self, delivery: Delivery) -> list[Crash] | None:
+        """Return what is known of a task's crashes; the start of this copy is counted, too."""
+        found = super().crashes(delivery)
+        return found if found is None or not delivery.is_started else found[:-1]
 
     def uncount_start(self, delivery: Delivery) -> None:
         """Do nothing: a copy that waits again has left, and its start is taken back."""

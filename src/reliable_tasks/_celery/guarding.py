@@ -39,13 +39,14 @@ class GuardedRequest(BudgetedRequest):
         of the timeout does not cover the run, it is started anew; once it is used up, the
         message belongs to the copy that the broker has made or is about to make.
         """
+        timeout = stock.visibility_timeout(self.message)
+        if timeout is not None and not self.acknowledged and not self._may_start_in(timeout):
+            return False
         if self._delivery is not None:
             return self._may_start_on_lease()
-        timeout = stock.visibility_timeout(self.message)
-        if self.acknowledged:
-            return True
-        if timeout is None:
-            return self._may_run_again()
+        return self.acknowledged or self._may_run_again()
+
+    def _may_start_in(self, timeout: float) -> bool:
         limit = hard_limit(self.task, self.time_limits)
         slack = self._guard._reliable_slack(timeout)
         held = time.monotonic() - self.received_at

@@ -144,7 +144,7 @@ class PatientRequest(DeliveredRequest):
             self._wait_here(consumer, pause)
 
     def _can_wait_here(self, pause: float) -> bool:
-        if self._beside is not None:
+        if self._beside is not None and self._is_amqp:
             # The prefetch of a quorum queue stands, so not for long. Without an answer from the
             # lock Redis no other message could be run, either.
             return pause < _SHORTEST_IN_BROKER or self._delivery.copy.is_unknown
@@ -154,7 +154,8 @@ class PatientRequest(DeliveredRequest):
         """Keep the message for a pause, as Celery does with an ETA: nothing is requeued."""
         channel = self.message.channel
         # Not without bound: with the lock Redis away each copy in the queue would come to wait.
-        raises_prefetch = self._beside is None and len(_waiting) < _MOST_WAITING
+        is_fixed = self._beside is not None and self._is_amqp
+        raises_prefetch = not is_fixed and len(_waiting) < _MOST_WAITING
         if raises_prefetch:
             _waiting.add(self)
             consumer.qos.increment_eventually()

@@ -8,14 +8,19 @@ from typing import Any
 
 from reliable_tasks._celery.channels import held_by
 
-__all__ = ["forget", "restart_timeout", "visibility_timeout"]
+__all__ = ["forget", "is_stock_redis", "restart_timeout", "visibility_timeout"]
 
 logger = logging.getLogger("reliable_tasks")
 
 
+def is_stock_redis(channel: Any) -> bool:
+    """Say whether a channel is of stock kombu's Redis transport."""
+    return held_by(channel) is None and hasattr(channel, "unacked_key")
+
+
 def visibility_timeout(message: Any) -> float | None:
     """Return the broker's timeout where the message came from stock kombu's Redis transport."""
-    if held_by(message.channel) is not None or not hasattr(message.channel, "unacked_key"):
+    if not is_stock_redis(message.channel):
         return None
     return float(message.channel.visibility_timeout)
 

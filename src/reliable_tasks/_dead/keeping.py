@@ -11,7 +11,7 @@ import redis
 from celery import Celery
 
 from reliable_tasks._dead.letters import raw_of
-from reliable_tasks._dead.place import place_of
+from reliable_tasks._places import dead_place
 from reliable_tasks._store.dead import Letter
 from reliable_tasks.instrumentation.signals import (
     dead_letter_kept,
@@ -49,7 +49,7 @@ def tell_crash(
 
 def keep_part(app: Celery, request: Any) -> None:
     """Keep the message of a part of a chord that has succeeded: another part may die."""
-    place, group_id = place_of(app), request.request_dict.get("group")
+    place, group_id = dead_place(app), request.request_dict.get("group")
     size = (request.chord or {}).get("chord_size")
     if place is None or not group_id or not size:
         return
@@ -73,7 +73,7 @@ def bury(app: Celery, task: Any, letter: Letter, event: str) -> bool:
     Returns:
         Whether it is kept. If not, it is said in the log, with all that there is of it.
     """
-    place = place_of(app)
+    place = dead_place(app)
     try:
         if place is None:
             raise redis.exceptions.ConnectionError("no Redis is configured")
@@ -130,7 +130,7 @@ def _warn_of_many(count: int, max_count: int) -> None:
 
 
 def _prune(app: Celery) -> None:
-    place = place_of(app)
+    place = dead_place(app)
     if place is None:
         return
     try:

@@ -123,6 +123,7 @@ def ask(task: Task[..., Any], once: Once, call: Call) -> Asked:
         continues=before.continues if before else "",
         task_id=before.task_id if before else "",
         is_only=bool(before and before.is_only),
+        token=before.token if before else "",
         claim=claim.name,
         how=_how(once, kept, is_own=is_own),
         owner=claim.owner,

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from celery import Celery
 from kombu.exceptions import OperationalError
 
-from reliable_tasks._redis_of import broker_redis, lock_redis, read_config
+from reliable_tasks._places import broker_redis, lock_redis, read_config
 from reliable_tasks._store.claims import Claims
 from reliable_tasks._store.client import is_same_server
 from reliable_tasks._store.scripts import Replicas

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from celery.result import AsyncResult
 
+from reliable_tasks._places import dead_place
+
 if TYPE_CHECKING:
     _AsyncResult = AsyncResult[Any]
 else:
@@ -30,3 +32,16 @@ class ReliableResult(_AsyncResult):
     followed_id: str | None = None
     replaced_id: str | None = None
     ignored_id: str | None = None
+
+    @property
+    def replayed_id(self) -> str | None:
+        """Id of the task that was sent in the place of this one, which had become a dead letter.
+
+        ``None`` if it was not replayed, or its dead letter was dropped or discarded since.
+
+        Raises:
+            redis.RedisError: The Redis of the dead letters does not answer.
+        """
+        place = dead_place(self.app)
+        letter = place.store.get(place.server, self.id) if place is not None else None
+        return None if letter is None else letter.replayed_as

@@ -24,7 +24,7 @@ from reliable_tasks._celery.settings import explicit, put
 from reliable_tasks._celery.versions import check_versions
 from reliable_tasks._once.decorator import refuse_plain_base
 from reliable_tasks._once.purged import remember
-from reliable_tasks._redis_of import read_config
+from reliable_tasks._places import read_config
 from reliable_tasks._setup import rules
 from reliable_tasks._setup.concerns import concerns
 from reliable_tasks._setup.facts import Facts
@@ -189,8 +189,8 @@ _STOCK = (
     "lost when its worker dies while it fetches, or when Redis is full; a task that runs for "
     "longer than visibility_timeout, or waits so long for its ETA, is started again while it "
     "runs; a dead worker's tasks wait for visibility_timeout; a lost connection starts running "
-    "tasks again; a publish whose reply is lost can queue a message twice; there is no guard but "
-    "that of @once, no crash count, and no exclusive task"
+    "tasks again; a publish whose reply is lost can queue a message twice; there is no exclusive "
+    "task"
 )
 
 
@@ -216,7 +216,7 @@ class StartCheck(bootsteps.Step):
             logger.warning("%s", concern)
         pool = _pool_name(worker)
         facts = Facts.of(app)
-        is_stock = facts.broker == "redis" and not facts.has_own_transport
+        is_stock = facts.is_stock
         if is_stock:
             logger.warning(_STOCK)
         if is_stock and pool in ("gevent", "eventlet"):

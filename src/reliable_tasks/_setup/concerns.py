@@ -26,8 +26,7 @@ def concerns(facts: Facts, timeout: VisibilityTimeout, knows_all_tasks: bool) ->
     yield from _misplaced(facts)
     if facts.broker == "redis":
         yield from _redis_concerns(facts, timeout)
-    is_stock = facts.broker == "redis" and not facts.has_own_transport
-    if is_stock and knows_all_tasks and timeout.unlimited:
+    if facts.is_stock and knows_all_tasks and timeout.unlimited:
         names = ", ".join(timeout.unlimited[:5]) + (", ..." if timeout.unlimited[5:] else "")
         yield Concern(
             "task_time_limit",
@@ -132,10 +131,10 @@ CHECKS: tuple[tuple[str, Callable[[Any, Facts], bool], str], ...] = (
     ),
     (
         "worker_consumer",
-        lambda value, facts: facts.carries and "CarryingConsumer" not in str(value),
+        lambda value, facts: facts.is_guarded and "CarryingConsumer" not in str(value),
         (
-            "a consumer of your own forgets what is held when the connection is lost; derive it "
-            "from reliable_tasks._celery.consumer.CarryingConsumer"
+            "a consumer of your own forgets what is held when the connection is lost, and drops "
+            "what it cannot read; derive it from reliable_tasks._celery.consumer.CarryingConsumer"
         ),
     ),
     (

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from celery import Celery
 
 from reliable_tasks._dead.options import bounds_of, causes_of
-from reliable_tasks._redis_of import has_own_transport, read_config, scheme_of
+from reliable_tasks._places import has_own_transport, read_config, scheme_of
 from reliable_tasks._store.client import as_text, is_redis_url
 from reliable_tasks._store.dead import Cause
 from reliable_tasks.config import ReliableConfig
@@ -83,6 +83,16 @@ class Facts:
     def carries(self) -> bool:
         """Whether running tasks run on when the connection is lost."""
         return self.has_own_transport or self.has_guard_beside
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the broker is a Redis that kombu's own transport talks to."""
+        return self.broker == "redis" and not self.has_own_transport
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether it is known which tasks run, so that no copy of one is let in beside it."""
+        return self.carries or self.is_stock
 
     @property
     def has_backend(self) -> bool:

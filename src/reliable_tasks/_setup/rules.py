@@ -35,6 +35,10 @@ def _carries(facts: Facts) -> bool:
     return facts.carries
 
 
+def _is_guarded(facts: Facts) -> bool:
+    return facts.is_guarded
+
+
 def _does_not_carry(facts: Facts) -> bool:
     return not facts.carries
 
@@ -83,8 +87,8 @@ SETTINGS: tuple[Rule, ...] = (
     Rule(
         "worker_consumer",
         "reliable_tasks._celery.consumer:CarryingConsumer",
-        "what a worker holds survives the loss of its connection",
-        _carries,
+        "what a worker holds survives the loss of its connection, and what it cannot read is kept",
+        _is_guarded,
     ),
     Rule(
         "worker_deduplicate_successful_tasks",

@@ -18,7 +18,7 @@ from celery import Celery
 from celery.utils.time import rate
 
 from reliable_tasks._celery.registry import hard_limit, known_tasks
-from reliable_tasks._redis_of import read_config
+from reliable_tasks._places import read_config
 from reliable_tasks._retrying import Policy
 from reliable_tasks.config import UNLIMITED
 

@@ -44,6 +44,8 @@ __all__ = ["Messages"]
 
 #: How long a repeated publish is recognised (s): longer than any client goes on trying.
 _TOKEN_TTL = 300.0
+#: The same where another caller may repeat it, and may be a person (s).
+_OTHERS_TOKEN_TTL = 7 * 86400.0
 #: How long a run is known if nobody ends it (s): a task may wait for its ETA for days.
 _RUN_TTL = 7 * 86400.0
 #: How long a task that had other copies is known to be over (s).
@@ -143,7 +145,8 @@ class Messages:
         """Prepare to queue a message, unless one with this token was queued before.
 
         Args:
-            token: Of this publish, the same for each queue that the message is routed to.
+            token: Of this publish, the same for each queue that the message is routed to; unless
+                the ``publication`` has one.
             list_: The list of its priority, without kombu's prefix.
             queue: The queue.
             message: The whole message.
@@ -151,6 +154,7 @@ class Messages:
             expires: The queue's own expiry (ms), and the lists that it concerns.
         """
         with_ = publication or Publication()
+        token = with_.token or token
         key = self.layout.prefix + list_
         expiry, lists = expires or (0, ())
         keys = [
@@ -164,7 +168,7 @@ class Messages:
         ]
         args: list[Argument] = [
             message,
-            ms(_TOKEN_TTL),
+            ms(_OTHERS_TOKEN_TTL if with_.token else _TOKEN_TTL),
             with_.continues,
             with_.how if with_.claim else "",
             with_.owner,

@@ -63,6 +63,7 @@ class Publication:
         ttl: How long the message may wait (s).
         task: The task's name.
         holder: Token of the run that continues its claim, or hands it on.
+        token: By which a repetition is recognised, where it is another caller's, or ``""``.
     """
 
     continues: str = ""
@@ -75,6 +76,7 @@ class Publication:
     ttl: float = 0.0
     task: str = ""
     holder: str = ""
+    token: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 ::
 
-    from reliable_tasks._redis_of import read_config
+    from reliable_tasks._places import read_config
 from reliable_tasks.contrib.celery_once import AlreadyQueued, QueueOnce
 
 ``app.conf.ONCE``, ``once={...}`` on tasks and calls, keys, return values and errors are as users
@@ -30,7 +30,7 @@ from celery.result import EagerResult
 from reliable_tasks._once.locks import Locks, build_locks
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.options import OnceOptions
-from reliable_tasks._redis_of import read_config
+from reliable_tasks._places import read_config
 from reliable_tasks._task import ReliableTask
 from reliable_tasks.config import LONGEST_TTL, ReliableConfig, nearest
 from reliable_tasks.contrib._shared_claims import SharedClaims

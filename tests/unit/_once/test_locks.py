@@ -10,7 +10,7 @@ from celery import Celery
 
 from reliable_tasks import ConfigError
 from reliable_tasks._once.locks import locks_of
-from reliable_tasks._redis_of import read_config
+from reliable_tasks._places import read_config
 from reliable_tasks._store.client import ServerAddress
 
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import redis
 from celery import Celery
 
 from reliable_tasks._celery.settings import reliable_settings
 from reliable_tasks._store.client import (
     ServerAddress,
     as_text,
+    connect,
     is_redis_url,
     is_same_server,
     shown,
 )
+from reliable_tasks._store.dead import DeadStore
+from reliable_tasks._store.keys import Keys
 from reliable_tasks.config import REDIS_OPTIONS, ReliableConfig
 from reliable_tasks.errors import ConfigError
 
 __all__ = [
+    "DeadPlace",
     "broker_redis",
+    "dead_place",
     "has_own_transport",
     "lock_redis",
     "read_config",
@@ -78,6 +86,57 @@ def lock_redis(app: Celery, config: ReliableConfig) -> ServerAddress:
             "set reliable_redis_url"
         )
     return ServerAddress(url=url, timeout=config.store_timeout, options=options)
+
+
+@dataclass(frozen=True, slots=True)
+class DeadPlace:
+    """A Redis with dead letters.
+
+    Attributes:
+        store: They.
+        address: Where it is.
+    """
+
+    store: DeadStore
+    address: ServerAddress
+
+    @property
+    def server(self) -> redis.Redis:
+        """This process' client."""
+        return connect(self.address).redis
+
+    @property
+    def shown_url(self) -> str:
+        """The address without its password."""
+        return shown(self.address.url)
+
+
+#: Found once per configuration, as Celery reads the broker's settings.
+_dead_places: WeakKeyDictionary[Celery, tuple[Any, DeadPlace | None]] = WeakKeyDictionary()
+
+
+def dead_place(app: Celery) -> DeadPlace | None:
+    """Return the Redis of an app's dead letters, ``None`` where it has none.
+
+    With this library's transport it is the broker, which ends a delivery and keeps its message in
+    one step; else the Redis of the claims.
+    """
+    known = _dead_places.get(app)
+    if known is None or known[0] is not app.conf:
+        known = _dead_places[app] = (app.conf, _find_dead_place(app))
+    return known[1]
+
+
+def _find_dead_place(app: Celery) -> DeadPlace | None:
+    config = read_config(app)
+    if has_own_transport(config, as_text(app.conf.broker_read_url)):
+        address = broker_redis(app, config)
+    else:
+        try:
+            address = lock_redis(app, config)
+        except ConfigError:
+            return None
+    return DeadPlace(DeadStore(Keys(address.key_prefix + config.key_prefix)), address)
 
 
 def scheme_of(url: str) -> str:

@@ -1,0 +1,176 @@
+"""The message of a dead letter, read again: what is called, and how."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from celery import Celery, signature
+from celery.canvas import Signature
+from kombu import serialization
+from kombu.exceptions import KombuError
+from kombu.message import Message
+from kombu.utils.json import loads
+
+from reliable_tasks.errors import ReplayRefused
+
+__all__ = ["Original", "text_of"]
+
+_registry: Any = serialization.registry  # type: ignore[attr-defined]
+
+#: Headers that are made anew for each message, or are of one delivery.
+_OF_ONE_MESSAGE = frozenset(
+    (
+        *("lang", "task", "id", "shadow", "eta", "expires", "group", "group_index", "retries"),
+        *("timelimit", "root_id", "parent_id", "argsrepr", "kwargsrepr", "origin"),
+        *("ignore_result", "replaced_task_nesting", "stamped_headers", "stamps"),
+        *("redelivered", "crashes", "compression", "method"),
+    )
+)
+#: What other headers of that kind begin with.
+_OF_ONE_DELIVERY = ("reliable_", "reliable-", "x-")
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """A task's message.
+
+    Attributes:
+        id: Id of its dead letter.
+        headers: Its headers.
+        args: The task's positional arguments.
+        kwargs: Its keyword arguments.
+        embed: Callbacks, errbacks, the rest of its chain, and its chord.
+        serializer: How it was written.
+        priority: Its priority, or ``None``.
+    """
+
+    id: str
+    headers: Mapping[str, Any]
+    args: list[Any]
+    kwargs: dict[str, Any]
+    embed: Mapping[str, Any]
+    serializer: str
+    priority: int | None
+
+    @classmethod
+    def read(cls, app: Celery, id_: str, raw: bytes) -> Original:
+        """Read a message as it is kept.
+
+        Raises:
+            ReplayRefused: It cannot be read, or is not a task's.
+        """
+        if not raw:
+            reason = "its message was too large to be kept (reliable_dead_letter_max_body)"
+            raise ReplayRefused(id_, reason)
+        try:
+            found = loads(raw.decode())
+            body = base64.b64decode(found["body"])
+            properties = dict(found["properties"])
+            headers = dict(found["headers"])
+            message: Any = Message(
+                body=body,  # type: ignore[arg-type]
+                content_type=found["content-type"],
+                content_encoding=found["content-encoding"],
+                headers=headers,
+                properties=properties,
+                accept=app.conf.accept_content,
+            )
+            args, kwargs, embed = message.decode()
+            if not isinstance(headers["task"], str) or not isinstance(embed or {}, Mapping):
+                raise TypeError(f"it names the task {headers['task']!r}")
+            return cls(
+                id=id_,
+                headers=headers,
+                args=list(args),
+                kwargs=dict(kwargs),
+                embed=embed or {},
+                serializer=_registry.type_to_name.get(found["content-type"], "json"),
+                priority=properties.get("priority"),
+            )
+        except (KombuError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ReplayRefused(id_, f"its message cannot be read: {error!r}") from error
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return str(self.headers["task"])
+
+    @property
+    def group_id(self) -> str | None:
+        """The group that it is a part of."""
+        found = self.headers.get("group")
+        return None if found is None else str(found)
+
+    @property
+    def chord(self) -> dict[str, Any] | None:
+        """The chord that waits for it, or for the last step of its chain."""
+        if self.embed.get("chord"):
+            return dict(self.embed["chord"])
+        for step in self.embed.get("chain") or ():
+            found = (step.get("options") or {}).get("chord")
+            if found:
+                return dict(found)
+        return None
+
+    def options(self) -> dict[str, Any]:
+        """Return how it was called: the options of ``apply_async``, but for what is reset."""
+        hard, soft = (*(self.headers.get("timelimit") or ()), None, None)[:2]
+        stamped = list(self.headers.get("stamped_headers") or ())
+        stamps = self.headers.get("stamps") or {}
+        options: dict[str, Any] = {
+            "link": self._signatures("callbacks"),
+            "link_error": self._signatures("errbacks"),
+            "headers": {
+                name: value
+                for name, value in self.headers.items()
+                if name not in (*_OF_ONE_MESSAGE, *stamped)
+                and not str(name).startswith(_OF_ONE_DELIVERY)
+            },
+            "serializer": self.serializer,
+            "priority": self.priority,
+            "compression": self.headers.get("compression"),
+            "shadow": self.headers.get("shadow"),
+            "argsrepr": self.headers.get("argsrepr"),
+            "kwargsrepr": self.headers.get("kwargsrepr"),
+            "time_limit": hard,
+            "soft_time_limit": soft,
+            "ignore_result": self.headers.get("ignore_result"),
+            **({"stamped_headers": stamped} if stamped else {}),
+            **{name: stamps.get(name) for name in stamped},
+        }
+        return {name: value for name, value in options.items() if value not in (None, [], {})}
+
+    def place(self) -> dict[str, Any]:
+        """Return where in a canvas it was called."""
+        options: dict[str, Any] = {
+            "root_id": self.headers.get("root_id"),
+            "parent_id": self.headers.get("parent_id"),
+            "group_id": self.headers.get("group"),
+            "group_index": self.headers.get("group_index"),
+            "chain": self.embed.get("chain"),
+        }
+        return {name: value for name, value in options.items() if value is not None}
+
+    def signature(self, app: Celery) -> Signature[Any]:
+        """Return what was called, to be called anew in a canvas."""
+        made: Signature[Any] = app.signature(self.task, self.args, self.kwargs)
+        made.set(immutable=True, **self.options())
+        return made
+
+    def _signatures(self, kind: str) -> list[Any]:
+        return [signature(one) for one in self.embed.get(kind) or ()]
+
+
+def text_of(raw: bytes) -> str:
+    """Return a message as people can read it, its body too where that is text."""
+    try:
+        found = json.loads(raw)
+        body = base64.b64decode(found["body"])
+        found["body"] = json.loads(body) if found["content-type"] == "application/json" else body
+        return json.dumps(found, indent=2, default=repr)
+    except (ValueError, TypeError, LookupError):
+        return raw.decode("utf-8", "backslashreplace")

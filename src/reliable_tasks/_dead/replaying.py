@@ -1,0 +1,234 @@
+"""Sending the task of a dead letter again, once, whoever asks for it and how often."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+from uuid import uuid4
+
+from celery import Celery, chain, chord
+from celery.canvas import Signature
+
+from reliable_tasks._celery.headers import IS_COPY, REPLAY_OF
+from reliable_tasks._dead.original import Original
+from reliable_tasks._places import DeadPlace
+from reliable_tasks._store.dead import DeadLetter, Reservation, Sent
+from reliable_tasks._store.publication import Publication, publishing
+from reliable_tasks.errors import (
+    DeadLetterNotFound,
+    DuplicateTaskError,
+    ReplayRefused,
+)
+from reliable_tasks.instrumentation.signals import dead_letter_replayed
+
+__all__ = ["check", "replay"]
+
+#: How often it is looked whether somebody else has sent it (s).
+_LOOK = 0.05
+#: Of a canvas that was called: its own ids, and who was to be told.
+_FROZEN = ("task_id", "group_id", "group_index", "root_id", "parent_id", "reply_to", "chord_size")
+
+
+def replay(
+    app: Celery,
+    place: DeadPlace,
+    letter: DeadLetter,
+    *,
+    queue: str | None = None,
+    whole_chord: bool = False,
+) -> str:
+    """Send the task of a dead letter under a new id, unless somebody has, and return that id."""
+    if letter.replayed_as is not None:
+        return letter.replayed_as
+    original = check(app, place, letter, whole_chord=whole_chord)
+    if whole_chord:
+        return _replay_chord(app, place, letter, original)
+    token = str(uuid4())
+    is_ours, new_id, is_in_doubt = _reserve(place, letter.id, token)
+    if is_ours:
+        with _releasing(place, letter, [letter.id], token):
+            _send(app, letter, original, new_id, queue=queue, is_in_doubt=is_in_doubt)
+        dead_letter_replayed.send(sender=app.tasks.get(letter.task), letter=letter, task_id=new_id)
+    return new_id
+
+
+def check(app: Celery, place: DeadPlace, letter: DeadLetter, *, whole_chord: bool) -> Original:
+    """Say whether a dead letter can be replayed, and return its message.
+
+    Raises:
+        ReplayRefused: It cannot.
+    """
+    original = Original.read(app, letter.id, place.store.message(place.server, letter.id))
+    if whole_chord:
+        if letter.chord_id is None:
+            raise ReplayRefused(letter.id, "it is no part of a chord: leave out whole_chord")
+        _parts(app, place, letter, original)
+    elif letter.chord_id is not None:
+        raise ReplayRefused(
+            letter.id,
+            f"chord {letter.chord_id} has counted its failure, and would not be called for a "
+            "success of it: replay(..., whole_chord=True) sends the whole chord anew",
+        )
+    return original
+
+
+def _reserve(place: DeadPlace, id_: str, token: str) -> tuple[bool, str, bool]:
+    """Return whether it is ours to send, under which id, and whether it may have been sent."""
+    while True:
+        code, new_id = place.store.reserve(place.server, id_, token)
+        if code is Reservation.NOT_FOUND:
+            raise DeadLetterNotFound(id_)
+        if code is not Reservation.OTHERS:
+            return code is not Reservation.SENT, new_id, code is Reservation.IN_DOUBT
+        # Until that one has sent it, or its time is over.
+        time.sleep(_LOOK)
+
+
+@contextmanager
+def _releasing(
+    place: DeadPlace, letter: DeadLetter, ids: Iterable[str], token: str
+) -> Iterator[None]:
+    """Note how the replay of a letter went, and of those that are sent with it."""
+    how = Sent.IN_DOUBT
+    try:
+        yield
+        how = Sent.SENT
+    except DuplicateTaskError as error:
+        how = Sent.REFUSED
+        raise ReplayRefused(letter.id, f"its @once key is taken: {error}") from error
+    except (TypeError, ValueError, LookupError) as error:
+        how = Sent.REFUSED
+        raise ReplayRefused(letter.id, f"it cannot be called any more: {error!r}") from error
+    except ReplayRefused:
+        how = Sent.REFUSED
+        raise
+    finally:
+        for id_ in ids:
+            if how is Sent.SENT:
+                place.store.release(place.server, id_, token, how)
+            else:
+                # What failed is what the caller has to know.
+                with suppress(Exception):
+                    place.store.release(place.server, id_, token, how)
+
+
+def _send(
+    app: Celery,
+    letter: DeadLetter,
+    original: Original,
+    new_id: str,
+    *,
+    queue: str | None,
+    is_in_doubt: bool,
+) -> None:
+    options = {**original.options(), **original.place(), "add_to_parent": False}
+    options["headers"] = {**(options.get("headers") or {}), REPLAY_OF: letter.id}
+    if is_in_doubt:
+        # Where the broker cannot tell that it had it, the guard can: one of the two has run.
+        options["headers"][IS_COPY] = True
+    where = queue or letter.queue
+    if where and (queue or where in app.amqp.queues):
+        options["queue"] = where
+    task: Any = app.tasks.get(original.task)
+    token = f"replay:{letter.id}:{new_id}"
+    with publishing(Publication(token=token), new_id):
+        if task is None:
+            app.send_task(original.task, original.args, original.kwargs, task_id=new_id, **options)
+            return
+        result = task.apply_async(original.args, original.kwargs, task_id=new_id, **options)
+    if getattr(result, "duplicate", False) and result.id != new_id:
+        reason = f"task {result.id} has its @once key: replay it when that has ended"
+        raise ReplayRefused(letter.id, reason)
+
+
+# -- a chord ---------------------------------------------------------------------------------
+
+
+def _parts(
+    app: Celery, place: DeadPlace, letter: DeadLetter, original: Original
+) -> dict[str, tuple[Original, DeadLetter | None]]:
+    """Return the parts of a chord's header by their ids, with the dead letters of the dead."""
+    assert letter.chord_id is not None
+    body = original.chord or {}
+    size = int(body.get("chord_size") or 0)
+    if (body.get("options") or {}).get("chord"):
+        reason = f"chord {letter.chord_id} is itself a part of a chord, which has counted its end"
+        raise ReplayRefused(letter.id, reason)
+    found: dict[str, tuple[Original, DeadLetter | None]] = {}
+    for task_id, kept in place.store.parts(place.server, letter.chord_id).items():
+        if not kept.startswith(b"@"):
+            found[task_id] = Original.read(app, letter.id, kept), None
+            continue
+        id_ = kept[1:].decode()
+        other = place.store.get(place.server, id_)
+        raw = place.store.message(place.server, id_)
+        if other is not None:
+            found[task_id] = Original.read(app, letter.id, raw), other
+    if len(found) < size:
+        raise ReplayRefused(
+            letter.id,
+            f"chord {letter.chord_id} has {size} parts, and {len(found)} of them are known: the "
+            "others have not ended, or are no late-ack ReliableTask",
+        )
+    return found
+
+
+def _replay_chord(app: Celery, place: DeadPlace, letter: DeadLetter, original: Original) -> str:
+    parts = _parts(app, place, letter, original)
+    # In one order, so that two who replay parts of the same chord meet at the first one.
+    dead = sorted((one for _, one in parts.values() if one is not None), key=lambda one: one.id)
+    token = str(uuid4())
+    new_ids: dict[str, str] = {}
+    for one in dead:
+        is_ours, new_ids[one.id], _ = _reserve(place, one.id, token)
+        if not is_ours:
+            # Whoever has sent this one has sent all.
+            return _reserve(place, letter.id, token)[1]
+    with _releasing(place, letter, new_ids, token):
+        header = [
+            _called(app, part, None if one is None else (one.id, new_ids[one.id]))
+            for part, one in sorted(parts.values(), key=_by_index)
+        ]
+        chord(header, app=app)(_thawed(app, original.chord or {}))
+    place.store.forget_parts(place.server, str(letter.chord_id))
+    for one in dead:
+        dead_letter_replayed.send(
+            sender=app.tasks.get(one.task), letter=one, task_id=new_ids[one.id]
+        )
+    return new_ids[letter.id]
+
+
+def _by_index(part: tuple[Original, Any]) -> int:
+    return int(part[0].headers.get("group_index") or 0)
+
+
+def _called(app: Celery, part: Original, dead: tuple[str, str] | None) -> Signature[Any]:
+    """Return a part of a chord's header to be called anew; of a dead letter under its new id."""
+    first = part.signature(app)
+    if dead is not None:
+        id_, new_id = dead
+        headers = {**(first.options.get("headers") or {}), REPLAY_OF: id_}
+        first.set(task_id=new_id, headers=headers)
+    steps = [_thawed(app, step) for step in reversed(part.embed.get("chain") or ())]
+    called: Signature[Any] = chain(first, *steps) if steps else first
+    return called
+
+
+def _thawed(app: Celery, called: Mapping[str, Any]) -> Signature[Any]:
+    """Return a part of a canvas that was called, without the ids that it had."""
+    made: Signature[Any] = app.signature(_without_ids(called))
+    return made
+
+
+def _without_ids(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if "task" in value and "options" in value:
+            options = {k: v for k, v in value["options"].items() if k not in (*_FROZEN, "chord")}
+            rest = {k: v for k, v in value.items() if k not in ("options", "chord_size")}
+            return {**{k: _without_ids(v) for k, v in rest.items()}, "options": options}
+        return {k: _without_ids(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_ids(one) for one in value]
+    return value
