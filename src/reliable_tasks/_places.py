@@ -28,6 +28,7 @@ __all__ = [
     "broker_redis",
     "dead_place",
     "has_own_transport",
+    "is_amqp_url",
     "lock_redis",
     "read_config",
     "scheme_of",
@@ -49,6 +50,11 @@ def read_config(app: Celery) -> ReliableConfig:
 def has_own_transport(config: ReliableConfig, broker_url: str) -> bool:
     """Say whether this library's transport talks to the broker at a URL."""
     return config.broker == "reliable" and scheme_of(broker_url) in _OWN_SCHEMES
+
+
+def is_amqp_url(url: str) -> bool:
+    """Say whether a broker's URL is RabbitMQ's."""
+    return scheme_of(url) in ("amqp", "amqps", "pyamqp", "pyamqps", "librabbitmq")
 
 
 def broker_redis(app: Celery, config: ReliableConfig) -> ServerAddress:

@@ -429,7 +429,7 @@ class ReliableTask(_Task):
     def _reliable_budgets(self) -> tuple[int | None, int | None]:
         return self._end_options.max_crashes, self._end_options.max_requeues
 
-    def _reliable_crashed(self, task_id: str, crashes: int, crash: dict[str, Any]) -> None:
+    def _reliable_crashed(self, task_id: str, crashes: int | None, crash: dict[str, Any]) -> None:
         tell_crash(self, task_id, crashes, self._end_options.max_crashes, crash)
 
     def _reliable_letter(self, request: Any, error: BaseException, traceback: str) -> Letter | None:
@@ -440,8 +440,8 @@ class ReliableTask(_Task):
             logger.exception("Task %s[%s] has failed, and is not kept", self.name, request.id)
             return None
 
-    def _reliable_bury(self, letter: Letter) -> None:
-        bury(self.app, self, letter, str(uuid4()))
+    def _reliable_bury(self, letter: Letter) -> bool:
+        return bury(self.app, self, letter, str(uuid4()))
 
     def _reliable_buried(self, letter: Letter, id: str, count: int) -> None:  # noqa: A002
         tell_buried(self.app, self, letter, id, count)

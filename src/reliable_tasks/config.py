@@ -209,6 +209,13 @@ class ReliableConfig:
         "How large a message is kept (bytes). Of a larger one all is kept but the message, so "
         "that it cannot be replayed.",
     )
+    dead_letter_exchange: bool = _setting(
+        True,
+        "Whether quorum queues of RabbitMQ are declared with a dead-letter exchange, "
+        "`reliable.dead`, and a delivery limit of 1000: what RabbitMQ itself would drop is kept in "
+        "the queue of that name. The same for all workers and producers; RabbitMQ refuses a queue "
+        "that exists without.",
+    )
     dead_letter_redact: str | Callable[[Any], Any] | None = _setting(  # noqa: RUF009 - as the others
         None,
         "A function, or its name as `module:function`, that takes a `DeadLetter` before it is kept "

@@ -27,10 +27,14 @@ import redis
 from celery import Celery, current_app
 from celery.local import maybe_evaluate
 
-from reliable_tasks._dead.original import text_of
+from reliable_tasks._celery.queues import DEAD
+from reliable_tasks._dead.original import Original, text_of
+from reliable_tasks._dead.queue import count_queue, purge_queue, replay_queue, walk_queue
 from reliable_tasks._dead.replaying import check as check_replay
 from reliable_tasks._dead.replaying import replay as replay_one
-from reliable_tasks._places import DeadPlace, dead_place
+from reliable_tasks._dead.replaying import send_from_queue
+from reliable_tasks._places import DeadPlace, dead_place, is_amqp_url
+from reliable_tasks._store.client import as_text
 from reliable_tasks._store.dead import Cause, DeadLetter
 from reliable_tasks.config import nearest
 from reliable_tasks.errors import (
@@ -89,8 +93,13 @@ def count(
             ago.
         app: The app; the current one by default.
     """
+    chosen, moment = _cause(cause), _moment(since)
+    if (queue_app := _without_redis(app)) is not None:
+        if (task, chosen, moment) != (None, None, None):
+            raise DeadLetterError(f"{_IN_ORDER}: count has no task, cause and since there")
+        return count_queue(queue_app)
     with _place(app) as place:
-        return place.store.count(place.server, task=task, cause=_cause(cause), since=_moment(since))
+        return place.store.count(place.server, task=task, cause=chosen, since=moment)
 
 
 def list(  # noqa: A001 - what everybody calls it
@@ -135,6 +144,12 @@ def _list(
     app: Celery | None,
 ) -> Iterator[DeadLetter]:
     if limit == 0:
+        return
+    if (queue_app := _without_redis(app)) is not None:
+        if replayed:
+            raise DeadLetterError(f"{_IN_ORDER}: what was replayed is not kept there")
+        matches = _filter(task, cause, since)
+        yield from islice(filter(matches, walk_queue(queue_app)), limit)
         return
     with _place(app) as place:
         found = place.store.walk(
@@ -275,13 +290,15 @@ def replay_all(
         raise ValueError(f"rate = {rate!r}: give a number of dead letters per second, more than 0")
     app = _app(app)
     outcome, begun = Replayed(), time.time()
+    if _without_redis(app) is not None:
+        matches = _filter(task, _cause(cause), _moment(since), where)
+        _replay_in_order(app, matches, outcome, limit=limit, rate=rate, queue=queue, tell=on_each)
+        return outcome
     found = list(task=task, cause=cause, since=since, oldest_first=True, app=app)
     chosen = (one for one in found if one.at <= begun and (where is None or where(one)))
-    due = time.monotonic()
+    pace = _Pace(rate)
     for letter in islice(chosen, limit):
-        if rate is not None:
-            time.sleep(max(due - time.monotonic(), 0.0))
-            due = max(due, time.monotonic() - 1.0) + 1.0 / rate
+        pace.wait()
         try:
             outcome.sent[letter.id] = replay(letter.id, queue=queue, app=app)
         except (ReplayRefused, DeadLetterNotFound) as refusal:
@@ -328,6 +345,11 @@ def purge(
         app: As in `count`.
     """
     begun, removed = time.time(), 0
+    if (queue_app := _without_redis(app)) is not None:
+        if replayed:
+            raise DeadLetterError(f"{_IN_ORDER}: what was replayed is not kept there")
+        matches = _filter(task, _cause(cause), _moment(since), where)
+        return purge_queue(queue_app, matches, on_each or (lambda _: None))
     found = list(task=task, cause=cause, since=since, oldest_first=True, replayed=replayed, app=app)
     chosen = (one for one in found if one.at <= begun and (where is None or where(one)))
     while some := builtins.list(islice(chosen, _PURGED_AT_ONCE)):
@@ -341,6 +363,74 @@ def purge(
 _PURGED_AT_ONCE = 100
 
 
+#: What is said where there is no Redis.
+_IN_ORDER = (
+    f"without a Redis dead letters are kept in the queue {DEAD}, which can be read and worked "
+    "off in its order alone (list, replay_all, purge)"
+)
+
+
+class _Pace:
+    """So many a second, and no more at once after a pause."""
+
+    def __init__(self, rate: float | None) -> None:
+        self._rate, self._due = rate, time.monotonic()
+
+    def wait(self) -> None:
+        """Wait until the next one may go."""
+        if self._rate is not None:
+            time.sleep(max(self._due - time.monotonic(), 0.0))
+            self._due = time.monotonic() + 1.0 / self._rate
+
+
+def _replay_in_order(
+    app: Celery,
+    matches: Callable[[DeadLetter], bool],
+    outcome: Replayed,
+    *,
+    limit: int | None,
+    rate: float | None,
+    queue: str | None,
+    tell: Callable[[DeadLetter], None] | None,
+) -> None:
+    pace = _Pace(rate)
+
+    def send(letter: DeadLetter, original: Original, new_id: str) -> None:
+        pace.wait()
+        send_from_queue(app, letter, original, new_id, queue=queue)
+
+    def note(letter: DeadLetter, new_id: str, reason: str) -> None:
+        if reason:
+            outcome.refused[letter.id] = reason
+        else:
+            outcome.sent[letter.id] = new_id
+        if tell is not None:
+            tell(letter)
+
+    replay_queue(app, matches, send, limit=limit, tell=note)
+
+
+def _filter(
+    task: str | None,
+    cause: str | None,
+    since: float | None,
+    where: Callable[[DeadLetter], bool] | None = None,
+) -> Callable[[DeadLetter], bool]:
+    return lambda one: (
+        task in (None, one.task)
+        and cause in (None, one.cause)
+        and (since is None or one.at >= since)
+        and (where is None or where(one))
+    )
+
+
+def _without_redis(app: Celery | None) -> Celery | None:
+    """Return the app if its dead letters are in RabbitMQ, for it has no Redis."""
+    known = _app(app)
+    is_amqp = is_amqp_url(as_text(known.conf.broker_read_url))
+    return known if is_amqp and dead_place(known) is None else None
+
+
 def _app(app: Celery | None) -> Celery:
     return cast(Celery, maybe_evaluate(current_app if app is None else app))
 
@@ -349,10 +439,9 @@ def _app(app: Celery | None) -> Celery:
 def _place(app: Celery | None) -> Iterator[DeadPlace]:
     place = dead_place(_app(app))
     if place is None:
-        raise DeadLetterError(
-            "this app has no Redis for its dead letters: set reliable_redis_url, or a Redis as the "
-            "result_backend"
-        )
+        is_in_order = _without_redis(app) is not None
+        reason = _IN_ORDER if is_in_order else "this app has no Redis for its dead letters"
+        raise DeadLetterError(f"{reason}: set reliable_redis_url, or a Redis as the result_backend")
     try:
         yield place
     except (redis.ConnectionError, redis.TimeoutError, OSError) as error:

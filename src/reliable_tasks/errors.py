@@ -257,7 +257,7 @@ class PoisonPill(ReliableError):
         limit: How many times it may.
         history: What is known of the latest of these, the first one first. Of each ``host``, the
             worker's name; ``pid``, of the pool child that died, or of the worker where nobody saw
-            how it ended; ``signal``, how it ended, or ``""``; ``at``, when (s since the epoch).
+            how it ended; ``how``, how it ended, or ``""``; ``at``, when (s since the epoch).
     """
 
     def __init__(
@@ -271,7 +271,7 @@ class PoisonPill(ReliableError):
 
     def __str__(self) -> str:
         seen = "; ".join(
-            f"{one['signal'] or 'an end that nobody saw'} of process {one['pid']} on {one['host']}"
+            f"{one['how'] or 'an end that nobody saw'} of process {one['pid']} on {one['host']}"
             for one in self.history
         )
         return (

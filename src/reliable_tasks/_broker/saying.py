@@ -21,7 +21,7 @@ logger = logging.getLogger("reliable_tasks")
 
 #: The numbers of the threads that must not log, and what they would have said.
 _silent: set[int] = set()
-_waiting: deque[Callable[[], None]] = deque(maxlen=1000)
+_waiting: deque[Callable[[], Any]] = deque(maxlen=1000)
 
 
 def speak_later() -> None:
@@ -39,7 +39,7 @@ def say(level: int, message: str, *args: Any, **options: Any) -> None:
         logger.log(level, message, *args, **options)
 
 
-def tell(telling: Callable[[], None]) -> None:
+def tell(telling: Callable[[], Any]) -> None:
     """Call what may log, now or when the main loop turns."""
     if threading.get_native_id() in _silent:
         _waiting.append(telling)

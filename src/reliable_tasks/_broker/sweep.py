@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import redis
 
 from reliable_tasks._broker.held import Held
+from reliable_tasks._broker.pruning import prune
 from reliable_tasks._broker.purging import tell
 from reliable_tasks._broker.saying import say
 from reliable_tasks._store.delivery import Delivery
@@ -55,6 +56,7 @@ def sweep(held: Held, server: redis.Redis, now: float, server_id: str) -> int:
             break
     if is_seldom:
         _forget_the_silent(held, server, now)
+        prune(held.messages.dead, server)
     return count
 
 

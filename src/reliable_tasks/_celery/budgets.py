@@ -1,12 +1,14 @@
 """How often a task may crash or go back to its queue, and beside whom one runs that has crashed.
 
-A crash that takes a whole worker with it is counted for all that ran there. So a task that has
-crashed runs beside no other one that has: whoever is innocent is not lost with the same culprit
-again.
+A crash that takes a whole worker with it is counted for all that ran there: one of them is to
+blame, and the others are not to be lost with it again. So all of them are suspects. A worker starts
+one of them at a time, and the next one when that has ended, or has run for a minute; on its last
+start a suspect runs beside no other one at all. A crash of a child alone is nobody else's.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -22,6 +24,8 @@ __all__ = ["BudgetedRequest", "condemned"]
 
 #: The count of a quorum queue.
 _DELIVERY_COUNT = "x-delivery-count"
+#: For how long a suspect is started alone (s): what kills mostly does so soon.
+_PROBATION = 60.0
 #: How soon one that waits for its turn looks again, at first and at last (s).
 _TURN = (0.05, 1.0)
 #: How soon it is asked again what nobody could say (s).
@@ -40,7 +44,8 @@ def condemned(request: Any) -> ReliableError | None:
 class BudgetedRequest(PatientRequest):
     """A request that runs no more often than its task may crash."""
 
-    _is_suspect = False
+    #: Until when no other suspect is started beside this one (monotonic s); 0 if it is none.
+    _alone_until = 0.0
     _has_told_crash = False
 
     @property
@@ -76,23 +81,26 @@ class BudgetedRequest(PatientRequest):
                     # Its handlers have crashed, too.
                     self.on_failure(info_of(verdict))
                     return False
-            if self._is_beside_a_suspect():
-                turn = "another task that has crashed runs here"
-                self._set_aside(SetAside(turn, *_TURN, waits_for=turn))
-                return False
+            if not history or not all(crash.how for crash in history):
+                is_last = crashes > 1 or (max_crashes is not None and crashes + 1 >= max_crashes)
+                if self._is_beside_a_suspect(of_any_age=is_last):
+                    turn = "it was lost with its worker, and so was another task that runs here"
+                    self._set_aside(SetAside(turn, *_TURN, waits_for=turn))
+                    return False
+                self._alone_until = math.inf if is_last else time.monotonic() + _PROBATION
         if verdict is not None:
             self.request_dict[CONDEMNED] = (type(verdict).__name__, verdict.args)
             if self._delivery is not None:
                 self._held.name_starter(self._delivery, is_ending=True)
-        self._is_suspect = bool(crashes)
         return True
 
-    def _is_beside_a_suspect(self) -> bool:
+    def _is_beside_a_suspect(self, *, of_any_age: bool) -> bool:
+        since = 0.0 if of_any_age else time.monotonic()
         running = (*copy_of(active_requests), *copy_of(reserved_requests))
-        return any(getattr(one, "_is_suspect", False) for one in running if one is not self)
+        return any(getattr(one, "_alone_until", 0.0) > since for one in running if one is not self)
 
     def _set_aside(self, answer: SetAside) -> None:
-        self._is_suspect = False
+        self._alone_until = 0.0
         super()._set_aside(answer)
 
     def _history(self) -> Any:
@@ -101,21 +109,18 @@ class BudgetedRequest(PatientRequest):
 
     def _tell_crash(self, crashes: int, history: Any) -> None:
         """Tell of the last crash, unless the worker did that lost its child by it."""
-        if self._has_told_crash or not history or history[-1].signal:
+        if self._has_told_crash or not history or history[-1].how:
             return
         self._has_told_crash = True
         self._guard._reliable_crashed(self.id, crashes, history[-1].as_dict())
 
     def _note_crash(self, how: str) -> None:
         """Note, and tell, that the child of this run is dead."""
-        signal = how or "lost"
+        how = how or "lost"
         if self._delivery is not None:
             self._delivery.has_crashed = True
-            self._held.name_starter(self._delivery, pid=self.worker_pid, signal=signal)
-        crash = {
-            "host": self.hostname,
-            "pid": self.worker_pid,
-            "signal": signal,
-            "at": self.time_start or time.time(),
-        }
-        self._guard._reliable_crashed(self.id, self._crashes + 1, crash)
+            self._held.name_starter(self._delivery, pid=self.worker_pid, how=how)
+        at = self.time_start or time.time()
+        crash = {"host": self.hostname, "pid": self.worker_pid, "how": how, "at": at}
+        is_counted = self._delivery is not None or self._is_amqp
+        self._guard._reliable_crashed(self.id, self._crashes + 1 if is_counted else None, crash)

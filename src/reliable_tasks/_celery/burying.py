@@ -7,10 +7,14 @@ from typing import Any
 
 from billiard.exceptions import Terminated
 from celery.exceptions import Ignore, Reject, Retry
+from celery.worker.request import Request
 
 from reliable_tasks._celery.guarding import GuardedRequest
 
 __all__ = ["BuriedRequest"]
+
+#: How often it is looked whether a message is kept by now (s).
+_UNTIL_KEPT = 0.5
 
 
 class BuriedRequest(GuardedRequest):
@@ -21,6 +25,8 @@ class BuriedRequest(GuardedRequest):
     #: Whether the pool has told of more than a success.
     _is_reported = False
     _has_succeeded = False
+    #: Whether its message must not be acknowledged, for it could not be kept as a dead letter.
+    _is_unkept = False
 
     def _note_failure(self, error: BaseException, traceback: Any) -> None:
         """Note what the task fails with, if that is its end; it may go back to its queue yet."""
@@ -47,8 +53,25 @@ class BuriedRequest(GuardedRequest):
         if self._delivery is not None and not self.acknowledged:
             self._delivery.letter = letter
             self._delivery.when_buried = partial(self._guard._reliable_buried, letter)
+        elif not self._guard._reliable_bury(letter) and not self.acknowledged:
+            # RabbitMQ has a place for what is rejected.
+            self._is_unkept = True
+
+    def _acknowledge_when_kept(self) -> None:
+        """Acknowledge the message, but not before it is kept where that is another server's."""
+        if self._is_unkept:
+            Request.reject(self, requeue=False)
+        elif self._consumer is not None and self._is_yet_to_be_kept:
+            self._consumer.timer.call_after(_UNTIL_KEPT, self._acknowledge_when_kept)
         else:
-            self._guard._reliable_bury(letter)
+            Request.acknowledge(self)
+
+    @property
+    def _is_yet_to_be_kept(self) -> bool:
+        """Whether it becomes a dead letter when the Redis answers that its broker is beside."""
+        if self._beside is None or self._delivery.letter is None:
+            return False
+        return self._beside.get(self._delivery.tag) is not None
 
     def _keep_part(self) -> None:
         """Keep the message of a part of a chord that has succeeded: another one may die."""

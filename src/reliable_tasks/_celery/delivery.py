@@ -106,14 +106,14 @@ class GuardedTask(Protocol):
     def _reliable_budgets(self) -> tuple[int | None, int | None]:
         """How often the task may crash, and how often it may go back to its queue."""
 
-    def _reliable_crashed(self, task_id: str, crashes: int, crash: dict[str, Any]) -> None:
-        """A task has crashed, for the so-manieth time."""
+    def _reliable_crashed(self, task_id: str, crashes: int | None, crash: dict[str, Any]) -> None:
+        """A task has crashed, so many times by now if that is counted."""
 
     def _reliable_letter(self, request: Any, error: BaseException, traceback: str) -> Any:
         """Return the dead letter that a task becomes, or ``None``."""
 
-    def _reliable_bury(self, letter: Any) -> None:
-        """Keep a dead letter whose message is acknowledged already, or will be."""
+    def _reliable_bury(self, letter: Any) -> bool:
+        """Keep a dead letter whose message is acknowledged already, or will be if it is kept."""
 
     def _reliable_buried(self, letter: Any, id: str, count: int) -> None:  # noqa: A002
         """A dead letter is kept, and there are so many."""

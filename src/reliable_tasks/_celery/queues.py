@@ -1,17 +1,66 @@
-"""Queues as the broker has them."""
+"""Queues as the broker has them, and where RabbitMQ puts what it would drop."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from celery import Celery
+from celery.app.amqp import AMQP, Queues
+from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
 
 from reliable_tasks.errors import ConfigError
 
-__all__ = ["check_queues"]
+__all__ = ["DEAD", "check_queues", "dead_queue", "keep_what_is_dropped"]
 
+#: The exchange, and the quorum queue behind it, of what RabbitMQ would drop.
+DEAD = "reliable.dead"
+#: How often a quorum queue hands a message out again before it drops it, for it counts what was
+#: merely fetched, too: so often that the crash budget comes first. RabbitMQ 4 has 20 by default.
+_DELIVERY_LIMIT = 1000
 _PRECONDITION_FAILED = 406
+
+
+class KeepingQueues(Queues):
+    """Queues of which RabbitMQ drops nothing."""
+
+    def __setitem__(self, name: str, queue: Any) -> None:
+        arguments = dict(queue.queue_arguments or {})
+        if arguments.get("x-queue-type") == "quorum":
+            # What the user has declared stays.
+            arguments.setdefault("x-dead-letter-exchange", DEAD)
+            arguments.setdefault("x-delivery-limit", _DELIVERY_LIMIT)
+            queue.queue_arguments = arguments
+        super().__setitem__(name, queue)
+
+
+class KeepingAMQP(AMQP):
+    """An app's queues and messages, with such queues."""
+
+    queues_cls = KeepingQueues
+
+
+def keep_what_is_dropped(app: Celery) -> None:
+    """Have an app's quorum queues declared with a dead-letter exchange."""
+    known: Any = app
+    known.amqp_cls = KeepingAMQP
+    # What is reading the configuration right now can have made one, and goes on with it.
+    made = vars(app).get("amqp")
+    if made is not None and made.queues_cls is not KeepingQueues:
+        made.queues_cls = KeepingQueues
+        for of_other_queues in ("queues", "router"):
+            vars(made).pop(of_other_queues, None)
+
+
+def dead_queue() -> Queue:
+    """Return the queue of what RabbitMQ would drop."""
+    exchange = Exchange(DEAD, type="fanout", durable=True)
+    arguments = {"x-queue-type": "quorum", "x-delivery-limit": _MOST_LOOKS}
+    return Queue(DEAD, exchange, durable=True, queue_arguments=arguments)
+
+
+#: Whoever looks at the queue gives back what it took; each time counts.
+_MOST_LOOKS = 1_000_000
 
 
 def check_queues(app: Celery) -> None:
@@ -28,6 +77,8 @@ def check_queues(app: Celery) -> None:
             connection.ensure_connection(max_retries=1, timeout=5)
         except OperationalError:
             return  # a worker waits for a broker that is not there yet
+        # First, for what is dropped before it is there is gone.
+        _declare(connection, dead_queue())
         for queue in app.amqp.queues.values():
             _declare(connection, queue)
 
@@ -40,10 +91,12 @@ def _declare(connection: Any, queue: Any) -> None:
         if getattr(error, "reply_code", None) != _PRECONDITION_FAILED:
             raise
         raise ConfigError(
-            f"queue {queue.name!r} or its exchange exists already and is of another type, which "
-            f"RabbitMQ cannot change ({error}). Let it run empty and delete it; or give the new "
-            "one another name (task_default_queue); or keep the old: task_default_queue_type = "
-            "task_create_missing_queue_type = 'classic', task_default_exchange_type = 'direct'"
+            f"queue {queue.name!r} or its exchange exists already, of another type or with other "
+            f"arguments, which RabbitMQ cannot change ({error}). Let it run empty and delete it; "
+            "or give the new one another name (task_default_queue); or keep the old: "
+            "reliable_dead_letter_exchange = False if it is a quorum queue, else "
+            "task_default_queue_type = task_create_missing_queue_type = 'classic' and "
+            "task_default_exchange_type = 'direct'"
         ) from None
     else:
         channel.close()

@@ -234,7 +234,7 @@ class ReliableRequest(BuriedRequest):
             self._leave(goes_back=False)
             self._note_end()
             if not self._is_left_to_broker():
-                super().acknowledge()
+                self._acknowledge_when_kept()
             return
         # A killed greenlet counts as a success; its copy must not be taken for a repetition.
         successful_requests.discard(self.id)

@@ -6,25 +6,25 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, islice
 
 import click
 from celery import Celery
 
+from reliable_tasks._cli.output import (
+    duration,
+    errors_told,
+    json_option,
+    perhaps,
+    table,
+    yes_option,
+)
 from reliable_tasks._once.locks import locks_of
 from reliable_tasks._store.claims import Claims
 from reliable_tasks._store.records import Record, State, look_at, walk
-from reliable_tasks.errors import ReliableError
 
 __all__ = ["locks"]
 
-#: A table is as wide as its first so many rows.
-_MEASURED = 500
 _HEADINGS = ("key", "task", "owner", "state", "age", "left")
-#: So many keys are named where a wrong one was given.
-_SUGGESTED = 5
-
-_as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 
 
 @click.group(invoke_without_command=True)
@@ -37,7 +37,7 @@ def locks(context: click.Context) -> None:
 
 @locks.command("list")
 @click.option("--task", help="Only the keys of this task.")
-@_as_json
+@json_option
 @click.pass_context
 def list_(context: click.Context, task: str | None = None, as_json: bool = False) -> None:
     """List the keys that are taken: by which task, since when, and for how long at most.
@@ -52,7 +52,7 @@ def list_(context: click.Context, task: str | None = None, as_json: bool = False
 
 @locks.command()
 @click.argument("key")
-@_as_json
+@json_option
 @click.pass_context
 def show(context: click.Context, key: str, as_json: bool) -> None:
     """Show who has a KEY, as the list names it."""
@@ -67,7 +67,7 @@ def show(context: click.Context, key: str, as_json: bool) -> None:
 
 @locks.command()
 @click.argument("key")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@yes_option
 @click.pass_context
 def free(context: click.Context, key: str, yes: bool) -> None:
     """Free a KEY: the next call with it is queued, whatever became of the task that has it.
@@ -103,20 +103,16 @@ def _ask(record: Record) -> None:
 @contextmanager
 def _claims(context: click.Context) -> Iterator[Claims]:
     app: Celery = context.obj.app
-    try:
+    with errors_told():
         yield locks_of(app).claims
-    except ReliableError as error:
-        raise click.ClickException(str(error)) from error
 
 
 def _find(claims: Claims, key: str) -> Record:
     record = look_at(claims, key)
     if record is not None:
         return record
-    similar = islice((one.name for one in walk(claims) if key in one.name), _SUGGESTED)
-    names = "".join(f"\n  {name}" for name in similar)
-    hint = f"; perhaps you mean{names}" if names else ""
-    raise click.ClickException(f"nobody has the key {key}{hint}")
+    similar = (one.name for one in walk(claims) if key in one.name)
+    raise click.ClickException(f"nobody has the key {key}{perhaps(similar)}")
 
 
 def _json(record: Record) -> str:
@@ -130,28 +126,12 @@ def _fields(record: Record) -> dict[str, str]:
         "owner": record.owner,
         "state": record.state,
         "attempt": str(record.attempt),
-        "age": _duration(record.age),
-        "left": _duration(record.expires_in),
+        "age": duration(record.age),
+        "left": duration(record.expires_in),
         "fence": record.fence,
     }
 
 
 def _table(records: Iterable[Record]) -> Iterator[str]:
     rows = (tuple(_fields(record)[name] for name in _HEADINGS) for record in records)
-    first = [_HEADINGS, *islice(rows, _MEASURED)]
-    if len(first) == 1:
-        yield "no key is taken"
-        return
-    widths = [max(map(len, column)) for column in zip(*first, strict=True)]
-    for row in chain(first, rows):
-        yield "  ".join(map(str.ljust, row, widths)).rstrip()
-
-
-def _duration(seconds: float) -> str:
-    """Say how long something is, in the two largest units that matter."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes, "m"), (rest, "s")]
-    first = next((n for n, (count, _) in enumerate(parts) if count), len(parts) - 1)
-    return " ".join(f"{count}{unit}" for count, unit in parts[first : first + 2])
+    return table(_HEADINGS, rows, empty="no key is taken")

@@ -9,17 +9,19 @@ from typing import Any
 
 import redis
 from celery import Celery
+from kombu.exceptions import KombuError
 
 from reliable_tasks._dead.letters import raw_of
-from reliable_tasks._places import dead_place
+from reliable_tasks._dead.queue import bury_in_queue
+from reliable_tasks._places import dead_place, is_amqp_url
+from reliable_tasks._store.client import as_text
 from reliable_tasks._store.dead import Letter
 from reliable_tasks.instrumentation.signals import (
     dead_letter_kept,
-    dead_letters_dropped,
     task_crashed,
 )
 
-__all__ = ["bury", "keep_part", "tell_buried", "tell_crash"]
+__all__ = ["bury", "keep_part", "note_chord", "tell_buried", "tell_crash"]
 
 logger = logging.getLogger("reliable_tasks")
 
@@ -31,18 +33,20 @@ _PART_TTL = 7 * 86400.0
 
 
 def tell_crash(
-    task: Any, task_id: str, crashes: int, limit: int | None, crash: Mapping[str, Any]
+    task: Any, task_id: str, crashes: int | None, limit: int | None, crash: Mapping[str, Any]
 ) -> None:
-    """Tell that a task has crashed, and how often by now."""
+    """Tell that a task has crashed, and how often by now if that is counted."""
+    times = "" if crashes is None else f" {crashes}"
+    if times and limit is not None:
+        times += f" of {limit}"
     logger.warning(
-        "Task %s[%s] has crashed (%d%s): on %s, process %s%s",
+        "Task %s[%s] has crashed%s: on %s, process %s%s",
         task.name,
         task_id,
-        crashes,
-        "" if limit is None else f" of {limit} times",
+        f" ({times.strip()} times)" if times else "",
         crash["host"],
         crash["pid"],
-        f" ({crash['signal']})" if crash["signal"] else ", whose end nobody saw",
+        f" ({crash['how']})" if crash["how"] else ", whose end nobody saw",
     )
     task_crashed.send(sender=task, task_id=task_id, crashes=crashes, limit=limit, **crash)
 
@@ -50,14 +54,24 @@ def tell_crash(
 def keep_part(app: Celery, request: Any) -> None:
     """Keep the message of a part of a chord that has succeeded: another part may die."""
     place, group_id = dead_place(app), request.request_dict.get("group")
-    size = (request.chord or {}).get("chord_size")
-    if place is None or not group_id or not size:
+    if place is None or not group_id:
         return
     delivery = request._delivery  # noqa: SLF001 - of our own request
     raw = delivery.raw if delivery is not None and delivery.raw else raw_of(request.message)
     try:
-        place.store.keep_part(place.server, str(group_id), request.id, raw, int(size), _PART_TTL)
-    except (redis.exceptions.RedisError, OSError, ValueError) as error:
+        place.store.keep_part(place.server, str(group_id), request.id, raw, _PART_TTL)
+    except (redis.exceptions.RedisError, OSError) as error:
+        logger.warning("Chord %s could not be replayed as a whole: %s", group_id, error)
+
+
+def note_chord(app: Celery, group_id: str, size: int) -> None:
+    """Note how many parts a chord has, of which one may die."""
+    place = dead_place(app)
+    if place is None:
+        return
+    try:
+        place.store.note_chord(place.server, group_id, size, _PART_TTL)
+    except (redis.exceptions.RedisError, OSError) as error:
         logger.warning("Chord %s could not be replayed as a whole: %s", group_id, error)
 
 
@@ -74,11 +88,15 @@ def bury(app: Celery, task: Any, letter: Letter, event: str) -> bool:
         Whether it is kept. If not, it is said in the log, with all that there is of it.
     """
     place = dead_place(app)
+    id_, count = letter.about.id, 0
     try:
-        if place is None:
-            raise redis.exceptions.ConnectionError("no Redis is configured")
-        id_, count = place.store.bury(place.server, letter, event)
-    except (redis.exceptions.RedisError, OSError) as error:
+        if place is not None:
+            id_, count = place.store.bury(place.server, letter, event)
+        elif is_amqp_url(as_text(app.conf.broker_write_url)):
+            bury_in_queue(app, letter)
+        else:
+            raise LookupError("no Redis is configured")
+    except (redis.exceptions.RedisError, KombuError, LookupError, OSError) as error:
         logger.critical(
             "Task %s[%s] will not run again, and cannot be kept as a dead letter (%s): %r",
             letter.about.task,
@@ -92,7 +110,7 @@ def bury(app: Celery, task: Any, letter: Letter, event: str) -> bool:
 
 
 def tell_buried(app: Celery, task: Any, letter: Letter, id_: str, count: int) -> None:
-    """Tell of a letter that is kept; drop the oldest if there are too many by now."""
+    """Tell of a letter that is kept, and of it if there are many by now."""
     about = letter.about
     logger.error(
         "Task %s[%s] will not run again by itself (%s: %s); it is dead letter %s",
@@ -111,8 +129,6 @@ def tell_buried(app: Celery, task: Any, letter: Letter, id_: str, count: int) ->
             letter.bounds.max_body,
         )
     dead_letter_kept.send(sender=task, letter=letter.kept_as(id_))
-    if count > letter.bounds.max_count:
-        _prune(app)
     _warn_of_many(count, letter.bounds.max_count)
 
 
@@ -127,21 +143,3 @@ def _warn_of_many(count: int, max_count: int) -> None:
         count,
         max_count,
     )
-
-
-def _prune(app: Celery) -> None:
-    place = dead_place(app)
-    if place is None:
-        return
-    try:
-        pruned = place.store.prune(place.server)
-    except (redis.exceptions.RedisError, OSError) as error:
-        logger.warning("There are too many dead letters, and none can be dropped: %s", error)
-        return
-    if pruned.many:
-        logger.error(
-            "%d dead letters were dropped: there may be %d (reliable_dead_letter_max_count)",
-            pruned.many,
-            pruned.max_count,
-        )
-        dead_letters_dropped.send(sender=None, count=pruned.many, reason="count")

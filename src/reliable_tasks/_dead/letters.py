@@ -154,7 +154,8 @@ def raw_of(message: Any) -> bytes:
             "body": base64.b64encode(encoded).decode(),
             "content-type": message.content_type,
             "content-encoding": message.content_encoding,
-            "headers": _jsonable(message.headers),
+            # Its body was unpacked when it came.
+            "headers": {k: v for k, v in _jsonable(message.headers).items() if k != "compression"},
             "properties": _jsonable(properties),
         }
     ).encode()

@@ -13,6 +13,7 @@ from celery.canvas import Signature
 from kombu import serialization
 from kombu.exceptions import KombuError
 from kombu.message import Message
+from kombu.serialization import prepare_accept_content
 from kombu.utils.json import loads
 
 from reliable_tasks.errors import ReplayRefused
@@ -77,7 +78,7 @@ class Original:
                 content_encoding=found["content-encoding"],
                 headers=headers,
                 properties=properties,
-                accept=app.conf.accept_content,
+                accept=prepare_accept_content(app.conf.accept_content),
             )
             args, kwargs, embed = message.decode()
             if not isinstance(headers["task"], str) or not isinstance(embed or {}, Mapping):

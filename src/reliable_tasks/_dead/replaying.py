@@ -23,12 +23,12 @@ from reliable_tasks.errors import (
 )
 from reliable_tasks.instrumentation.signals import dead_letter_replayed
 
-__all__ = ["check", "replay"]
+__all__ = ["check", "replay", "send_from_queue"]
 
 #: How often it is looked whether somebody else has sent it (s).
 _LOOK = 0.05
 #: Of a canvas that was called: its own ids, and who was to be told.
-_FROZEN = ("task_id", "group_id", "group_index", "root_id", "parent_id", "reply_to", "chord_size")
+_FROZEN = ("task_id", "group_id", "group_index", "root_id", "parent_id", "reply_to")
 
 
 def replay(
@@ -52,6 +52,21 @@ def replay(
             _send(app, letter, original, new_id, queue=queue, is_in_doubt=is_in_doubt)
         dead_letter_replayed.send(sender=app.tasks.get(letter.task), letter=letter, task_id=new_id)
     return new_id
+
+
+def send_from_queue(
+    app: Celery, letter: DeadLetter, original: Original, new_id: str, *, queue: str | None
+) -> None:
+    """Send the task of a dead letter that was kept without a Redis, under an id.
+
+    Raises:
+        ReplayRefused: It cannot be replayed.
+    """
+    if original.chord is not None:
+        raise ReplayRefused(letter.id, "its chord has counted its failure")
+    with _refusing(letter):
+        _send(app, letter, original, new_id, queue=queue, is_in_doubt=False)
+    dead_letter_replayed.send(sender=app.tasks.get(letter.task), letter=letter, task_id=new_id)
 
 
 def check(app: Celery, place: DeadPlace, letter: DeadLetter, *, whole_chord: bool) -> Original:
@@ -87,20 +102,26 @@ def _reserve(place: DeadPlace, id_: str, token: str) -> tuple[bool, str, bool]:
 
 
 @contextmanager
+def _refusing(letter: DeadLetter) -> Iterator[None]:
+    """Say in other words that a task cannot be called."""
+    try:
+        yield
+    except DuplicateTaskError as error:
+        raise ReplayRefused(letter.id, f"its @once key is taken: {error}") from error
+    except (TypeError, ValueError, LookupError) as error:
+        raise ReplayRefused(letter.id, f"it cannot be called any more: {error!r}") from error
+
+
+@contextmanager
 def _releasing(
     place: DeadPlace, letter: DeadLetter, ids: Iterable[str], token: str
 ) -> Iterator[None]:
     """Note how the replay of a letter went, and of those that are sent with it."""
     how = Sent.IN_DOUBT
     try:
-        yield
+        with _refusing(letter):
+            yield
         how = Sent.SENT
-    except DuplicateTaskError as error:
-        how = Sent.REFUSED
-        raise ReplayRefused(letter.id, f"its @once key is taken: {error}") from error
-    except (TypeError, ValueError, LookupError) as error:
-        how = Sent.REFUSED
-        raise ReplayRefused(letter.id, f"it cannot be called any more: {error!r}") from error
     except ReplayRefused:
         how = Sent.REFUSED
         raise
@@ -151,13 +172,13 @@ def _parts(
 ) -> dict[str, tuple[Original, DeadLetter | None]]:
     """Return the parts of a chord's header by their ids, with the dead letters of the dead."""
     assert letter.chord_id is not None
-    body = original.chord or {}
-    size = int(body.get("chord_size") or 0)
-    if (body.get("options") or {}).get("chord"):
+    options = (original.chord or {}).get("options") or {}
+    if options.get("chord"):
         reason = f"chord {letter.chord_id} is itself a part of a chord, which has counted its end"
         raise ReplayRefused(letter.id, reason)
     found: dict[str, tuple[Original, DeadLetter | None]] = {}
-    for task_id, kept in place.store.parts(place.server, letter.chord_id).items():
+    size, parts = place.store.parts(place.server, letter.chord_id)
+    for task_id, kept in parts.items():
         if not kept.startswith(b"@"):
             found[task_id] = Original.read(app, letter.id, kept), None
             continue
@@ -166,11 +187,12 @@ def _parts(
         raw = place.store.message(place.server, id_)
         if other is not None:
             found[task_id] = Original.read(app, letter.id, raw), other
-    if len(found) < size:
+    if not size or len(found) < size:
         raise ReplayRefused(
             letter.id,
-            f"chord {letter.chord_id} has {size} parts, and {len(found)} of them are known: the "
-            "others have not ended, or are no late-ack ReliableTask",
+            f"of {size or 'nobody knows how many'} parts of chord {letter.chord_id} {len(found)} "
+            "are known: the others have not ended, or are no late-ack ReliableTask; or it was "
+            "called by an app without apply_reliable_config",
         )
     return found
 
@@ -226,7 +248,7 @@ def _without_ids(value: Any) -> Any:
     if isinstance(value, Mapping):
         if "task" in value and "options" in value:
             options = {k: v for k, v in value["options"].items() if k not in (*_FROZEN, "chord")}
-            rest = {k: v for k, v in value.items() if k not in ("options", "chord_size")}
+            rest = {k: v for k, v in value.items() if k != "options"}
             return {**{k: _without_ids(v) for k, v in rest.items()}, "options": options}
         return {k: _without_ids(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -13,7 +13,8 @@ from celery import Celery, bootsteps
 from celery.local import maybe_evaluate
 
 from reliable_tasks._broker.transport import install
-from reliable_tasks._celery.queues import check_queues
+from reliable_tasks._celery.chords import tell_chord_sizes
+from reliable_tasks._celery.queues import check_queues, keep_what_is_dropped
 from reliable_tasks._celery.registry import (
     hard_limit,
     is_configured,
@@ -22,6 +23,7 @@ from reliable_tasks._celery.registry import (
 )
 from reliable_tasks._celery.settings import explicit, put
 from reliable_tasks._celery.versions import check_versions
+from reliable_tasks._dead.keeping import note_chord
 from reliable_tasks._once.decorator import refuse_plain_base
 from reliable_tasks._once.purged import remember
 from reliable_tasks._places import read_config
@@ -80,6 +82,7 @@ def apply_reliable_config(
             setup.on_after_configure, weak=False, dispatch_uid="reliable_tasks"
         )
         remember(app)
+        tell_chord_sizes(app, note_chord)
         app.steps["worker"].add(StartCheck)
         app.steps["consumer"].add(KeeperStep)
     for name, value in (("task", longest_task), ("countdown", longest_countdown)):
@@ -126,6 +129,8 @@ class _Setup:
         facts = Facts.of(app, transport_options=self._own(app, "broker_transport_options"))
         if facts.has_own_transport:
             install()
+        if facts.broker == "amqp" and facts.config.dead_letter_exchange:
+            keep_what_is_dropped(app)
         for rule in rules.SETTINGS:
             is_set, value = explicit(app, rule.setting)
             if not is_set and rule.applies(facts) and value != rule.value:
@@ -186,11 +191,9 @@ def _tasks_made_too_early(app: Celery) -> list[Concern]:
 
 _STOCK = (
     "Stock kombu talks to the broker (reliable_broker), and this is not promised: a message is "
-    "lost when its worker dies while it fetches, or when Redis is full; a task that runs for "
-    "longer than visibility_timeout, or waits so long for its ETA, is started again while it "
-    "runs; a dead worker's tasks wait for visibility_timeout; a lost connection starts running "
-    "tasks again; a publish whose reply is lost can queue a message twice; there is no exclusive "
-    "task"
+    "lost when its worker dies while it fetches, or when Redis is full; a dead worker's tasks wait "
+    "for visibility_timeout; a lost connection ends running tasks, which start again; a publish "
+    "whose reply is lost can queue a message twice; there is no exclusive task"
 )
 
 

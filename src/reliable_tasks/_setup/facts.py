@@ -9,7 +9,7 @@ from typing import Any, Literal
 from celery import Celery
 
 from reliable_tasks._dead.options import bounds_of, causes_of
-from reliable_tasks._places import has_own_transport, read_config, scheme_of
+from reliable_tasks._places import has_own_transport, is_amqp_url, read_config, scheme_of
 from reliable_tasks._store.client import as_text, is_redis_url
 from reliable_tasks._store.dead import Cause
 from reliable_tasks.config import ReliableConfig
@@ -51,7 +51,7 @@ class Facts:
         kind: Broker = "other"
         if is_redis_url(broker):
             kind = "redis"
-        elif scheme_of(broker) in ("amqp", "amqps", "pyamqp", "pyamqps", "librabbitmq"):
+        elif is_amqp_url(broker):
             kind = "amqp"
         return cls(
             app=app,

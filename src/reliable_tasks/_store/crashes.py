@@ -20,19 +20,19 @@ class Starter:
         pid: Of the pool child where it is known, else of the worker.
         host: The worker's name.
         is_ending: Whether only the task's end is run: its handlers.
-        signal: How the process ended, or ``""``.
+        how: How the process ended, or ``""``.
     """
 
     pid: int
     host: str
     is_ending: bool = False
-    signal: str = ""
+    how: str = ""
 
     def __str__(self) -> str:
         # A name with a space in it would be read as two.
         host = self.host.replace(" ", "_")
         mark = _ENDING if self.is_ending else _RUNNING
-        return f"{self.pid} {mark} {host} {self.signal}".rstrip()
+        return f"{self.pid} {mark} {host} {self.how}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +44,21 @@ class Crash:
         pid: Of the pool child that died, or of the worker where nobody saw how it ended.
         host: The worker's name.
         is_ending: Whether only the task's end was run: its handlers.
-        signal: How the process ended, or ``""``.
+        how: How the process ended, or ``""``.
     """
 
     at: float
     pid: int
     host: str
     is_ending: bool
-    signal: str
+    how: str
 
     @classmethod
     def read(cls, line: str) -> Crash:
         """Read what ``count_crash.lua`` and ``explain_crash.lua`` wrote."""
         at, pid, mark, rest = line.split(" ", 3)
-        host, _, signal = rest.partition(" ")
-        return cls(int(at) / 1000, int(pid), host, mark == _ENDING, signal)
+        host, _, how = rest.partition(" ")
+        return cls(int(at) / 1000, int(pid), host, mark == _ENDING, how)
 
     @classmethod
     def read_all(cls, history: Any, start: Any) -> list[Crash]:
@@ -71,4 +71,4 @@ class Crash:
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as `PoisonPill.history` has it."""
-        return {"host": self.host, "pid": self.pid, "signal": self.signal, "at": self.at}
+        return {"host": self.host, "pid": self.pid, "how": self.how, "at": self.at}

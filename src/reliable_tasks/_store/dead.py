@@ -36,6 +36,8 @@ __all__ = [
 _AT_ONCE = 200
 #: For how long one caller replays a dead letter undisturbed (s).
 _WINDOW = 15.0
+#: Fields of what is kept of a chord: how many parts it has, and whether one of them has died.
+_SIZE, _HAS_DEAD = "#", "@"
 #: A message that is no UTF-8 is kept behind this; no other begins so.
 _BASE64 = b"base64:"
 
@@ -177,7 +179,11 @@ class Letter:
         }
         if about.chord_id:
             meta |= {"chord": about.chord_id, "member": about.task_id}
-        shown = {k: v for k, v in asdict(about).items() if k not in _ELSEWHERE and v}
+        shown = {
+            name: value
+            for name, value in asdict(about).items()
+            if name not in _ELSEWHERE and value not in (None, "")
+        }
         return [
             json.dumps(meta),
             json.dumps(shown),
@@ -285,17 +291,15 @@ class DeadStore:
         answer = load("dead_bury").on(server, [self.keys.dead], letter.arguments(event))
         return text(answer[0]), int(answer[1])
 
+    def note_chord(self, server: redis.Redis, group_id: str, size: int, ttl: float) -> None:
+        """Note how many parts a chord has, for so long (s)."""
+        self.keep_part(server, group_id, _SIZE, str(size).encode(), ttl)
+
     def keep_part(
-        self,
-        server: redis.Redis,
-        group_id: str,
-        task_id: str,
-        message: bytes,
-        size: int,
-        ttl: float,
+        self, server: redis.Redis, group_id: str, task_id: str, message: bytes, ttl: float
     ) -> None:
         """Keep the message of a part of a chord that has succeeded, for so long (s)."""
-        args: list[Argument] = [task_id, message, size, ms(ttl)]
+        args: list[Argument] = [task_id, message, ms(ttl)]
         load("chord_keep").on(server, [self.keys.chord(group_id)], args)
 
     def prune(self, server: redis.Redis) -> Pruned:
@@ -325,12 +329,18 @@ class DeadStore:
         keys = [self.keys.dead, self.keys.dead_letter(id_)]
         load("dead_release").on(server, keys, [id_, token, how])
 
-    def parts(self, server: redis.Redis, group_id: str) -> dict[str, bytes]:
-        """Return what is kept of a chord: task ids, and messages, or ``@`` and a letter's id."""
+    def parts(self, server: redis.Redis, group_id: str) -> tuple[int, dict[str, bytes]]:
+        """Return what is kept of a chord.
+
+        Returns:
+            How many parts it has, 0 if nobody knows; and of those that have ended the task ids, and
+            their messages or, of one that died, ``@`` and its letter's id.
+        """
         found = execute(server, "HGETALL", self.keys.chord(group_id))
-        return {
-            text(name): _as_message(value) for name, value in found.items() if text(name) != "@"
-        }
+        kept = {text(name): _as_message(value) for name, value in found.items()}
+        size = int(kept.pop(_SIZE, b"0"))
+        kept.pop(_HAS_DEAD, None)
+        return size, kept
 
     def forget_parts(self, server: redis.Redis, group_id: str) -> None:
         """Forget a chord that was replayed."""

@@ -2,8 +2,7 @@
 
 ::
 
-    from reliable_tasks._places import read_config
-from reliable_tasks.contrib.celery_once import AlreadyQueued, QueueOnce
+    from reliable_tasks.contrib.celery_once import AlreadyQueued, QueueOnce
 
 ``app.conf.ONCE``, ``once={...}`` on tasks and calls, keys, return values and errors are as users
 know them. Locks lie under celery-once's own keys, so that its producers and workers and this

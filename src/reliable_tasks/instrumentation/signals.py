@@ -39,12 +39,12 @@ claim_released = Signal(name="claim_released", providing_args=["key", "task_id"]
 claim_lost = Signal(name="claim_lost", providing_args=["key", "task_id", "owner"])
 #: A task was started, and ended by no word of its own: its pool child is dead, or its worker. Sent
 #: by the worker that lost the child; and where a worker died, by the one that is about to start the
-#: task again. With ``task_id``; ``crashes``, how many there were by now; ``limit``, how many there
-#: may be (``max_crashes``), or ``None``; and ``host``, ``pid``, ``signal`` and ``at`` (s since the
-#: epoch) of this one, as `PoisonPill.history` has them.
+#: task again. With ``task_id``; ``crashes``, how many there were by now, or ``None`` where nobody
+#: counts them; ``limit``, how many there may be (``max_crashes``), or ``None``; and ``host``,
+#: ``pid``, ``how`` and ``at`` (s since the epoch) of this one, as `PoisonPill.history` has them.
 task_crashed = Signal(
     name="task_crashed",
-    providing_args=["task_id", "crashes", "limit", "host", "pid", "signal", "at"],
+    providing_args=["task_id", "crashes", "limit", "host", "pid", "how", "at"],
 )
 #: A task will not run again by itself, and is kept. With ``letter``, a `DeadLetter`. The sender is
 #: the task, or ``None`` for a message that is no task's.

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from reliable_tasks import ReliableTask, StoreUnavailable, once
 from reliable_tasks._cli import reliable
-from reliable_tasks._cli.locks import _duration
+from reliable_tasks._cli.output import duration
 from reliable_tasks._once.locks import locks_of
 from reliable_tasks._store import records
 from reliable_tasks._store.claims import Claims
@@ -273,4 +273,4 @@ def test_without_the_lock_redis(
 )
 def test_a_duration(seconds: float, text: str) -> None:
     """The two largest units say enough."""
-    assert _duration(seconds) == text
+    assert duration(seconds) == text

@@ -106,7 +106,6 @@ def test_what_breaks_the_promise_is_named(
         (REDIS, REDIS, {"worker_deduplicate_successful_tasks": True}),
         (REDIS, None, {"worker_cancel_long_running_tasks_on_connection_loss": False}),
         (REDIS, None, {"worker_cancel_long_running_tasks_on_connection_loss": True, **STOCK}),
-        (REDIS, None, {"worker_consumer": "mine:Consumer", **STOCK}),
         (REDIS, None, {"worker_consumer": "mine:MyCarryingConsumer"}),
         (REDIS, None, {"broker_transport_options": {"visibility_timeout": 30}}),
         (REDIS, None, {"task_default_delivery_mode": 1}),

@@ -1,0 +1,334 @@
+"""Dead letters of real workers: what is kept, and what comes of replaying it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import pytest
+from celery import chain, chord, group
+from celery.exceptions import ChordError
+from celery.result import GroupResult
+
+from reliable_tasks import (
+    DeadLetterNotFound,
+    ReliableResult,
+    ReplayRefused,
+    RequeuesExhausted,
+    dead_letters,
+)
+from reliable_tasks._places import dead_place
+from reliable_tasks.demo._server import EmbeddedServer
+from tests.integration.apps import poison
+from tests.integration.conftest import StartScene, other_database
+from tests.integration.scene import Scene
+from tests.support import wait_until
+
+BROKERS = ["our transport", "stock kombu", "RabbitMQ"]
+
+
+@pytest.fixture
+def scene(
+    request: pytest.FixtureRequest, scenes: StartScene, redis_server: EmbeddedServer
+) -> Scene:
+    """The app of failures with a worker, on the broker that the test names."""
+    broker = getattr(request, "param", BROKERS[0])
+    url = request.getfixturevalue("rabbitmq_url") if broker == "RabbitMQ" else redis_server.url
+    settings = {"reliable_broker": "stock"} if broker == "stock kombu" else {}
+    scene = scenes(url, other_database(redis_server), module=poison, settings=settings)
+    scene.worker(concurrency=2)
+    return scene
+
+
+on_all_brokers = pytest.mark.parametrize("scene", BROKERS, indirect=True)
+
+
+def wait_dead(scene: Scene, count: int = 1, **which: Any) -> list[dead_letters.DeadLetter]:
+    """Wait until there are so many dead letters, and return them, the newest first."""
+    wait_until(
+        lambda: dead_letters.count(app=scene.app, **which) >= count,
+        20,
+        lambda: f"{count} dead letters\n{scene.logs}",
+    )
+    found = list(dead_letters.list(app=scene.app, **which))
+    assert len(found) == count, scene.logs
+    return found
+
+
+def mend(scene: Scene, name: str) -> None:
+    """Have the task of a name succeed from now on."""
+    scene.journal.write("mended", name=name)
+
+
+def replayed(scene: Scene, letter: dead_letters.DeadLetter, **options: Any) -> ReliableResult:
+    """Replay a letter, and return the new task's result."""
+    new_id = dead_letters.replay(letter.id, app=scene.app, **options)
+    result: ReliableResult = scene.app.tasks[letter.task].AsyncResult(new_id)
+    return result
+
+
+# -- what is kept ----------------------------------------------------------------------------
+
+
+@on_all_brokers
+@pytest.mark.parametrize(
+    ("task", "cause", "error", "retries"),
+    [
+        ("fail", "failed", "ValueError: order is broken", 0),
+        ("fail_again", "retries", "KeyError: 'order'", 2),
+        ("slow", "time_limit", "TimeLimitExceeded", 0),
+        ("dropped", "rejected", "Reject", 0),
+    ],
+)
+def test_a_task_that_fails_for_good_is_kept_whole(
+    scene: Scene, task: str, cause: str, error: str, retries: int
+) -> None:
+    """What it was called with, what it failed of, and how often it was tried."""
+    result = scene.call(task, "order", headers={"tenant": "blue"}, priority=3)
+    (letter,) = wait_dead(scene)
+    assert (letter.id, letter.task_id, letter.task) == (result.id, result.id, task)
+    assert (letter.cause, letter.retries) == (cause, retries)
+    assert error in letter.error
+    assert letter.argsrepr == "('order',)"
+    assert (letter.queue, letter.priority, letter.root_id) == ("celery", 3, result.id)
+    assert letter.worker == scene.workers[0].hostname
+    full = dead_letters.get(letter.id, app=scene.app)
+    assert full.traceback
+    message = json.loads(dead_letters.message(letter.id, app=scene.app))
+    assert message["body"][0] == ["order"]
+    assert message["headers"]["tenant"] == "blue"
+    assert result.state == "FAILURE"
+    if task == "fail_again":
+        assert letter.first_at < letter.at
+
+
+def test_a_task_that_puts_itself_back_without_end_is_stopped(scene: Scene) -> None:
+    """It has a budget and pauses that grow, and ends in its child with its handlers."""
+    result = scene.call("requeue", "order")
+    with pytest.raises(RequeuesExhausted) as caught:
+        result.get(timeout=40)
+    assert (caught.value.requeues, caught.value.limit) == (4, 3)
+    starts = [event.at for event in scene.journal.events("start", name="order")]
+    assert len(starts) == 4
+    # At once, after 1 s and after 2 s; the sweeper looks each second.
+    assert starts[1] - starts[0] < 1
+    assert starts[2] - starts[1] >= 0.9
+    assert starts[3] - starts[2] >= 1.9
+    (letter,) = wait_dead(scene)
+    assert letter.cause == "requeues"
+
+
+@on_all_brokers
+def test_a_message_of_an_unknown_task_is_kept(scene: Scene) -> None:
+    """Celery drops it; here it can be replayed once a worker knows it."""
+    result = scene.send("shop.gone", 1, 2)
+    (letter,) = wait_dead(scene)
+    assert (letter.id, letter.task, letter.cause) == (result.id, "shop.gone", "unknown_task")
+    assert json.loads(dead_letters.message(letter.id, app=scene.app))["body"][0] == [1, 2]
+    assert scene.call("innocent", "later").get(timeout=10) == "later"
+
+
+@on_all_brokers
+def test_a_message_that_cannot_be_decoded_is_kept(scene: Scene) -> None:
+    """Its body is kept as it is, and its replay is refused with the reason."""
+    with scene.app.connection_for_write() as connection:
+        queue = scene.app.amqp.queues["celery"]
+        connection.Producer().publish(
+            b"no JSON",
+            exchange=queue.exchange,
+            routing_key=queue.routing_key,
+            content_type="application/json",
+            content_encoding="utf-8",
+            headers={"id": "garbage", "task": "innocent"},
+        )
+    (letter,) = wait_dead(scene)
+    assert letter.cause == "undecodable"
+    with pytest.raises(ReplayRefused, match="cannot be read"):
+        dead_letters.replay(letter.id, app=scene.app)
+    assert scene.call("innocent", "later").get(timeout=10) == "later"
+
+
+# -- replay ----------------------------------------------------------------------------------
+
+
+@on_all_brokers
+def test_a_replay_is_the_same_task_under_a_new_id(scene: Scene) -> None:
+    """Its arguments and headers are as they were; the old result points to the new task."""
+    result = scene.call("fail_again", "order", headers={"tenant": "blue"})
+    (letter,) = wait_dead(scene)
+    assert result.replayed_id is None
+    mend(scene, "order")
+    again = replayed(scene, letter)
+    assert again.id != result.id
+    assert again.get(timeout=20) == "order"
+    assert result.state == "FAILURE"
+    assert result.replayed_id == again.id
+    start = scene.journal.events("start", name="order")[-1]
+    assert (start.data["id"], start.data["retries"]) == (again.id, 0)
+    assert dead_letters.count(app=scene.app) == 0
+    (done,) = dead_letters.list(app=scene.app, replayed=True)
+    assert (done.id, done.replayed_as) == (letter.id, again.id)
+
+
+def test_a_replay_that_fails_is_another_dead_letter(scene: Scene) -> None:
+    """Nothing of it is lost: it knows which one it is the replay of."""
+    scene.call("fail", "order")
+    (letter,) = wait_dead(scene)
+    again = replayed(scene, letter)
+    with pytest.raises(ValueError, match="order is broken"):
+        again.get(timeout=20)
+    (second,) = wait_dead(scene)
+    assert second.id == again.id
+    message = json.loads(dead_letters.message(second.id, app=scene.app))
+    assert message["headers"]["reliable-replay-of"] == letter.id
+    assert second.root_id == letter.root_id
+
+
+@on_all_brokers
+def test_many_who_replay_one_letter_send_it_once(scene: Scene) -> None:
+    """All of them get the id of the first one, also those that come later."""
+    scene.call("fail", "order")
+    (letter,) = wait_dead(scene)
+    mend(scene, "order")
+    ids: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: ids.append(dead_letters.replay(letter.id, app=scene.app)))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ids.append(dead_letters.replay(letter.id, app=scene.app))
+    assert len(ids) == 9
+    assert len(set(ids)) == 1
+    scene.app.AsyncResult(ids[0]).get(timeout=20)
+    assert len(scene.journal.events("start", id=ids[0])) == 1
+
+
+@on_all_brokers
+def test_the_rest_of_a_chain_runs_when_a_member_is_replayed(scene: Scene) -> None:
+    """With its callbacks, and on the value that the member returns now."""
+    tasks = scene.app.tasks
+    first = tasks["add"].s("order", 1, other=2).set(link=tasks["note"].s("linked"))
+    called = chain(first, tasks["note"].s("chained")).apply_async()
+    (letter,) = wait_dead(scene)
+    mend(scene, "order")
+    assert replayed(scene, letter).get(timeout=20) == 3
+    wait_until(lambda: len(scene.journal.events("note")) == 2, 20, lambda: scene.logs)
+    noted = {tuple(event.data["values"]) for event in scene.journal.events("note")}
+    assert noted == {("3", "'linked'"), ("3", "'chained'")}
+    assert called.parent.id == letter.id
+
+
+@on_all_brokers
+def test_a_group_member_that_is_replayed_succeeds(scene: Scene) -> None:
+    """The group's other results are as they were."""
+    add = scene.app.tasks["add"]
+    mend(scene, "well")
+    called: GroupResult = group(add.s("well", 1), add.s("ill", 2)).apply_async()
+    (letter,) = wait_dead(scene)
+    assert letter.group_id == called.id
+    mend(scene, "ill")
+    again = replayed(scene, letter)
+    assert again.get(timeout=20) == 3
+    assert again.state == "SUCCESS"
+    assert called.results[0].get(timeout=10) == 2
+
+
+@on_all_brokers
+def test_a_chord_is_replayed_as_a_whole(scene: Scene) -> None:
+    """Its failure was counted, so a member alone is refused; the whole chord completes."""
+    tasks = scene.app.tasks
+    for name in ("one", "three"):
+        mend(scene, name)
+    header = [
+        tasks["add"].s("one", 1),
+        tasks["add"].s("two", 2),
+        chain(tasks["add"].s("three", 3), tasks["add"].s("ill", 4).set(immutable=True)),
+        tasks["add"].s("four", 4),
+    ]
+    mend(scene, "four")
+    called = chord(header)(tasks["total"].s())
+    with pytest.raises((ChordError, ValueError), match="broken"):
+        called.get(timeout=20)
+    letters = wait_dead(scene, 2, task="add")
+    two = next(one for one in letters if "two" in one.argsrepr)
+    with pytest.raises(ReplayRefused, match=str(two.chord_id)) as caught:
+        dead_letters.replay(two.id, app=scene.app)
+    assert "whole_chord=True" in caught.value.reason
+    mend(scene, "two")
+    mend(scene, "ill")
+    place = dead_place(scene.app)
+    assert place is not None
+    group_id = str(two.chord_id)
+    # A worker keeps a part a moment after the child has told the chord of it.
+    wait_until(lambda: len(place.store.parts(place.server, group_id)[1]) == 4, 10)
+    again = replayed(scene, two, whole_chord=True)
+    assert again.get(timeout=20) == 3
+    (total,) = wait_until(
+        lambda: scene.journal.events("total"), 30, lambda: f"the chord's body\n{scene.logs}"
+    )
+    assert total.data["numbers"] == [2, 3, 5, 5]
+    # Both are replayed by it, and neither twice.
+    assert dead_letters.count(app=scene.app, task="add") == 0
+    for letter in letters:
+        found = dead_letters.replay(letter.id, app=scene.app, whole_chord=True)
+        assert scene.app.AsyncResult(found).get(timeout=20) in (3, 5)
+    assert len(scene.journal.events("total")) == 1
+    assert place.store.parts(place.server, group_id) == (0, {})
+
+
+def test_a_chord_that_completes_leaves_nothing(scene: Scene) -> None:
+    """The messages of its parts are kept for as long as one of them may die."""
+    tasks = scene.app.tasks
+    for name in ("one", "two"):
+        mend(scene, name)
+    body = chord([tasks["add"].s("one", 1), tasks["add"].s("two", 2)])(tasks["total"].s())
+    assert body.get(timeout=20) == 5
+    wait_until(
+        lambda: not scene.claims.client.redis.keys("reliable:dead:*"), 10, lambda: scene.logs
+    )
+
+
+@on_all_brokers
+def test_a_replay_claims_its_key_as_a_call_does(scene: Scene) -> None:
+    """Another task has it: the replay is refused, and can be tried again."""
+    scene.call("crash_once", "order", "sigkill")
+    (letter,) = wait_dead(scene)
+    assert letter.claim
+    scene.workers[0].stop()
+    other = scene.call("crash_once", "order", "sigkill")
+    assert not other.duplicate
+    with pytest.raises(ReplayRefused, match=other.id):
+        dead_letters.replay(letter.id, app=scene.app)
+    assert dead_letters.count(app=scene.app) == 1
+    args = ("order", "sigkill")
+    fence = scene.claim(*args, task="crash_once")["fence"]
+    scene.claims.free(scene.claim_name(*args, task="crash_once"), owner=other.id, fence=fence)
+    again = replayed(scene, letter)
+    assert scene.claim(*args, task="crash_once")["owner"] == again.id
+
+
+def test_many_are_replayed_by_what_they_are(scene: Scene) -> None:
+    """The oldest first, at a rate, and those that cannot be are named."""
+    for name in ("a", "b", "c"):
+        scene.call("fail", name)
+        wait_dead(scene, "abc".index(name) + 1)
+        mend(scene, name)
+    scene.send("shop.gone", 1)
+    wait_dead(scene, 4)
+    outcome = dead_letters.replay_all(
+        lambda letter: "c" not in letter.argsrepr, task="fail", rate=4, app=scene.app
+    )
+    assert len(outcome.sent) == 2
+    assert not outcome.refused
+    for new_id in outcome.sent.values():
+        scene.app.AsyncResult(new_id).get(timeout=20)
+    assert {one.argsrepr for one in dead_letters.list(app=scene.app)} == {"('c',)", "(1,)"}
+    assert dead_letters.purge(cause="unknown_task", app=scene.app) == 1
+    (left,) = dead_letters.list(app=scene.app)
+    dead_letters.discard(left.id, app=scene.app)
+    with pytest.raises(DeadLetterNotFound):
+        dead_letters.get(left.id, app=scene.app)
