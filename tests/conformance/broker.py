@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 from uuid import uuid4
@@ -11,7 +11,7 @@ from uuid import uuid4
 import redis
 import time_machine
 
-from reliable_tasks._store.dead import Bounds, DeadLetter
+from reliable_tasks._store.dead import Bounds, Buried, Cause, DeadLetter, DeadStore, Letter
 from reliable_tasks._store.delivery import UNREADABLE, Copy, Delivery, FetchPlan, Layout
 from reliable_tasks._store.fleet import Fleet
 from reliable_tasks._store.messages import Messages
@@ -44,6 +44,20 @@ def message(task_id: str | None = "one", queue: str = "celery", **headers: Any) 
             },
         }
     )
+
+
+def letter(
+    task_id: str = "one",
+    *,
+    raw: bytes = b'{"headers": {}}',
+    task: str = "shop.send_invoice",
+    cause: Cause = Cause.FAILED,
+    bounds: Bounds = BOUNDS,
+    **about: Any,
+) -> Letter:
+    """A dead letter that is to be kept."""
+    known = {"id": task_id, "task_id": task_id, "error": "ValueError: it is broken", **about}
+    return Letter(DeadLetter(task=task, cause=cause, **known), raw, bounds)
 
 
 class Broker(OnAClock):
@@ -155,6 +169,15 @@ class Broker(OnAClock):
         assert ended is not None
         return ended
 
+    def die(self, delivery: Delivery, kept: Letter | None = None) -> Buried:
+        """Acknowledge, and keep the message as a dead letter."""
+        delivery.letter = kept or letter(delivery.task_id, raw=delivery.raw)
+        return self.messages.bury(self.server, delivery)
+
+    def keep(self, kept: Letter, event: str | None = None) -> tuple[str, int]:
+        """Keep a dead letter whose message is acknowledged already."""
+        return self.dead_store.bury(self.server, kept, event or uuid4().hex)
+
     def settle(self, delivery: Delivery) -> bool:
         """Acknowledge."""
         return self.messages.settle(self.server, delivery)
@@ -202,10 +225,63 @@ class Broker(OnAClock):
         return {tag.decode(): score for tag, score in found}
 
     @property
+    def dead_store(self) -> DeadStore:
+        """What reads and writes dead letters."""
+        return self.messages.dead
+
+    def walk(self, **which: Any) -> Iterator[DeadLetter]:
+        """Walk over dead letters: all of them, or those that are asked for."""
+        every: dict[str, Any] = {"task": None, "cause": None, "since": None}
+        return self.dead_store.walk(self.server, **{**every, **which})
+
+    def count_dead(self, **which: Any) -> int:
+        """Count the dead letters that were not replayed."""
+        return self.dead_store.count(
+            self.server, **{"task": None, "cause": None, "since": None, **which}
+        )
+
+    @property
     def dead(self) -> list[DeadLetter]:
         """The dead letters, the newest first."""
-        every: dict[str, Any] = {"task": None, "cause": None, "since": None}
-        return list(self.messages.dead.walk(self.server, **every))
+        return list(self.walk())
+
+    def indexed_dead(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Check that letters, indexes and counts say the same.
+
+        Returns:
+            Those that were not replayed, and those that were, each with its time (s).
+        """
+        names = [key.decode() for key in self.server.scan_iter(self.keys.dead + "*")]
+        start = self.keys.dead_letter("")
+        waiting: dict[str, float] = {}
+        replayed: dict[str, float] = {}
+        kinds: dict[str, dict[str, float]] = {}
+        for id_ in (name.removeprefix(start) for name in names if name.startswith(start)):
+            key = self.keys.dead_letter(id_)
+            kind, at, sent = self.server.hmget(key, "kind", "at", "replayed")
+            assert None not in (kind, at), f"letter {id_} is no whole one"
+            if sent is None:
+                waiting[id_] = kinds.setdefault(kind.decode(), {})[id_] = float(at)
+            else:
+                replayed[id_] = float(sent)
+
+        def index(name: str) -> dict[str, float]:
+            rows = self.server.zrange(f"{self.keys.dead}{name}", 0, -1, withscores=True)
+            return {id_.decode(): score for id_, score in rows}
+
+        assert index("all") == waiting
+        assert index("replayed") == replayed
+        of = self.keys.dead_of("")
+        found = {name.removeprefix(of) for name in names if name.startswith(of)}
+        assert {kind: index(f"of:{kind}") for kind in found} == kinds
+        counts = self.server.hgetall(f"{self.keys.dead}counts")
+        assert {kind.decode(): int(count) for kind, count in counts.items()} == {
+            kind: len(ids) for kind, ids in kinds.items()
+        }
+        return (
+            {id_: at / 1000 for id_, at in waiting.items()},
+            {id_: at / 1000 for id_, at in replayed.items()},
+        )
 
     def dead_message(self, letter: DeadLetter) -> bytes:
         """What is kept of the message of a dead letter."""

@@ -12,6 +12,10 @@ A comment on the line before a fence that nobody sees in the rendered page:
     The text block is what the block before it printed. A line ``...`` stands for any lines.
 ``<!-- output: print(report) -->``
     The text block is what this statement prints.
+``<!-- output alike -->``
+    The text block is what the block before it printed another day: ids, times, ages, sizes and the
+    names of nodes are others now, of the same kind. An id of it that stands in a later command is
+    the one that was printed.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from reliable_tasks import PoisonPill, dead_letters
+from reliable_tasks import DeadLetterError, PoisonPill, RequeuesExhausted, dead_letters
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.apps import poison
 from tests.integration.conftest import StartScene, other_database
@@ -41,9 +41,11 @@ def scene(
 def supervised(scene: Scene, **options: object) -> Iterator[None]:
     """Start another worker as soon as one is dead, as a supervisor does."""
     done = threading.Event()
+    # Here, for what a thread starts can end with it: the server that forks workers does.
+    first = scene.worker(waits=False, **options)
 
     def watch() -> None:
-        current = scene.worker(waits=False, **options)
+        current = first
         while not done.wait(0.05):
             if not current.running:
                 current = scene.worker(waits=False, **options)
@@ -96,3 +98,160 @@ def test_a_task_that_kills_its_worker_stops_after_its_budget(scene: Scene) -> No
         check_end(scene, result, "poison")
     assert len(scene.workers) == 4
     assert any("has crashed (1 of 3 times)" in worker.log for worker in scene.workers)
+
+
+def test_a_task_whose_ending_crashes_too_is_ended_by_its_worker(scene: Scene) -> None:
+    """Its handler kills the child: it ran once, and nothing of the task runs again."""
+    scene.worker(concurrency=2)
+    result = scene.call("crash", "poison", "sigkill", "crash in on_failure")
+    with pytest.raises(PoisonPill) as caught:
+        result.get(timeout=60)
+    assert caught.value.limit == 3
+    wait_until(lambda: dead_letters.count(app=scene.app) == 1, 10, lambda: scene.logs)
+    assert scene.starts("poison") == 3
+    assert len(scene.journal.events("on_failure")) == 1
+    (letter,) = dead_letters.list(app=scene.app)
+    assert letter.cause == "poison"
+
+
+@pytest.mark.parametrize(("how", "starts"), [(1, 1), (5, 5)])
+def test_the_budget_is_the_apps_or_the_tasks(
+    scenes: StartScene, redis_server: EmbeddedServer, how: int, starts: int
+) -> None:
+    """So many starts as it says, across the retries of the task."""
+    settings = {"reliable_max_crashes": how}
+    backend = other_database(redis_server)
+    scene = scenes(redis_server.url, backend, module=poison, settings=settings)
+    scene.worker(concurrency=2)
+    check_end(scene, scene.call("crash", "poison", "exit"), "poison", starts=starts)
+
+
+def test_bystanders_of_a_task_that_kills_its_children_succeed(scene: Scene) -> None:
+    """One poison among 200 others on four children: it alone ends as a dead letter."""
+    scene.worker(concurrency=4)
+    others = [scene.call("innocent", f"innocent {n}", 0.02) for n in range(100)]
+    result = scene.call("crash", "poison", "sigkill")
+    others += [scene.call("innocent", f"innocent {n}", 0.02) for n in range(100, 200)]
+    check_end(scene, result, "poison")
+    assert [one.get(timeout=60) for one in others] == [f"innocent {n}" for n in range(200)]
+    assert dead_letters.count(app=scene.app) == 1
+
+
+@pytest.mark.parametrize("scene", BROKERS, indirect=True)
+def test_bystanders_of_a_task_that_kills_its_worker_succeed(scene: Scene) -> None:
+    """Three workers die with what they run, and no innocent task is condemned for it."""
+    others = [scene.call("innocent", f"innocent {n}", 0.05) for n in range(100)]
+    result = scene.call("crash", "poison", "kill_worker")
+    others += [scene.call("innocent", f"innocent {n}", 0.05) for n in range(100, 200)]
+    with supervised(scene, concurrency=4):
+        check_end(scene, result, "poison")
+        assert [one.get(timeout=90) for one in others] == [f"innocent {n}" for n in range(200)]
+    assert dead_letters.count(app=scene.app) == 1
+
+
+def test_tasks_that_were_lost_together_are_not_lost_together_again(scene: Scene) -> None:
+    """What ran beside a culprit is started beside it once, and no more than that."""
+    with supervised(scene, concurrency=4):
+        innocent = [scene.call("innocent", f"long {n}", 3) for n in range(3)]
+        for n in range(3):
+            scene.wait_starts(f"long {n}")
+        result = scene.call("crash", "poison", "kill_worker")
+        check_end(scene, result, "poison")
+        for one in innocent:
+            assert one.get(timeout=90)
+    counts = [scene.starts(f"long {n}") for n in range(3)]
+    assert max(counts) <= 3, counts
+    assert any("was lost with its worker" in worker.log for worker in scene.workers)
+
+
+def test_a_task_that_outlives_its_limit_without_end_is_stopped(scene: Scene) -> None:
+    """With acks_on_timeout=False Celery starts it again for ever, at once."""
+    if "acks_on_timeout" not in dir(scene.app.tasks["overtime"]):
+        # Before 5.7 there is no such option, and no such loop.
+        return
+    scene.worker(concurrency=2)
+    result = scene.call("overtime", "long")
+
+    def ended() -> bool:
+        return dead_letters.count(app=scene.app) == 1
+
+    wait_until(ended, 30, lambda: scene.logs)
+    assert scene.starts("long") == 3
+    (letter,) = dead_letters.list(app=scene.app)
+    assert letter.cause == "requeues"
+    with pytest.raises(RequeuesExhausted):
+        result.get(timeout=10)
+
+
+# -- RabbitMQ without a Redis ----------------------------------------------------------------
+
+
+@pytest.fixture
+def bare(scenes: StartScene, rabbitmq_url: str) -> Scene:
+    """The app of crashes on RabbitMQ alone."""
+    scene = scenes(rabbitmq_url, "rpc://", module=poison)
+    scene.worker(concurrency=1)
+    return scene
+
+
+def in_order(scene: Scene, count: int) -> list[dead_letters.DeadLetter]:
+    """Wait until so many letters are in the queue, and return them in its order."""
+    app = scene.app
+    wait_until(lambda: dead_letters.count(app=app) == count, 30, lambda: f"{count}\n{scene.logs}")
+    return list(dead_letters.list(app=app))
+
+
+def test_without_a_redis_the_brokers_count_is_the_cap(bare: Scene) -> None:
+    """It ends as a poison pill, and its message lies in a quorum queue."""
+    result = bare.call("crash", "poison", "sigkill")
+    with pytest.raises(PoisonPill):
+        result.get(timeout=40)
+    assert bare.starts("poison") == 3
+    (letter,) = in_order(bare, 1)
+    assert (letter.task_id, letter.cause) == (result.id, "poison")
+    queues = bare.app.amqp.queues["celery"].queue_arguments
+    assert queues["x-dead-letter-exchange"] == "reliable.dead"
+    assert queues["x-delivery-limit"] >= 30
+
+
+def test_without_a_redis_letters_are_worked_off_in_order(bare: Scene) -> None:
+    """List, replay and purge work; what needs an index is refused with the reason."""
+    for name in ("a", "b", "c"):
+        bare.call("fail", name)
+        in_order(bare, "abc".index(name) + 1)
+    letters = in_order(bare, 3)
+    assert [one.argsrepr for one in letters] == ["('a',)", "('b',)", "('c',)"]
+    for refused in (
+        lambda: dead_letters.get(letters[0].id, app=bare.app),
+        lambda: dead_letters.replay(letters[0].id, app=bare.app),
+        lambda: dead_letters.discard(letters[0].id, app=bare.app),
+        lambda: dead_letters.count(task="fail", app=bare.app),
+        lambda: list(dead_letters.list(replayed=True, app=bare.app)),
+    ):
+        with pytest.raises(DeadLetterError, match="in its order alone"):
+            refused()
+    for name in ("a", "b"):
+        bare.journal.write("mended", name=name)
+    outcome = dead_letters.replay_all(limit=1, app=bare.app)
+    assert list(outcome.sent) == [letters[0].id]
+    assert [one.id for one in in_order(bare, 2)] == [letters[1].id, letters[2].id]
+    outcome = dead_letters.replay_all(lambda one: "b" in one.argsrepr, app=bare.app)
+    assert list(outcome.sent) == [letters[1].id]
+    wait_until(lambda: bare.starts("a") == bare.starts("b") == 2, 20, lambda: bare.logs)
+    assert dead_letters.purge(app=bare.app) == 1
+    assert in_order(bare, 0) == []
+
+
+def test_what_rabbitmq_drops_by_itself_is_kept(bare: Scene) -> None:
+    """A consumer of another kind rejects a message: it is there as it was, with the reason."""
+    bare.workers[0].stop()
+    bare.call("innocent", "order")
+    with bare.app.connection_for_read() as connection:
+        queue = bare.app.amqp.queues["celery"](connection.default_channel)
+        message = wait_until(lambda: queue.get(no_ack=False), 10)
+        message.reject(requeue=False)
+    (letter,) = in_order(bare, 1)
+    assert (letter.task, letter.cause, letter.queue) == ("innocent", "rejected", "celery")
+    bare.worker(concurrency=1)
+    (new_id,) = dead_letters.replay_all(app=bare.app).sent.values()
+    wait_until(lambda: bare.journal.events("start", id=new_id), 20, lambda: bare.logs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -95,9 +96,7 @@ def replay_queue(
     sent: dict[str, str] = {}
     tried = 0
     with _taking(app) as messages:
-        for message in messages:
-            if limit is not None and tried >= limit:
-                return
+        while (limit is None or tried < limit) and (message := next(messages, None)) is not None:
             letter, raw = _read(message)
             if not where(letter):
                 continue
@@ -138,14 +137,26 @@ def _taking(app: Celery) -> Iterator[Iterator[Any]]:
         queue.declare()
         count = int(queue.queue_declare(passive=True).message_count)
 
+        taken: list[Any] = []
+
         def messages() -> Iterator[Any]:
             for _ in range(count):
                 message = queue.get(no_ack=False)
                 if message is None:
                     return
+                taken.append(message)
                 yield message
 
-        yield messages()
+        rest = messages()
+        try:
+            yield rest
+        finally:
+            # RabbitMQ puts what comes back behind all others: so all go back, in their order.
+            if not all(message.acknowledged for message in taken):
+                deque(rest, maxlen=0)
+            for message in taken:
+                if not message.acknowledged:
+                    message.requeue()
 
 
 def _read(message: Any) -> Found:

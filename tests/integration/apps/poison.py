@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from billiard import current_process
 from celery import Celery, Task
 from celery.exceptions import Reject
 
@@ -49,7 +50,8 @@ def _out_of_memory() -> None:
 
 
 def _kill_worker() -> None:
-    os.kill(os.getppid(), signal.SIGKILL)
+    # Not whoever is its parent now, should that be dead already.
+    os.kill(current_process()._parent_pid, signal.SIGKILL)
     time.sleep(30)
 
 
@@ -95,11 +97,14 @@ def build(
         start(self, name)
         CRASHES[how]()
 
-    @app.task(name="crash_once", **common)
-    @once(key="{name}")
-    def crash_once(self: Task, name: str, how: str) -> None:
-        start(self, name)
-        CRASHES[how]()
+    # Without a Redis there are no claims.
+    if "redis" in broker or "redis" in (backend or ""):
+
+        @app.task(name="crash_once", **common)
+        @once(key="{name}")
+        def crash_once(self: Task, name: str, how: str) -> None:
+            start(self, name)
+            CRASHES[how]()
 
     @app.task(name="innocent", **common)
     def innocent(self: Task, name: str, seconds: float = 0) -> str:
@@ -112,6 +117,11 @@ def build(
     def requeue(self: Task, name: str) -> None:
         start(self, name)
         raise Reject("not here", requeue=True)
+
+    @app.task(name="overtime", max_requeues=2, acks_on_timeout=False, **{**common, "time_limit": 1})
+    def overtime(self: Task, name: str) -> None:
+        start(self, name)
+        time.sleep(30)
 
     @app.task(name="fail", **common)
     def fail(self: Task, name: str) -> None:
