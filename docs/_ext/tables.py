@@ -31,6 +31,7 @@ _WHERE = {
     frozenset({"Redis"}): "Redis, with leases",
     frozenset({"Redis", "RabbitMQ"}): "with leases",
     frozenset({"stock", "alone"}): "without leases",
+    frozenset({"stock"}): "stock",
 }
 
 
@@ -47,7 +48,7 @@ def settings() -> list[str]:
 
 def rule_table() -> list[str]:
     """Return the table of what ``apply_reliable_config`` sets, in Markdown."""
-    rows: dict[tuple[str, str], tuple[set[str], str]] = {}
+    rows: dict[tuple[str, str, str], set[str]] = {}
     for name, broker, backend, conf in _APPS:
         app = Celery(broker=broker, backend=backend, set_as_current=False)
         app.conf.update(conf)
@@ -60,12 +61,12 @@ def rule_table() -> list[str]:
         ]
         for rule, setting in chosen:
             value = "computed" if rule.setting == "visibility_timeout" else f"`{rule.value!r}`"
-            rows.setdefault((setting, value), (set(), rule.reason))[0].add(name)
+            rows.setdefault((setting, value, rule.reason), set()).add(name)
     return _table(
         ("setting", "value", "where", "why"),
         [
             (f"`{setting}`", value, _WHERE[frozenset(names)], reason)
-            for (setting, value), (names, reason) in rows.items()
+            for (setting, value, reason), names in rows.items()
         ],
     )
 

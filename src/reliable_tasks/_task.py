@@ -44,7 +44,7 @@ from reliable_tasks._once.received import mark_copy
 from reliable_tasks._once.result import ReliableResult
 from reliable_tasks._places import read_config
 from reliable_tasks._retrying import Policy, Retrying
-from reliable_tasks._store.dead import Letter
+from reliable_tasks._store.dead import Cause, Letter
 from reliable_tasks._store.publication import Superseded
 from reliable_tasks.errors import ConfigError, DuplicateTaskError, LockLost, StoreError
 
@@ -432,10 +432,13 @@ class ReliableTask(_Task):
     def _reliable_crashed(self, task_id: str, crashes: int | None, crash: dict[str, Any]) -> None:
         tell_crash(self, task_id, crashes, self._end_options.max_crashes, crash)
 
-    def _reliable_letter(self, request: Any, error: BaseException, traceback: str) -> Letter | None:
+    def _reliable_letter(
+        self, request: Any, error: BaseException, traceback: str, *, is_expired: bool
+    ) -> Letter | None:
         # An error here would end the worker, and lose the task.
         try:
-            return letter_of_request(request, error, traceback, self._end_options)
+            cause = Cause.EXPIRED if is_expired else None
+            return letter_of_request(request, error, traceback, self._end_options, cause)
         except Exception:
             logger.exception("Task %s[%s] has failed, and is not kept", self.name, request.id)
             return None

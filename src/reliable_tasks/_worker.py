@@ -33,6 +33,8 @@ __all__ = ["KeeperStep"]
 logger = logging.getLogger("reliable_tasks")
 
 _TICK = 1.0
+#: Stock kombu looks each 100 s for what has to come back, if nobody tells it otherwise.
+_SWEEP = 110.0
 
 #: The keeper of each worker of this process.
 _keepers: WeakKeyDictionary[Any, Keeper] = WeakKeyDictionary()
@@ -102,7 +104,8 @@ class KeeperStep(bootsteps.StartStopStep):
 
 def _beside(consumer: Any) -> Any:
     """Have a worker of another broker keep its runs in the lock Redis, if there is one."""
-    is_known = is_amqp(consumer) or is_stock_redis(consumer.task_consumer.channel)
+    channel = consumer.task_consumer.channel
+    is_known = is_amqp(consumer) or is_stock_redis(channel)
     if not is_known or not isinstance(consumer, CarryingConsumer):
         return None
     try:
@@ -110,6 +113,8 @@ def _beside(consumer: Any) -> Any:
     except ConfigError:
         return None
     consumer.beside = beside(locks.claims, locks.config)
+    timeout = getattr(channel, "visibility_timeout", 0.0)
+    consumer.beside.comes_back_within = timeout + _SWEEP
     return consumer.beside
 
 

@@ -15,28 +15,22 @@ Each raises ``StoreUnavailable`` where the Redis of the dead letters does not an
 from __future__ import annotations
 
 import builtins
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import cast
 
 import redis
 from celery import Celery, current_app
-from celery.local import maybe_evaluate
 
-from reliable_tasks._celery.queues import DEAD
-from reliable_tasks._dead.original import Original, text_of
-from reliable_tasks._dead.queue import count_queue, purge_queue, replay_queue, walk_queue
+from reliable_tasks._celery.registry import behind_proxy
+from reliable_tasks._dead.original import text_of
+from reliable_tasks._dead.queue import IN_ORDER, Pace, Queued, is_in_queue
 from reliable_tasks._dead.replaying import check as check_replay
 from reliable_tasks._dead.replaying import replay as replay_one
-from reliable_tasks._dead.replaying import send_from_queue
-from reliable_tasks._places import DeadPlace, dead_place, is_amqp_url
-from reliable_tasks._store.client import as_text
+from reliable_tasks._dead.which import Moment, Which
+from reliable_tasks._places import DeadPlace, dead_place
 from reliable_tasks._store.dead import Cause, DeadLetter
-from reliable_tasks.config import nearest
 from reliable_tasks.errors import (
     DeadLetterError,
     DeadLetterNotFound,
@@ -60,8 +54,12 @@ __all__ = [
     "replay_all",
 ]
 
-#: Since when: a moment, or how long ago, also in seconds.
-Since = datetime | timedelta | float
+#: Takes a dead letter, the id of the task that was sent or ``None``, and why it was not or ``""``.
+OnReplayed = Callable[[DeadLetter, str | None, str], None]
+#: So many are read in one go.
+_PAGE = 200
+#: So many are removed in one go.
+_REMOVED_AT_ONCE = 100
 
 
 @dataclass(slots=True)
@@ -81,7 +79,8 @@ def count(
     *,
     task: str | None = None,
     cause: Cause | str | None = None,
-    since: Since | None = None,
+    since: Moment | None = None,
+    before: Moment | None = None,
     app: Celery | None = None,
 ) -> int:
     """Count the dead letters that were not replayed.
@@ -91,22 +90,27 @@ def count(
         cause: Only those that are here for this.
         since: Only those that were kept since then: a ``datetime``, or a ``timedelta`` or seconds
             ago.
+        before: Only those that were kept before; the same.
         app: The app; the current one by default.
+
+    Raises:
+        ValueError: There is no such cause.
     """
-    chosen, moment = _cause(cause), _moment(since)
-    if (queue_app := _without_redis(app)) is not None:
-        if (task, chosen, moment) != (None, None, None):
-            raise DeadLetterError(f"{_IN_ORDER}: count has no task, cause and since there")
-        return count_queue(queue_app)
-    with _place(app) as place:
-        return place.store.count(place.server, task=task, cause=chosen, since=moment)
+    which = Which.of(task, cause, since, before)
+    if is_in_queue(known := _app(app)):
+        if not which.is_all:
+            raise DeadLetterError(f"{IN_ORDER}: there all are counted, or none")
+        return Queued(known).count()
+    with _place(known) as place:
+        return place.store.count(place.server, **which.as_options())
 
 
 def list(  # noqa: A001 - what everybody calls it
     *,
     task: str | None = None,
     cause: Cause | str | None = None,
-    since: Since | None = None,
+    since: Moment | None = None,
+    before: Moment | None = None,
     limit: int | None = None,
     oldest_first: bool = False,
     replayed: bool = False,
@@ -118,11 +122,12 @@ def list(  # noqa: A001 - what everybody calls it
     that comes or goes meanwhile may be among them or not.
 
     Args:
-        task: Only those of the task of this name.
-        cause: Only those that are here for this.
-        since: As in `count`.
+        task: As in `count`.
+        cause: As in `count`.
+        since: As in `count`; with ``replayed`` it is about when that was.
+        before: The same.
         limit: At most so many.
-        oldest_first: The other way round.
+        oldest_first: The other way round. Without a Redis it always is.
         replayed: Those that were replayed instead, with ``replayed_as``.
         app: As in `count`.
 
@@ -131,35 +136,26 @@ def list(  # noqa: A001 - what everybody calls it
     """
     if limit is not None and limit < 0:
         raise ValueError(f"limit = {limit!r}: give a number of dead letters, 0 or more")
-    return _list(task, _cause(cause), _moment(since), limit, oldest_first, replayed, app)
+    which = Which.of(task, cause, since, before)
+    return _list(_app(app), which, limit, oldest_first=oldest_first, replayed=replayed)
 
 
 def _list(
-    task: str | None,
-    cause: str | None,
-    since: float | None,
-    limit: int | None,
-    oldest_first: bool,
-    replayed: bool,
-    app: Celery | None,
+    app: Celery, which: Which, limit: int | None, *, oldest_first: bool, replayed: bool
 ) -> Iterator[DeadLetter]:
     if limit == 0:
         return
-    if (queue_app := _without_redis(app)) is not None:
-        if replayed:
-            raise DeadLetterError(f"{_IN_ORDER}: what was replayed is not kept there")
-        matches = _filter(task, cause, since)
-        yield from islice(filter(matches, walk_queue(queue_app)), limit)
+    if is_in_queue(app):
+        _refuse_replayed(replayed)
+        yield from islice(filter(which.has, Queued(app).walk()), limit)
         return
     with _place(app) as place:
         found = place.store.walk(
             place.server,
-            task=task,
-            cause=cause,
-            since=since,
+            **which.as_options(),
             oldest_first=oldest_first,
             replayed=replayed,
-            **({} if limit is None else {"page": min(limit, 200)}),
+            page=_PAGE if limit is None else min(limit, _PAGE),
         )
         yield from islice(found, limit)
 
@@ -174,7 +170,7 @@ def get(id: str, *, app: Celery | None = None) -> DeadLetter:  # noqa: A002 - wh
     Raises:
         DeadLetterNotFound: There is none.
     """
-    with _place(app) as place:
+    with _place(_app(app)) as place:
         letter = place.store.get(place.server, id)
     if letter is None:
         raise DeadLetterNotFound(id)
@@ -194,7 +190,7 @@ def message(id: str, *, app: Celery | None = None) -> str:  # noqa: A002
         DeadLetterNotFound: There is none.
     """
     get(id, app=app)
-    with _place(app) as place:
+    with _place(_app(app)) as place:
         return text_of(place.store.message(place.server, id))
 
 
@@ -210,6 +206,9 @@ def replay(
     Its ``expires``, ETA, retries and crashes begin anew, and its `@once` key is claimed as by a new
     call. Its result stays ``FAILURE``; `ReliableResult.replayed_id` of it is the new id. A dead
     letter is replayed once, however often and by how many it is asked for.
+
+    Import the task before: one that this process does not know is sent by its name, and takes its
+    `@once` key when it starts.
 
     Args:
         id: As in `get`.
@@ -227,10 +226,10 @@ def replay(
             its `@once` key, or its message was not kept or cannot be read.
         kombu.exceptions.OperationalError: The broker cannot be reached. It can be replayed again.
     """
-    app = _app(app)
-    letter = get(id, app=app)
-    with _place(app) as place:
-        return replay_one(app, place, letter, queue=queue, whole_chord=whole_chord)
+    known = _app(app)
+    letter = get(id, app=known)
+    with _place(known) as place:
+        return replay_one(known, place, letter, queue=queue, whole_chord=whole_chord)
 
 
 def check(id: str, *, whole_chord: bool = False, app: Celery | None = None) -> DeadLetter:  # noqa: A002
@@ -247,10 +246,11 @@ def check(id: str, *, whole_chord: bool = False, app: Celery | None = None) -> D
         DeadLetterNotFound: There is none.
         ReplayRefused: It cannot.
     """
-    app = _app(app)
-    letter = get(id, app=app)
-    with _place(app) as place:
-        check_replay(app, place, letter, whole_chord=whole_chord)
+    known = _app(app)
+    letter = get(id, app=known)
+    if letter.replayed_as is None:
+        with _place(known) as place:
+            check_replay(known, place, letter, whole_chord=whole_chord)
     return letter
 
 
@@ -259,11 +259,12 @@ def replay_all(
     *,
     task: str | None = None,
     cause: Cause | str | None = None,
-    since: Since | None = None,
+    since: Moment | None = None,
+    before: Moment | None = None,
     limit: int | None = None,
     rate: float | None = None,
     queue: str | None = None,
-    on_each: Callable[[DeadLetter], None] | None = None,
+    on_each: OnReplayed | None = None,
     app: Celery | None = None,
 ) -> Replayed:
     """Replay many dead letters, the oldest first.
@@ -276,35 +277,40 @@ def replay_all(
         task: As in `count`.
         cause: As in `count`.
         since: As in `count`.
+        before: As in `count`.
         limit: At most so many, replayed or refused.
         rate: At most so many a second.
         queue: As in `replay`.
-        on_each: Called with each when it was replayed or refused.
+        on_each: Called with each, and the new task's id, or ``None`` and why it was refused.
         app: As in `count`.
 
     Raises:
-        ValueError: ``rate`` is not more than 0.
+        ValueError: ``rate`` is not more than 0, or there is no such cause.
         kombu.exceptions.OperationalError: As in `replay`; those before are sent.
     """
     if rate is not None and rate <= 0:
         raise ValueError(f"rate = {rate!r}: give a number of dead letters per second, more than 0")
-    app = _app(app)
-    outcome, begun = Replayed(), time.time()
-    if _without_redis(app) is not None:
-        matches = _filter(task, _cause(cause), _moment(since), where)
-        _replay_in_order(app, matches, outcome, limit=limit, rate=rate, queue=queue, tell=on_each)
+    known, outcome, pace = _app(app), Replayed(), Pace(rate)
+    which = _until_now(known, Which.of(task, cause, since, before))
+
+    def note(letter: DeadLetter, new_id: str | None, reason: str) -> None:
+        if new_id is None:
+            outcome.refused[letter.id] = reason
+        else:
+            outcome.sent[letter.id] = new_id
+        if on_each is not None:
+            on_each(letter, new_id, reason)
+
+    if is_in_queue(known):
+        Queued(known).replay(_both(which, where), note, limit=limit, pace=pace, queue=queue)
         return outcome
-    found = list(task=task, cause=cause, since=since, oldest_first=True, app=app)
-    chosen = (one for one in found if one.at <= begun and (where is None or where(one)))
-    pace = _Pace(rate)
-    for letter in islice(chosen, limit):
+    found = filter(where, _list(known, which, None, oldest_first=True, replayed=False))
+    for letter in islice(found, limit):
         pace.wait()
         try:
-            outcome.sent[letter.id] = replay(letter.id, queue=queue, app=app)
+            note(letter, replay(letter.id, queue=queue, app=known), "")
         except (ReplayRefused, DeadLetterNotFound) as refusal:
-            outcome.refused[letter.id] = getattr(refusal, "reason", str(refusal))
-        if on_each is not None:
-            on_each(letter)
+            note(letter, None, getattr(refusal, "reason", str(refusal)))
     return outcome
 
 
@@ -318,7 +324,7 @@ def discard(id: str, *, app: Celery | None = None) -> None:  # noqa: A002
     Raises:
         DeadLetterNotFound: There is none.
     """
-    with _place(app) as place:
+    with _place(_app(app)) as place:
         if not place.store.discard(place.server, id):
             raise DeadLetterNotFound(id)
 
@@ -328,119 +334,69 @@ def purge(
     *,
     task: str | None = None,
     cause: Cause | str | None = None,
-    since: Since | None = None,
+    since: Moment | None = None,
+    before: Moment | None = None,
     replayed: bool = False,
     on_each: Callable[[DeadLetter], None] | None = None,
     app: Celery | None = None,
 ) -> int:
-    """Remove many dead letters for good; return how many that were.
+    """Remove many dead letters for good, but for those that come meanwhile; return how many.
 
     Args:
         where: Only those for which this is true.
         task: As in `count`.
         cause: As in `count`.
-        since: As in `count`.
+        since: As in `list`.
+        before: As in `list`.
         replayed: Those that were replayed instead.
         on_each: Called with each when it was removed.
         app: As in `count`.
+
+    Raises:
+        ValueError: There is no such cause.
     """
-    begun, removed = time.time(), 0
-    if (queue_app := _without_redis(app)) is not None:
-        if replayed:
-            raise DeadLetterError(f"{_IN_ORDER}: what was replayed is not kept there")
-        matches = _filter(task, _cause(cause), _moment(since), where)
-        return purge_queue(queue_app, matches, on_each or (lambda _: None))
-    found = list(task=task, cause=cause, since=since, oldest_first=True, replayed=replayed, app=app)
-    chosen = (one for one in found if one.at <= begun and (where is None or where(one)))
-    while some := builtins.list(islice(chosen, _PURGED_AT_ONCE)):
-        with _place(app) as place:
+    known, tell = _app(app), on_each or (lambda _: None)
+    which = _until_now(known, Which.of(task, cause, since, before))
+    if is_in_queue(known):
+        _refuse_replayed(replayed)
+        return Queued(known).purge(_both(which, where), tell)
+    removed = 0
+    found = filter(where, _list(known, which, None, oldest_first=True, replayed=replayed))
+    while some := builtins.list(islice(found, _REMOVED_AT_ONCE)):
+        with _place(known) as place:
             removed += place.store.discard_each(place.server, [one.id for one in some])
-        for one in some if on_each is not None else ():
-            on_each(one)  # type: ignore[misc]
+        for one in some:
+            tell(one)
     return removed
 
 
-_PURGED_AT_ONCE = 100
-
-
-#: What is said where there is no Redis.
-_IN_ORDER = (
-    f"without a Redis dead letters are kept in the queue {DEAD}, which can be read and worked "
-    "off in its order alone (list, replay_all, purge)"
-)
-
-
-class _Pace:
-    """So many a second, and no more at once after a pause."""
-
-    def __init__(self, rate: float | None) -> None:
-        self._rate, self._due = rate, time.monotonic()
-
-    def wait(self) -> None:
-        """Wait until the next one may go."""
-        if self._rate is not None:
-            time.sleep(max(self._due - time.monotonic(), 0.0))
-            self._due = time.monotonic() + 1.0 / self._rate
-
-
-def _replay_in_order(
-    app: Celery,
-    matches: Callable[[DeadLetter], bool],
-    outcome: Replayed,
-    *,
-    limit: int | None,
-    rate: float | None,
-    queue: str | None,
-    tell: Callable[[DeadLetter], None] | None,
-) -> None:
-    pace = _Pace(rate)
-
-    def send(letter: DeadLetter, original: Original, new_id: str) -> None:
-        pace.wait()
-        send_from_queue(app, letter, original, new_id, queue=queue)
-
-    def note(letter: DeadLetter, new_id: str, reason: str) -> None:
-        if reason:
-            outcome.refused[letter.id] = reason
-        else:
-            outcome.sent[letter.id] = new_id
-        if tell is not None:
-            tell(letter)
-
-    replay_queue(app, matches, send, limit=limit, tell=note)
-
-
-def _filter(
-    task: str | None,
-    cause: str | None,
-    since: float | None,
-    where: Callable[[DeadLetter], bool] | None = None,
-) -> Callable[[DeadLetter], bool]:
-    return lambda one: (
-        task in (None, one.task)
-        and cause in (None, one.cause)
-        and (since is None or one.at >= since)
-        and (where is None or where(one))
-    )
-
-
-def _without_redis(app: Celery | None) -> Celery | None:
-    """Return the app if its dead letters are in RabbitMQ, for it has no Redis."""
-    known = _app(app)
-    is_amqp = is_amqp_url(as_text(known.conf.broker_read_url))
-    return known if is_amqp and dead_place(known) is None else None
-
-
 def _app(app: Celery | None) -> Celery:
-    return cast(Celery, maybe_evaluate(current_app if app is None else app))
+    return behind_proxy(current_app if app is None else app)
+
+
+def _both(which: Which, where: Callable[[DeadLetter], bool] | None) -> Callable[[DeadLetter], bool]:
+    return lambda letter: which.has(letter) and (where is None or where(letter))
+
+
+def _until_now(app: Celery, which: Which) -> Which:
+    """Leave out those that come later; by the clock that those are kept by."""
+    if which.before is not None or is_in_queue(app):
+        return which
+    with _place(app) as place:
+        # That of this millisecond, too.
+        return replace(which, before=place.store.now(place.server) + 0.001)
+
+
+def _refuse_replayed(replayed: bool) -> None:
+    if replayed:
+        raise DeadLetterError(f"{IN_ORDER}: what was replayed is not kept there")
 
 
 @contextmanager
-def _place(app: Celery | None) -> Iterator[DeadPlace]:
-    place = dead_place(_app(app))
+def _place(app: Celery) -> Iterator[DeadPlace]:
+    place = dead_place(app)
     if place is None:
-        is_in_order = _without_redis(app) is not None
-        reason = _IN_ORDER if is_in_order else "this app has no Redis for its dead letters"
+        reason = IN_ORDER if is_in_queue(app) else "this app has no Redis for its dead letters"
         raise DeadLetterError(f"{reason}: set reliable_redis_url, or a Redis as the result_backend")
     try:
         yield place
@@ -448,21 +404,3 @@ def _place(app: Celery | None) -> Iterator[DeadPlace]:
         raise StoreUnavailable(place.shown_url, str(error)) from error
     except redis.RedisError as error:
         raise StoreError(f"the Redis of the dead letters refused: {error}") from error
-
-
-def _cause(cause: Cause | str | None) -> str | None:
-    if cause is None:
-        return None
-    try:
-        return Cause(cause)
-    except ValueError:
-        raise ValueError(f"cause = {cause!r}" + nearest(str(cause), [*Cause])) from None
-
-
-def _moment(since: Since | None) -> float | None:
-    if since is None:
-        return None
-    if isinstance(since, datetime):
-        return since.timestamp()
-    ago = since.total_seconds() if isinstance(since, timedelta) else float(since)
-    return time.time() - ago

@@ -10,14 +10,13 @@ from uuid import uuid4
 import pytest
 import redis
 
+from reliable_tasks import dead_letters
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.conftest import StartScene, one_slot_in_each
 from tests.integration.scene import Scene
 from tests.support import wait_until
 
 POOLS = ["prefork", "threads"]
-
-UNDECODABLE = "reliable:undecodable"
 
 
 @pytest.fixture(scope="module", params=POOLS)
@@ -118,22 +117,28 @@ OTHERS: dict[str, dict[str, Any]] = {
 def test_a_message_that_is_no_tasks_is_set_apart(
     scene: Scene, broker: redis.Redis, wrong: dict[str, Any]
 ) -> None:
-    """It lies whole in a list of its own, the worker takes the next task, and nothing is held."""
+    """It is kept whole as a dead letter, the worker takes the next task, and nothing is held."""
     task_id = str(uuid4())
-    before = broker.llen(UNDECODABLE)
+
+    def count() -> int:
+        return dead_letters.count(app=scene.app, cause="undecodable")
+
+    before = count()
     broker.lpush("celery", _message(task_id, **wrong))
     wait_until(
-        lambda: broker.llen(UNDECODABLE) > before or not scene.workers[0].running,
+        lambda: count() > before or not scene.workers[0].running,
         10,
         lambda: f"the message set apart\n{scene.logs}",
     )
     _runs_the_next(scene, broker)
-    (apart,) = (one for one in broker.lrange(UNDECODABLE, 0, -1) if task_id in one)
+    found = dead_letters.list(app=scene.app, cause="undecodable")
+    every = [broker.hget(f"reliable:dead:letter:{letter.id}", "message") for letter in found]
+    (apart,) = (one for one in every if task_id in one)
     message = json.loads(apart)
     sent = json.loads(_message(task_id, **wrong))
     assert message["headers"] == sent["headers"]
     assert message.get("body") == sent.get("body")
-    assert broker.llen(UNDECODABLE) == before + 1
+    assert count() == before + 1
 
 
 @pytest.mark.parametrize("wrong", OTHERS.values(), ids=OTHERS)

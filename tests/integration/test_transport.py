@@ -19,7 +19,9 @@ from celery.app.control import flatten_reply
 from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
 
+from reliable_tasks import dead_letters
 from reliable_tasks._broker.channel import Channel
+from reliable_tasks._places import dead_place
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.conftest import StartScene, other_database
 from tests.integration.scene import ALONE, Scene, reading
@@ -617,7 +619,10 @@ class TestStrangeMessages:
         scene.worker()
         assert scene.call("show", name).get(timeout=10)
         with redis.Redis.from_url(redis_url) as client:
-            assert client.lrange("reliable:undecodable", 0, -1) == [_STRANGE["not JSON"]]
+            (letter,) = dead_letters.list(app=scene.app)
+            place = dead_place(scene.app)
+            assert place is not None
+            assert place.store.message(place.server, letter.id) == _STRANGE["not JSON"]
             wait_until(lambda: not client.exists("unacked", "reliable:leases"))
 
     @pytest.mark.parametrize("what", ["not JSON", "a number", "headers are a list"])

@@ -70,6 +70,8 @@ class Beside(Held):
         on_error: str,
     ) -> None:
         super().__init__(messages, lease, server, keepers)
+        #: When a message comes back at the latest that was not acknowledged (s), if that is known.
+        self.comes_back_within = 0.0
         self._runs_on = on_error == "proceed"
 
     def expect(self, headers: Mapping[str, Any], *, is_redelivered: bool) -> Run:
@@ -143,11 +145,11 @@ class Beside(Held):
             return
         run = delivery
         remembers = _COPIES_OVER_TTL if run.is_copy or run.is_lost else _OVER_TTL
+        remembers = max(remembers, self.comes_back_within)
 
         def say(server: redis.Redis, is_repeated: bool) -> None:
             if run.letter is not None and not goes_back:
                 was_held = self._note_buried(
-                    server,
                     run,
                     self.messages.bury_run(server, run, order=run.order, remembers=remembers),
                 )

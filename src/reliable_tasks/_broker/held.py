@@ -24,7 +24,6 @@ from uuid import uuid4
 import redis
 
 from reliable_tasks._broker.mute import UNREACHABLE, MuteConnection
-from reliable_tasks._broker.pruning import prune
 from reliable_tasks._broker.saying import say, tell
 from reliable_tasks._store.crashes import Crash, Starter
 from reliable_tasks._store.dead import Buried
@@ -403,14 +402,12 @@ class Held:
         if delivery.letter is None:
             settled = self.messages.settle(server, delivery)
         else:
-            settled = self._note_buried(server, delivery, self.messages.bury(server, delivery))
+            settled = self._note_buried(delivery, self.messages.bury(server, delivery))
         if not settled and not is_repeated:
             self._warn_of_lapsed(delivery)
 
-    def _note_buried(self, server: redis.Redis, delivery: Delivery, buried: Buried) -> bool:
+    def _note_buried(self, delivery: Delivery, buried: Buried) -> bool:
         """Tell of a dead letter that was kept; return whether its delivery had not ended."""
-        if delivery.letter is not None and buried.count > delivery.letter.bounds.max_count:
-            prune(self.messages.dead, server)
         if buried.id and delivery.when_buried is not None:
             tell(partial(delivery.when_buried, buried.id, buried.count))
         return buried.is_ended

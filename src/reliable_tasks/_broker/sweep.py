@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
+from functools import partial
 
 import redis
 
 from reliable_tasks._broker.held import Held
-from reliable_tasks._broker.pruning import prune
 from reliable_tasks._broker.purging import tell
 from reliable_tasks._broker.saying import say
+from reliable_tasks._broker.saying import tell as tell_later
 from reliable_tasks._store.delivery import Delivery
 from reliable_tasks._store.scripts import execute
+from reliable_tasks.instrumentation.dropping import tell_pruned
 
 __all__ = ["BEAT", "ring", "sweep"]
 
@@ -56,7 +58,7 @@ def sweep(held: Held, server: redis.Redis, now: float, server_id: str) -> int:
             break
     if is_seldom:
         _forget_the_silent(held, server, now)
-        prune(held.messages.dead, server)
+        tell_later(partial(tell_pruned, held.messages.dead.prune(server)))
     return count
 
 

@@ -2,7 +2,7 @@
 
 A crash that takes a whole worker with it is counted for all that ran there: one of them is to
 blame, and the others are not to be lost with it again. So all of them are suspects. A worker starts
-one of them at a time, and the next one when that has ended, or has run for a minute; on its last
+one of them at a time, and the next one when that has ended, or has run for 3 s; on its last
 start a suspect runs beside no other one at all. A crash of a child alone is nobody else's.
 """
 
@@ -16,7 +16,7 @@ from celery.worker.state import active_requests, reserved_requests
 
 from reliable_tasks._celery.consumer import copy_of
 from reliable_tasks._celery.failures import info_of
-from reliable_tasks._celery.headers import CONDEMNED, REQUEUES
+from reliable_tasks._celery.headers import CONDEMNED, COUNTED, REQUEUES
 from reliable_tasks._celery.setting_aside import PatientRequest, SetAside
 from reliable_tasks.errors import PoisonPill, ReliableError, RequeuesExhausted
 
@@ -25,7 +25,7 @@ __all__ = ["BudgetedRequest", "condemned"]
 #: The count of a quorum queue.
 _DELIVERY_COUNT = "x-delivery-count"
 #: For how long a suspect is started alone (s): what kills mostly does so soon.
-_PROBATION = 60.0
+_PROBATION = 3.0
 #: How soon one that waits for its turn looks again, at first and at last (s).
 _TURN = (0.05, 1.0)
 #: How soon it is asked again what nobody could say (s).
@@ -54,9 +54,10 @@ class BudgetedRequest(PatientRequest):
         if self._delivery is not None:
             return int(self._delivery.copy.crashes)
         # Of RabbitMQ without a Redis: an upper bound, for it counts all that comes back.
-        count = self.request_dict.get(_DELIVERY_COUNT)
-        is_counted = isinstance(count, int) and self.task.acks_late and self._is_amqp
-        return count if is_counted and isinstance(count, int) else 0
+        if not (self.task.acks_late and self._is_amqp):
+            return 0
+        counts = (self.request_dict.get(name) for name in (_DELIVERY_COUNT, COUNTED))
+        return sum(count for count in counts if isinstance(count, int))
 
     def _may_run_again(self) -> bool:
         """Say whether the task may be started; if not, it was set aside, or has ended."""

@@ -6,10 +6,12 @@ from functools import partial
 from typing import Any
 
 from billiard.exceptions import Terminated
-from celery.exceptions import Ignore, Reject, Retry
+from celery.exceptions import Ignore, Reject, Retry, TaskRevokedError
 from celery.worker.request import Request
 
+from reliable_tasks._celery.channels import queue_of
 from reliable_tasks._celery.guarding import GuardedRequest
+from reliable_tasks._celery.queues import is_kept_by_rabbitmq
 
 __all__ = ["BuriedRequest"]
 
@@ -22,9 +24,12 @@ class BuriedRequest(GuardedRequest):
 
     #: The error that it has failed with, and its traceback, until the message is ended.
     _failure: tuple[BaseException, str] | None = None
+    _is_expired = False
     #: Whether the pool has told of more than a success.
     _is_reported = False
     _has_succeeded = False
+    #: Whether it is a dead letter, or will be when its message is ended.
+    _is_kept = False
     #: Whether its message must not be acknowledged, for it could not be kept as a dead letter.
     _is_unkept = False
 
@@ -47,15 +52,38 @@ class BuriedRequest(GuardedRequest):
         failure, self._failure = self._failure, None
         if failure is None or self._has_succeeded:
             return
-        letter = self._guard._reliable_letter(self, *failure)
+        letter = self._guard._reliable_letter(self, *failure, is_expired=self._is_expired)
         if letter is None:
             return
-        if self._delivery is not None and not self.acknowledged:
+        self._is_kept = True
+        if self._is_ended_by_letter:
             self._delivery.letter = letter
             self._delivery.when_buried = partial(self._guard._reliable_buried, letter)
         elif not self._guard._reliable_bury(letter) and not self.acknowledged:
             # RabbitMQ has a place for what is rejected.
-            self._is_unkept = True
+            self._is_kept, self._is_unkept = False, True
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        if expired:
+            self._failure, self._is_expired = (TaskRevokedError(reason), ""), True
+        super()._announce_revoked(reason, terminated, signum, expired)  # type: ignore[misc]
+
+    @property
+    def _is_ended_by_letter(self) -> bool:
+        """Whether the step that ends its delivery keeps the letter."""
+        if self._delivery is None or self.acknowledged:
+            return False
+        # One that was let in unguarded is unknown there.
+        return self._beside is None or bool(self._beside.is_open(self._delivery.tag))
+
+    def _reject_for_good(self) -> None:
+        """Reject the message, unless RabbitMQ would keep it beside the letter."""
+        is_kept_twice = self._is_kept and is_kept_by_rabbitmq(self.app, queue_of(self.message))
+        if not is_kept_twice:
+            Request.reject(self, requeue=False)
+        elif not self.acknowledged:
+            self._acknowledge_when_kept()
+            self.send_event("task-rejected", requeue=False)
 
     def _acknowledge_when_kept(self) -> None:
         """Acknowledge the message, but not before it is kept where that is another server's."""

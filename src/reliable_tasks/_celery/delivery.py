@@ -109,7 +109,9 @@ class GuardedTask(Protocol):
     def _reliable_crashed(self, task_id: str, crashes: int | None, crash: dict[str, Any]) -> None:
         """A task has crashed, so many times by now if that is counted."""
 
-    def _reliable_letter(self, request: Any, error: BaseException, traceback: str) -> Any:
+    def _reliable_letter(
+        self, request: Any, error: BaseException, traceback: str, *, is_expired: bool
+    ) -> Any:
         """Return the dead letter that a task becomes, or ``None``."""
 
     def _reliable_bury(self, letter: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "CONDEMNED",
+    "COUNTED",
     "DELIVERY",
     "FIRST_FAILED",
     "IN_DOUBT",
@@ -34,4 +35,6 @@ TIMES_SET_ASIDE = "reliable_set_aside"
 WAITS_FOR = "reliable_waits_for"
 #: Header of a copy that put itself back into its queue: how often it did.
 REQUEUES = "reliable_requeues"
-OF_ONE_COPY = (IS_COPY, TIMES_SET_ASIDE, WAITS_FOR, REQUEUES, CONDEMNED)
+#: Header of a copy that was sent again where RabbitMQ alone counts: its count until then.
+COUNTED = "reliable_counted"
+OF_ONE_COPY = (IS_COPY, TIMES_SET_ASIDE, WAITS_FOR, REQUEUES, COUNTED, CONDEMNED)

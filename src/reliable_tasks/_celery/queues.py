@@ -11,7 +11,7 @@ from kombu.exceptions import OperationalError
 
 from reliable_tasks.errors import ConfigError
 
-__all__ = ["DEAD", "check_queues", "dead_queue", "keep_what_is_dropped"]
+__all__ = ["DEAD", "check_queues", "dead_queue", "is_kept_by_rabbitmq", "keep_what_is_dropped"]
 
 #: The exchange, and the quorum queue behind it, of what RabbitMQ would drop.
 DEAD = "reliable.dead"
@@ -50,6 +50,13 @@ def keep_what_is_dropped(app: Celery) -> None:
         made.queues_cls = KeepingQueues
         for of_other_queues in ("queues", "router"):
             vars(made).pop(of_other_queues, None)
+
+
+def is_kept_by_rabbitmq(app: Any, name: str) -> bool:
+    """Say whether what is rejected of a queue goes to `DEAD`."""
+    queues = app.amqp.queues
+    arguments = (queues[name].queue_arguments or {}) if name in queues else {}
+    return bool(arguments.get("x-dead-letter-exchange") == DEAD)
 
 
 def dead_queue() -> Queue:

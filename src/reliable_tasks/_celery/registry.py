@@ -6,7 +6,21 @@ from typing import Any
 
 from celery import Celery
 
-__all__ = ["hard_limit", "is_configured", "is_finalized", "known_tasks", "wire_arguments"]
+__all__ = [
+    "behind_proxy",
+    "hard_limit",
+    "is_configured",
+    "is_finalized",
+    "known_tasks",
+    "wire_arguments",
+]
+
+
+def behind_proxy(app: Any) -> Celery:
+    """Return the app that a proxy like ``current_app`` stands for, or the app itself."""
+    find = getattr(app, "_get_current_object", None)
+    found: Celery = app if find is None else find()
+    return found
 
 
 def is_configured(app: Celery) -> bool:

@@ -277,8 +277,12 @@ class ReliableRequest(BuriedRequest):
             return
         self._leave(goes_back=requeue)
         self._note_end()
-        if not self._is_left_to_broker():
+        if self._is_left_to_broker():
+            return
+        if requeue:
             super().reject(requeue)
+        else:
+            self._reject_for_good()
 
     def _note_end(self) -> None:
         # The event loop says it to the broker later.

@@ -20,6 +20,7 @@ from reliable_tasks._celery import stock
 from reliable_tasks._celery.delivery import DeliveredRequest
 from reliable_tasks._celery.headers import (
     CONDEMNED,
+    COUNTED,
     DELIVERY,
     IN_DOUBT,
     IS_COPY,
@@ -107,6 +108,8 @@ def _call_after(consumer: Any, pause: float, function: Callable[[], None]) -> No
 
 class PatientRequest(DeliveredRequest):
     """A request that can be set aside."""
+
+    _crashes: Any
 
     def _set_aside(self, answer: SetAside) -> None:
         """Run this copy again after a pause that holds no slot."""
@@ -252,6 +255,8 @@ class PatientRequest(DeliveredRequest):
                 TIMES_SET_ASIDE: self._times_set_aside,
                 WAITS_FOR: self._waits_for,
             }
+        if self._delivery is None and (crashes := self._crashes):
+            headers[COUNTED] = crashes
         if self.request_dict.get(REQUEUES):
             headers[REQUEUES] = self.request_dict[REQUEUES]
         copy.options["headers"] = headers

@@ -32,7 +32,6 @@ from reliable_tasks._store.dead import Cause, DeadLetter
 from reliable_tasks.errors import (
     DeadLetterError,
     DeadLetterNotFound,
-    ReliableError,
     ReplayRefused,
 )
 
@@ -457,32 +456,16 @@ def _replay_all(
     if not yes:
         named = _named(count, filters, of=chosen.count)
         click.confirm(f"Send {named} again?", abort=True, err=True)
-    done: list[str] = []
-    outcome = None
-    try:
-        with progress(count, "Replaying", is_hidden=outcomes.as_json) as step:
+    with progress(count, "Replaying", is_hidden=outcomes.as_json) as step:
 
-            def on_each(letter: DeadLetter) -> None:
-                done.append(letter.id)
-                step()
+        def on_each(letter: DeadLetter, new_id: str | None, reason: str) -> None:
+            step()
+            if new_id is None:
+                outcomes.refuse(ReplayRefused(letter.id, reason))
+            else:
+                outcomes.send(letter.id, new_id)
 
-            outcome = dead_letters.replay_all(chosen.has, **options, on_each=on_each, app=app)
-    finally:
-        if outcome is None:
-            # It ended halfway, by an error or by Ctrl-C: what was sent is sent.
-            _tell_sent(app, done, outcomes)
-    for id_, new_id in outcome.sent.items():
-        outcomes.send(id_, new_id)
-    for id_, reason in outcome.refused.items():
-        outcomes.refuse(ReplayRefused(id_, reason))
-
-
-def _tell_sent(app: Celery, ids: Iterable[str], outcomes: _Outcomes) -> None:
-    with suppress(ReliableError):
-        for id_ in ids:
-            letter = dead_letters.get(id_, app=app)
-            if letter.replayed_as is not None:
-                outcomes.send(id_, letter.replayed_as)
+        dead_letters.replay_all(chosen.has, **options, on_each=on_each, app=app)
 
 
 def _ask(letters: Sequence[DeadLetter]) -> None:

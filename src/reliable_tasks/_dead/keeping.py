@@ -16,6 +16,7 @@ from reliable_tasks._dead.queue import bury_in_queue
 from reliable_tasks._places import dead_place, is_amqp_url
 from reliable_tasks._store.client import as_text
 from reliable_tasks._store.dead import Letter
+from reliable_tasks.instrumentation.dropping import tell_pruned
 from reliable_tasks.instrumentation.signals import (
     dead_letter_kept,
     task_crashed,
@@ -129,7 +130,18 @@ def tell_buried(app: Celery, task: Any, letter: Letter, id_: str, count: int) ->
             letter.bounds.max_body,
         )
     dead_letter_kept.send(sender=task, letter=letter.kept_as(id_))
+    if count > letter.bounds.max_count:
+        _prune(app)
     _warn_of_many(count, letter.bounds.max_count)
+
+
+def _prune(app: Celery) -> None:
+    place = dead_place(app)
+    try:
+        if place is not None:
+            tell_pruned(place.store.prune(place.server))
+    except (redis.exceptions.RedisError, OSError) as error:
+        logger.warning("There are too many dead letters, and none can be dropped: %s", error)
 
 
 def _warn_of_many(count: int, max_count: int) -> None:

@@ -51,7 +51,8 @@ def letter_of_request(
     What the task calls expected (``throws``) is no failure, and who ends as a duplicate has another
     one that runs for it.
     """
-    if isinstance(error, (DuplicateTaskError, *request.task.throws)):
+    is_verdict = isinstance(error, (PoisonPill, RequeuesExhausted))
+    if not is_verdict and isinstance(error, (DuplicateTaskError, *request.task.throws)):
         return None
     headers = request.request_dict
     retries = int(headers.get("retries") or 0)

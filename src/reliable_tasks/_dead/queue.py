@@ -19,10 +19,13 @@ from celery import Celery
 from reliable_tasks._celery.queues import DEAD, dead_queue
 from reliable_tasks._dead.letters import raw_of
 from reliable_tasks._dead.original import Original
+from reliable_tasks._dead.replaying import send_from_queue
+from reliable_tasks._places import dead_place, is_amqp_url
+from reliable_tasks._store.client import as_text
 from reliable_tasks._store.dead import Cause, DeadLetter, Letter
 from reliable_tasks.errors import ReplayRefused
 
-__all__ = ["bury_in_queue", "count_queue", "purge_queue", "replay_queue", "walk_queue"]
+__all__ = ["IN_ORDER", "Pace", "Queued", "bury_in_queue", "is_in_queue"]
 
 #: Header: the message is a dead letter of ours, and has this id.
 _LETTER = "reliable-dead-letter"
@@ -34,6 +37,11 @@ _REASONS = {
 }
 _KNOWN = frozenset(one.name for one in fields(DeadLetter))
 
+#: What is said where there is no Redis.
+IN_ORDER = (
+    f"without a Redis dead letters are kept in the queue {DEAD}, which can be read and worked "
+    "off in its order alone (list, replay_all, purge)"
+)
 #: A dead letter, and the message that it was.
 Found = tuple[DeadLetter, bytes]
 
@@ -60,103 +68,138 @@ def bury_in_queue(app: Celery, letter: Letter) -> None:
         )
 
 
-def count_queue(app: Celery) -> int:
-    """Count the letters, those that are just looked at left out."""
-    with app.connection_for_read() as connection:
-        queue: Any = dead_queue()(connection.default_channel)
-        queue.declare()
-        return int(queue.queue_declare(passive=True).message_count)
+def is_in_queue(app: Celery) -> bool:
+    """Say whether an app's dead letters are in RabbitMQ, for it has no Redis."""
+    return is_amqp_url(as_text(app.conf.broker_read_url)) and dead_place(app) is None
 
 
-def walk_queue(app: Celery) -> Iterator[DeadLetter]:
-    """Yield the letters in their order, and leave them where they are."""
-    with _taking(app) as messages:
-        for message in messages:
-            yield _read(message)[0]
-
-
-def replay_queue(
-    app: Celery,
-    where: Callable[[DeadLetter], bool],
-    send: Callable[[DeadLetter, Original, str], None],
-    *,
-    limit: int | None,
-    tell: Callable[[DeadLetter, str, str], None],
-) -> None:
-    """Replay letters in their order, and take those away that were.
+class Pace:
+    """So many a second, and no more at once after a pause.
 
     Args:
-        app: The app.
-        where: Only those for which this is true.
-        send: Sends a task under an id.
-        limit: At most so many, sent or refused.
-        tell: Called with each, and the new task's id, or with why there is none.
+        rate: How many; ``None`` as many as can be.
     """
-    # The same letter twice is one that was kept, and not acknowledged: its worker died in between.
-    sent: dict[str, str] = {}
-    tried = 0
-    with _taking(app) as messages:
-        while (limit is None or tried < limit) and (message := next(messages, None)) is not None:
-            letter, raw = _read(message)
-            if not where(letter):
-                continue
-            tried += 1
-            # The same for the same letter, should it not be taken away now.
-            new_id = sent.get(letter.id) or str(uuid.uuid5(uuid.NAMESPACE_OID, letter.id))
-            try:
-                if letter.id not in sent:
-                    send(letter, Original.read(app, letter.id, raw), new_id)
-            except ReplayRefused as refusal:
-                tell(letter, "", refusal.reason)
-                continue
-            sent[letter.id] = new_id
-            message.ack()
-            tell(letter, new_id, "")
+
+    def __init__(self, rate: float | None) -> None:
+        self._rate, self._due = rate, time.monotonic()
+
+    def wait(self) -> None:
+        """Wait until the next one may go."""
+        if self._rate is not None:
+            time.sleep(max(self._due - time.monotonic(), 0.0))
+            self._due = time.monotonic() + 1.0 / self._rate
 
 
-def purge_queue(
-    app: Celery, where: Callable[[DeadLetter], bool], tell: Callable[[DeadLetter], None]
-) -> int:
-    """Remove letters for good; return how many."""
-    removed = 0
-    with _taking(app) as messages:
-        for message in messages:
-            letter, _ = _read(message)
-            if where(letter):
+class Queued:
+    """The dead letters in an app's queue.
+
+    What comes back to it is put behind all others: so whoever looks at a part has to read all.
+    """
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+
+    def count(self) -> int:
+        """Count them, those that somebody looks at just now left out."""
+        with self._app.connection_for_read() as connection:
+            return _count(_declared(connection))
+
+    def walk(self) -> Iterator[DeadLetter]:
+        """Yield them in their order, and leave them where they are."""
+        with self._taking() as messages:
+            for message in messages:
+                yield _read(message)[0]
+
+    def replay(
+        self,
+        matches: Callable[[DeadLetter], bool],
+        tell: Callable[[DeadLetter, str | None, str], None],
+        *,
+        limit: int | None,
+        pace: Pace,
+        queue: str | None,
+    ) -> None:
+        """Replay them in their order, and take those away that were.
+
+        Args:
+            matches: Only those for which this is true.
+            tell: Called with each, and the new task's id, or ``None`` and why there is none.
+            limit: At most so many, sent or refused.
+            pace: How fast.
+            queue: The queue to send them to, if it is another one.
+        """
+        # The same twice is one that was kept, and not acknowledged: its worker died in between.
+        sent: dict[str, str] = {}
+        tried = 0
+        with self._taking() as messages:
+            while (limit is None or tried < limit) and (message := next(messages, None)):
+                letter, raw = _read(message)
+                if not matches(letter):
+                    continue
+                tried += 1
+                # The same for the same letter, should it not be taken away now.
+                new_id = str(uuid.uuid5(uuid.NAMESPACE_OID, letter.id))
+                try:
+                    if letter.id not in sent:
+                        original = Original.read(self._app, letter.id, raw)
+                        pace.wait()
+                        send_from_queue(self._app, letter, original, new_id, queue=queue)
+                except ReplayRefused as refusal:
+                    tell(letter, None, refusal.reason)
+                    continue
+                sent[letter.id] = new_id
                 message.ack()
-                removed += 1
-                tell(letter)
-    return removed
+                tell(letter, new_id, "")
+
+    def purge(
+        self, matches: Callable[[DeadLetter], bool], tell: Callable[[DeadLetter], None]
+    ) -> int:
+        """Remove some for good; return how many."""
+        removed = 0
+        with self._taking() as messages:
+            for message in messages:
+                letter, _ = _read(message)
+                if matches(letter):
+                    message.ack()
+                    removed += 1
+                    tell(letter)
+        return removed
+
+    @contextmanager
+    def _taking(self) -> Iterator[Iterator[Any]]:
+        """Take the messages that are there by now; those that are not acknowledged go back."""
+        with self._app.connection_for_read() as connection:
+            queue = _declared(connection)
+            taken: list[Any] = []
+
+            def messages() -> Iterator[Any]:
+                for _ in range(_count(queue)):
+                    message = queue.get(no_ack=False)
+                    if message is None:
+                        return
+                    taken.append(message)
+                    yield message
+
+            rest = messages()
+            try:
+                yield rest
+            finally:
+                if not all(message.acknowledged for message in taken):
+                    # All, in their order.
+                    deque(rest, maxlen=0)
+                for message in taken:
+                    if not message.acknowledged:
+                        message.requeue()
 
 
-@contextmanager
-def _taking(app: Celery) -> Iterator[Iterator[Any]]:
-    """Take the messages that are there by now; those that are not acknowledged go back."""
-    with app.connection_for_read() as connection:
-        queue: Any = dead_queue()(connection.default_channel)
-        queue.declare()
-        count = int(queue.queue_declare(passive=True).message_count)
+def _declared(connection: Any) -> Any:
+    queue: Any = dead_queue()(connection.default_channel)
+    queue.declare()
+    return queue
 
-        taken: list[Any] = []
 
-        def messages() -> Iterator[Any]:
-            for _ in range(count):
-                message = queue.get(no_ack=False)
-                if message is None:
-                    return
-                taken.append(message)
-                yield message
-
-        rest = messages()
-        try:
-            yield rest
-        finally:
-            # RabbitMQ puts what comes back behind all others: so all go back, in their order.
-            if not all(message.acknowledged for message in taken):
-                deque(rest, maxlen=0)
-            for message in taken:
-                if not message.acknowledged:
-                    message.requeue()
+def _count(queue: Any) -> int:
+    return int(queue.queue_declare(passive=True).message_count)
 
 
 def _read(message: Any) -> Found:

@@ -46,10 +46,10 @@ def replay(
     if whole_chord:
         return _replay_chord(app, place, letter, original)
     token = str(uuid4())
-    is_ours, new_id, is_in_doubt = _reserve(place, letter.id, token)
+    is_ours, new_id = _reserve(place, letter.id, token)
     if is_ours:
         with _releasing(place, letter, [letter.id], token):
-            _send(app, letter, original, new_id, queue=queue, is_in_doubt=is_in_doubt)
+            _send(app, letter, original, new_id, queue=queue)
         dead_letter_replayed.send(sender=app.tasks.get(letter.task), letter=letter, task_id=new_id)
     return new_id
 
@@ -65,7 +65,7 @@ def send_from_queue(
     if original.chord is not None:
         raise ReplayRefused(letter.id, "its chord has counted its failure")
     with _refusing(letter):
-        _send(app, letter, original, new_id, queue=queue, is_in_doubt=False)
+        _send(app, letter, original, new_id, queue=queue)
     dead_letter_replayed.send(sender=app.tasks.get(letter.task), letter=letter, task_id=new_id)
 
 
@@ -89,14 +89,14 @@ def check(app: Celery, place: DeadPlace, letter: DeadLetter, *, whole_chord: boo
     return original
 
 
-def _reserve(place: DeadPlace, id_: str, token: str) -> tuple[bool, str, bool]:
-    """Return whether it is ours to send, under which id, and whether it may have been sent."""
+def _reserve(place: DeadPlace, id_: str, token: str) -> tuple[bool, str]:
+    """Return whether it is ours to send, and under which id."""
     while True:
         code, new_id = place.store.reserve(place.server, id_, token)
         if code is Reservation.NOT_FOUND:
             raise DeadLetterNotFound(id_)
         if code is not Reservation.OTHERS:
-            return code is not Reservation.SENT, new_id, code is Reservation.IN_DOUBT
+            return code is not Reservation.SENT, new_id
         # Until that one has sent it, or its time is over.
         time.sleep(_LOOK)
 
@@ -142,13 +142,12 @@ def _send(
     new_id: str,
     *,
     queue: str | None,
-    is_in_doubt: bool,
 ) -> None:
     options = {**original.options(), **original.place(), "add_to_parent": False}
-    options["headers"] = {**(options.get("headers") or {}), REPLAY_OF: letter.id}
-    if is_in_doubt:
-        # Where the broker cannot tell that it had it, the guard can: one of the two has run.
-        options["headers"][IS_COPY] = True
+    # Who is in doubt may send it twice. Where the broker cannot tell that it had it, the guard can:
+    # a copy is not run when another one has ended.
+    ours = {REPLAY_OF: letter.id, IS_COPY: True}
+    options["headers"] = {**(options.get("headers") or {}), **ours}
     where = queue or letter.queue
     if where and (queue or where in app.amqp.queues):
         options["queue"] = where
@@ -204,7 +203,7 @@ def _replay_chord(app: Celery, place: DeadPlace, letter: DeadLetter, original: O
     token = str(uuid4())
     new_ids: dict[str, str] = {}
     for one in dead:
-        is_ours, new_ids[one.id], _ = _reserve(place, one.id, token)
+        is_ours, new_ids[one.id] = _reserve(place, one.id, token)
         if not is_ours:
             # Whoever has sent this one has sent all.
             return _reserve(place, letter.id, token)[1]

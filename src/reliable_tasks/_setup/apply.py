@@ -10,12 +10,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from celery import Celery, bootsteps
-from celery.local import maybe_evaluate
 
 from reliable_tasks._broker.transport import install
 from reliable_tasks._celery.chords import tell_chord_sizes
 from reliable_tasks._celery.queues import check_queues, keep_what_is_dropped
 from reliable_tasks._celery.registry import (
+    behind_proxy,
     hard_limit,
     is_configured,
     is_finalized,
@@ -74,7 +74,7 @@ def apply_reliable_config(
         UnsupportedCelery: The installed Celery or kombu is not supported.
     """
     check_versions()
-    app = maybe_evaluate(app)  # current_app is a proxy
+    app = behind_proxy(app)
     setup = _setups.get(app)
     if setup is None:
         setup = _setups[app] = _Setup(app)

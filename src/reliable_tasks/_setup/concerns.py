@@ -131,7 +131,7 @@ CHECKS: tuple[tuple[str, Callable[[Any, Facts], bool], str], ...] = (
     ),
     (
         "worker_consumer",
-        lambda value, facts: facts.is_guarded and "CarryingConsumer" not in str(value),
+        lambda value, facts: facts.broker != "other" and "CarryingConsumer" not in str(value),
         (
             "a consumer of your own forgets what is held when the connection is lost, and drops "
             "what it cannot read; derive it from reliable_tasks._celery.consumer.CarryingConsumer"

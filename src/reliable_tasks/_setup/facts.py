@@ -90,11 +90,6 @@ class Facts:
         return self.broker == "redis" and not self.has_own_transport
 
     @property
-    def is_guarded(self) -> bool:
-        """Whether it is known which tasks run, so that no copy of one is let in beside it."""
-        return self.carries or self.is_stock
-
-    @property
     def has_backend(self) -> bool:
         """Whether results are kept."""
         return bool(self.backend_scheme)

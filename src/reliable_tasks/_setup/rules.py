@@ -35,8 +35,8 @@ def _carries(facts: Facts) -> bool:
     return facts.carries
 
 
-def _is_guarded(facts: Facts) -> bool:
-    return facts.is_guarded
+def _is_known_and_does_not_carry(facts: Facts) -> bool:
+    return facts.broker != "other" and not facts.carries
 
 
 def _does_not_carry(facts: Facts) -> bool:
@@ -87,8 +87,14 @@ SETTINGS: tuple[Rule, ...] = (
     Rule(
         "worker_consumer",
         "reliable_tasks._celery.consumer:CarryingConsumer",
-        "what a worker holds survives the loss of its connection, and what it cannot read is kept",
-        _is_guarded,
+        "what a worker holds survives the loss of its connection",
+        _carries,
+    ),
+    Rule(
+        "worker_consumer",
+        "reliable_tasks._celery.consumer:CarryingConsumer",
+        "a message that no worker can read is kept; on Redis no copy of a task that runs starts",
+        _is_known_and_does_not_carry,
     ),
     Rule(
         "worker_deduplicate_successful_tasks",

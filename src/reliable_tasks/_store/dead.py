@@ -274,6 +274,10 @@ class Sent(StrEnum):
     REFUSED = "refused"
 
 
+#: The least score and the greatest, as Redis reads them.
+_Edges = tuple[str | float, str]
+
+
 class DeadStore:
     """The dead letters behind one prefix.
 
@@ -348,6 +352,11 @@ class DeadStore:
 
     # -- reading -------------------------------------------------------------------------------
 
+    def now(self, server: redis.Redis) -> float:
+        """Return the time that letters are kept by (s since the epoch)."""
+        seconds, micros = execute(server, "TIME")
+        return int(seconds) + int(micros) / 1_000_000
+
     def get(self, server: redis.Redis, id_: str) -> DeadLetter | None:
         """Return a letter with its traceback."""
         found = self._read(server, [id_])
@@ -367,12 +376,14 @@ class DeadStore:
         task: str | None,
         cause: str | None,
         since: float | None,
+        before: float | None = None,
     ) -> int:
         """Count the letters that were not replayed."""
         kinds = self._kinds(server, task, cause)
-        if since is None:
+        if since is None and before is None:
             return sum(kinds.values())
-        commands = [("ZCOUNT", self.keys.dead_of(kind), since * 1000, "+inf") for kind in kinds]
+        edges = _edges(since, before)
+        commands = [("ZCOUNT", self.keys.dead_of(kind), *edges) for kind in kinds]
         return sum(map(int, checked(pipelined(server, commands)))) if commands else 0
 
     def walk(
@@ -382,6 +393,7 @@ class DeadStore:
         task: str | None,
         cause: str | None,
         since: float | None,
+        before: float | None = None,
         oldest_first: bool = False,
         replayed: bool = False,
         page: int = _AT_ONCE,
@@ -390,45 +402,51 @@ class DeadStore:
 
         One that is kept or removed meanwhile may be there, or not; none is there twice.
         """
-        for ids in self._pages(server, task, cause, since, oldest_first, replayed, page):
+        sources = self._sources(server, task, cause, replayed=replayed)
+        edges = _edges(since, before)
+        for ids in self._pages(server, sources, edges, oldest_first=oldest_first, page=page):
             for letter in self._read(server, ids):
                 is_asked_for = task in (None, letter.task) and cause in (None, letter.cause)
                 if is_asked_for and (letter.replayed_as is not None) == replayed:
                     yield letter
 
+    def _sources(
+        self, server: redis.Redis, task: str | None, cause: str | None, *, replayed: bool
+    ) -> list[str]:
+        """Return the indexes that have them all."""
+        if replayed:
+            return [f"{self.keys.dead}replayed"]
+        if task is None and cause is None:
+            return [f"{self.keys.dead}all"]
+        return [self.keys.dead_of(kind) for kind in self._kinds(server, task, cause)]
+
     def _pages(
         self,
         server: redis.Redis,
-        task: str | None,
-        cause: str | None,
-        since: float | None,
+        sources: Sequence[str],
+        edges: _Edges,
+        *,
         oldest_first: bool,
-        replayed: bool,
         page: int,
     ) -> Iterator[list[str]]:
-        if replayed:
-            sources = [f"{self.keys.dead}replayed"]
-        elif task is None and cause is None:
-            sources = [f"{self.keys.dead}all"]
-        else:
-            sources = [self.keys.dead_of(kind) for kind in self._kinds(server, task, cause)]
-        least = "-inf" if since is None else since * 1000
-        rows = [self._rows(server, source, least, oldest_first, page) for source in sources]
+        rows = [self._rows(server, source, edges, oldest_first, page) for source in sources]
         merged = heapq.merge(*rows, key=lambda row: row[0] if oldest_first else -row[0])
         while ids := [id_ for _, id_ in islice(merged, page)]:
             yield ids
 
     def _rows(
-        self, server: redis.Redis, source: str, least: Any, oldest_first: bool, page: int
+        self, server: redis.Redis, source: str, edges: _Edges, oldest_first: bool, page: int
     ) -> Iterator[tuple[float, str]]:
         """Yield the members of one index by their scores, though others come and go."""
+        least, most = edges
         edge: float | None = None
         at_edge: set[str] = set()
         while True:
-            if oldest_first:
-                command = ("ZRANGEBYSCORE", source, least if edge is None else edge, "+inf")
-            else:
-                command = ("ZREVRANGEBYSCORE", source, "+inf" if edge is None else edge, least)
+            command: tuple[Any, ...] = (
+                ("ZRANGEBYSCORE", source, least if edge is None else edge, most)
+                if oldest_first
+                else ("ZREVRANGEBYSCORE", source, most if edge is None else edge, least)
+            )
             limit = ("WITHSCORES", "LIMIT", 0, page + len(at_edge))
             found = pairs(execute(server, *command, *limit))
             new = [(score, id_) for id_, score in found if id_ not in at_edge]
@@ -462,6 +480,14 @@ class DeadStore:
             for id_, row, size in zip(names, rows, sizes, strict=True)
             if row[0] is not None
         ]
+
+
+def _edges(since: float | None, before: float | None) -> _Edges:
+    """Return the scores between which an index has them."""
+    return (
+        "-inf" if since is None else since * 1000,
+        "+inf" if before is None else f"({before * 1000}",
+    )
 
 
 def _letter(id_: str, row: Sequence[Any], size: int) -> DeadLetter:

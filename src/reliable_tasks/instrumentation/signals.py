@@ -37,7 +37,7 @@ claim_released = Signal(name="claim_released", providing_args=["key", "task_id"]
 #: A task has ended whose claim had lapsed, or was another one's. With ``key``, ``task_id`` and
 #: ``owner``, or ``None``.
 claim_lost = Signal(name="claim_lost", providing_args=["key", "task_id", "owner"])
-#: A task was started, and ended by no word of its own: its pool child is dead, or its worker. Sent
+#: A task was started, and ended by no word of its own; its pool child is dead, or its worker. Sent
 #: by the worker that lost the child; and where a worker died, by the one that is about to start the
 #: task again. With ``task_id``; ``crashes``, how many there were by now, or ``None`` where nobody
 #: counts them; ``limit``, how many there may be (``max_crashes``), or ``None``; and ``host``,

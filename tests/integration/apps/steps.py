@@ -1,8 +1,8 @@
 """The app of tasks that fail for good, with workers that die at one step of what they do then.
 
-A step is a line of this library's or of Celery's request, or one side of a command to a server:
-about to be sent, or sent and not answered. They are counted in the worker's main process, from
-when it hears of a failure until it has acknowledged the message.
+A step is a line of this library's or of Celery's request that is executed for the first time, or
+one side of a command to a server: about to be sent, or sent and not answered. They are counted in
+the worker's main process, from when it hears of a failure until it has acknowledged the message.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Stepper:
     def __init__(self, steps: Path, dies_at: int) -> None:
         self._file, self._dies_at = steps, dies_at
         self._steps: list[str] = []
+        self._lines: set[tuple[str, int]] = set()
         self._message: Any = None
 
     def begin(self, message: Any) -> None:
@@ -94,7 +95,9 @@ class Stepper:
         return None
 
     def _follow(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if event == "line":
+        line = frame.f_code.co_filename, frame.f_lineno
+        if event == "line" and line not in self._lines:
+            self._lines.add(line)
             self._step(frame, str(frame.f_lineno))
         return self._follow
 

@@ -1,0 +1,181 @@
+"""A worker that dies at any step of writing a dead letter: it is never lost, and never there twice.
+
+The steps are lines that are executed and the two sides of commands; see `apps/steps.py`.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from reliable_tasks import ReliableResult, dead_letters
+from reliable_tasks._places import dead_place
+from reliable_tasks.demo._server import EmbeddedServer
+from tests.integration.apps import steps
+from tests.integration.conftest import StartScene, other_database
+from tests.integration.scene import Scene, reading
+from tests.integration.test_rabbitmq_guard import Broker
+from tests.support import RabbitMQServer, WorkerProcess, wait_until
+
+#: So many workers die at once.
+_AT_ONCE = 8
+#: What is executed when the answer has come that a letter is kept.
+_IS_KEPT = "_store/dead.py:of:"
+
+
+class Stage:
+    """An app with workers that die at a step, and others that do what is left to do.
+
+    Args:
+        scene: The app, with no worker.
+        directory: Where steps are written.
+        task: The task that fails.
+
+    Attributes:
+        results: Of the tasks that were called, by their names.
+    """
+
+    def __init__(self, scene: Scene, directory: Path, task: str) -> None:
+        self.scene = scene
+        self.results: dict[str, ReliableResult] = {}
+        self._directory, self._task = directory, task
+        self._killed: dict[str, int] = {}
+
+    def measure(self) -> list[str]:
+        """Return all the steps that there are: of the second worker, for the first loads scripts."""
+        for name in ("first", "second"):
+            self._call(name)
+            worker, file = self._worker(name, 0)
+            wait_until(file.exists, 20, lambda: self.scene.logs)
+            worker.stop()
+        return file.read_text().splitlines()
+
+    def die_at(self, places: Sequence[str], numbers: Sequence[int]) -> None:
+        """Have a worker die at each of some steps, some workers at once.
+
+        When they are dead another one is started, which does what they have left.
+        """
+        for begin in range(0, len(numbers), _AT_ONCE):
+            crew = {}
+            for number in numbers[begin : begin + _AT_ONCE]:
+                name = f"step-{number}"
+                self._call(name)
+                crew[name] = number, *self._worker(name, number)
+            for name, (number, worker, file) in crew.items():
+                assert worker.wait(30) == -signal.SIGKILL, worker.log[-3000:]
+                assert file.read_text() == places[number - 1], "the steps are not the same"
+                worker.stop()
+                self.scene.workers.remove(worker)
+                self._killed[name] = number
+            self.scene.worker(args=reading(",".join(crew)), waits=False)
+
+    def check(self, places: Sequence[str]) -> None:
+        """Check that each task is one dead letter, and ran again only if it was none before."""
+        app, count = self.scene.app, len(self.results)
+        wait_until(
+            lambda: dead_letters.count(app=app) >= count,
+            60,
+            lambda: f"{count} letters, not {dead_letters.count(app=app)}\n{self.scene.logs}",
+        )
+        self._wait_nothing_left()
+        letters = [(letter.id, letter.task_id) for letter in dead_letters.list(app=app)]
+        assert sorted(letters) == sorted((one.id, one.id) for one in self.results.values())
+        assert {one.state for one in self.results.values()} == {"FAILURE"}
+        end = next(n for n, place in enumerate(places) if place.startswith(_IS_KEPT))
+        sent = "redis/connection.py:send_packed_command:ends"
+        kept_at = max(n for n, place in enumerate(places[:end], 1) if place == sent)
+        starts = Counter(event.data["name"] for event in self.scene.journal.events("start"))
+        again = {name for name, number in self._killed.items() if number < kept_at}
+        assert starts == {name: 1 + (name in again) for name in self.results}
+        assert 0 < len(again) < len(self._killed)
+
+    def is_claimed(self, name: str) -> bool:
+        """Whether the key of a call is taken."""
+        return bool(self.scene.claim(name, task=self._task))
+
+    def _wait_nothing_left(self) -> None:
+        place = dead_place(self.scene.app)
+        assert place is not None
+        server, keys = place.server, place.store.keys
+
+        def left() -> list[str]:
+            names = [keys.leases, keys.beside.leases, "unacked", "unacked_index", *self.results]
+            return [name for name in names if server.exists(name)]
+
+        wait_until(lambda: not left(), 30, lambda: f"left: {left()}\n{self.scene.logs}")
+
+    def _call(self, name: str) -> None:
+        self.results[name] = self.scene.call(self._task, name, queue=name)
+
+    def _worker(self, name: str, dies_at: int) -> tuple[WorkerProcess, Path]:
+        file = self._directory / name
+        env = {**self.scene._env, steps.STEPS_FILE: str(file), steps.DIES_AT: str(dies_at)}
+        return self.scene.worker(args=reading(name), env=env, waits=False), file
+
+
+@pytest.fixture
+def stage(
+    request: pytest.FixtureRequest, scenes: StartScene, redis_server: EmbeddedServer, tmp_path: Path
+) -> Stage:
+    """The task that the test names; its letters and claims are kept by a Redis."""
+    url = redis_server.url
+    if "rabbitmq_url" in request.fixturenames:
+        url = request.getfixturevalue("rabbitmq_url")
+    scene = scenes(url, other_database(redis_server), module=steps)
+    return Stage(scene, tmp_path, request.param)
+
+
+def die_at_each_step_of_a_failure(stage: Stage) -> None:
+    """Kill workers whose child has told of the end of its task, and stored that."""
+    places = stage.measure()
+    stage.die_at(places, range(1, len(places) + 1))
+    stage.check(places)
+    print(len(places))
+    assert not [name for name in stage.results if stage.is_claimed(name)]
+
+
+def die_at_some_steps_of_a_time_limit(stage: Stage) -> None:
+    """Kill workers that store the end of a task themselves, for its child is to be killed."""
+    places = stage.measure()
+    stage.die_at(places, range(1, len(places) + 1, 5))
+    stage.check(places)
+    print(len(places))
+    t = time.time()
+    print([name for name in stage.results if stage.is_claimed(name)])
+    for name in stage.results:
+        if stage.is_claimed(name):
+            print(stage.scene.claim(name, task=stage._task))
+    for name in stage.results:
+        print(stage.scene.call(stage._task, name, queue="nobody").duplicate)
+    print(time.time() - t)
+
+
+@pytest.mark.parametrize("stage", ["fail_once"], indirect=True)
+def test_a(stage: Stage) -> None:
+    """X."""
+    die_at_each_step_of_a_failure(stage)
+
+
+@pytest.mark.parametrize("stage", ["fail_once"], indirect=True)
+def test_b(rabbitmq_server: RabbitMQServer, rabbitmq_url: str, stage: Stage) -> None:
+    """X."""
+    die_at_each_step_of_a_failure(stage)
+    Broker(rabbitmq_server, rabbitmq_url).wait_empty()
+
+
+@pytest.mark.parametrize("stage", ["slow_once"], indirect=True)
+def test_c(stage: Stage) -> None:
+    """X."""
+    die_at_some_steps_of_a_time_limit(stage)
+
+
+@pytest.mark.parametrize("stage", ["slow_once"], indirect=True)
+def test_d(rabbitmq_server: RabbitMQServer, rabbitmq_url: str, stage: Stage) -> None:
+    """X."""
+    die_at_some_steps_of_a_time_limit(stage)
+    Broker(rabbitmq_server, rabbitmq_url).wait_empty()
