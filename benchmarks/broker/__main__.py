@@ -14,13 +14,14 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.broker import consumption, idle, keeper, latency
+from benchmarks.broker import consumption, dead, idle, keeper, latency
 
 MEASUREMENTS: dict[str, ModuleType] = {
     "consumption": consumption,
     "latency": latency,
     "idle": idle,
     "keeper": keeper,
+    "dead": dead,
 }
 
 

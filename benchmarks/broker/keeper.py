@@ -18,8 +18,7 @@ import redis
 from benchmarks.broker.holder import QUEUE, connect, fill, take
 from benchmarks.broker.processes import start
 from benchmarks.broker.result import Result
-from benchmarks.broker.slowlog import Longest, Slowlog
-from benchmarks.machine import longest_stall
+from benchmarks.broker.slowlog import Slowlog, too_long
 from benchmarks.spread import percentile
 from reliable_tasks._broker.keeper import Keeper
 from reliable_tasks._broker.sweep import BEAT
@@ -29,8 +28,6 @@ from tests.support import wait_until
 #: What must not be reached: by the 99th percentile of the beats that renew, and by a command of
 #: the server (ms).
 _BEAT_MS, _COMMAND_MS = 50.0, 5.0
-#: How long the machine is watched where a command took longer (s).
-_WATCHED = 60
 _LEASE = 15.0
 #: A dead worker's messages must all be put back by then (s), or something is wrong.
 _BOUND = 120.0
@@ -78,7 +75,7 @@ def _renewal(count: int, beats: int) -> Result:
         f"a beat that renews all p50 {statistics.median(times):.1f} ms, p99 {p99:.1f} ms, "
         f"longest {max(times):.1f} ms; longest command {longest}",
         {"beats_ms": times, "longest_command": vars(longest)},
-        [*(missed if p99 >= _BEAT_MS else []), *_too_long(name, longest)],
+        [*(missed if p99 >= _BEAT_MS else []), *too_long(name, longest, _COMMAND_MS)],
     )
 
 
@@ -94,7 +91,7 @@ def _sweep(count: int, deaths: int) -> Result:
         f"all put back {seconds:.1f} s after its death; longest beat {beat:.0f} ms; "
         f"longest command {longest}",
         [{**one, "longest_command": vars(one["longest_command"])} for one in found],
-        _too_long(name, longest),
+        too_long(name, longest, _COMMAND_MS),
     )
 
 
@@ -125,20 +122,6 @@ def _after_a_death(count: int) -> dict[str, Any]:
         assert not server.hlen("unacked"), "some are put back and held as well"
         longest = slowlog.longest()
     return {"seconds": ended - died, "beats_ms": beats, "longest_command": longest}
-
-
-def _too_long(name: str, longest: Longest) -> list[str]:
-    """Return the goal that was missed, unless the machine itself may have taken the time."""
-    if longest.ms < _COMMAND_MS:
-        return []
-    what = f"{name}: a command took {longest}, not under {_COMMAND_MS:g} ms: {longest.command}"
-    if longest.tenth >= _COMMAND_MS:
-        return [what]
-    stall = longest_stall(_WATCHED)
-    if longest.ms <= stall:
-        print(f"not judged, for this machine stalls for {stall:.2f} ms by itself: {what}")
-        return []
-    return [what]
 
 
 @contextmanager

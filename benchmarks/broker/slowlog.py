@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Longest", "Slowlog"]
+from benchmarks.machine import longest_stall
+
+__all__ = ["Longest", "Slowlog", "too_long"]
 
 #: Shorter commands are not looked at (µs).
 _SHORT = 500
+#: How long the machine is watched where a command took longer than it may (s).
+_WATCHED = 60
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,17 @@ class Slowlog:
         ms += [_SHORT / 1000] * 10
         command = found[0]["command"].decode(errors="replace") if found else ""
         return Longest(ms[0], command[:120], ms[9])
+
+
+def too_long(name: str, longest: Longest, goal: float) -> list[str]:
+    """Return the goal (ms) that was missed, unless the machine itself may have taken the time."""
+    if longest.ms < goal:
+        return []
+    what = f"{name}: a command took {longest}, not under {goal:g} ms: {longest.command}"
+    if longest.tenth >= goal:
+        return [what]
+    stall = longest_stall(_WATCHED)
+    if longest.ms <= stall:
+        print(f"not judged, for this machine stalls for {stall:.2f} ms by itself: {what}")
+        return []
+    return [what]

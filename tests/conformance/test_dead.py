@@ -865,6 +865,12 @@ def test_letters_are_found_by_what_they_are(broker: Broker, oldest_first: bool, 
         ({"cause": "poison"}, ""),
         ({"task": "c", "since": begin}, ""),
         ({"since": begin + 50}, ""),
+        ({"before": begin + 4}, "0123"),
+        ({"before": begin + 4.001}, "01234"),
+        ({"task": "a", "before": begin + 4}, "0123"),
+        ({"cause": "lost", "since": begin + 1, "before": begin + 6}, "3"),
+        ({"since": begin + 5, "before": begin + 5}, ""),
+        ({"task": "c", "before": begin + 5}, ""),
     ]
     for which, numbers in expected:
         in_order = [f"t{n}" for n in (numbers if oldest_first else reversed(numbers))]

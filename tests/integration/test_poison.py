@@ -242,6 +242,29 @@ def test_without_a_redis_letters_are_worked_off_in_order(bare: Scene) -> None:
     assert in_order(bare, 0) == []
 
 
+def test_without_a_redis_what_no_worker_can_run_is_kept_once(bare: Scene) -> None:
+    """A message of an unknown task, one that cannot be decoded, and one that is rejected."""
+    gone = bare.send("shop.gone", 1)
+    with bare.app.connection_for_write() as connection:
+        queue = bare.app.amqp.queues["celery"]
+        connection.Producer().publish(
+            b"no JSON",
+            exchange=queue.exchange,
+            routing_key=queue.routing_key,
+            content_type="application/json",
+            content_encoding="utf-8",
+            headers={"id": "garbage", "task": "innocent"},
+        )
+    in_order(bare, 2)
+    rejected = bare.call("dropped", "order")
+    letters = in_order(bare, 3)
+    assert [(one.task_id, one.cause) for one in letters] == [
+        (gone.id, "unknown_task"),
+        ("garbage", "undecodable"),
+        (rejected.id, "rejected"),
+    ]
+
+
 def test_what_rabbitmq_drops_by_itself_is_kept(bare: Scene) -> None:
     """A consumer of another kind rejects a message: it is there as it was, with the reason."""
     bare.workers[0].stop()

@@ -103,14 +103,14 @@ class Walk:
         replayed: Whether it is those that were replayed.
         letters: It.
         before: Those that are to be found if they stay.
-        seen: Those that were found: id, and when it was kept.
+        seen: Those that were found: their errors, which tell them from others of the same id.
     """
 
     which: Which
     replayed: bool
     letters: Iterator[DeadLetter]
     before: list[Kept]
-    seen: list[tuple[str, int]]
+    seen: list[str]
 
 
 whichs = st.builds(
@@ -203,7 +203,8 @@ class Machine(RuleBasedStateMachine):
         event = f"e{self.events}"
         bounds = Bounds(max_age, max_count, 1000)
         kept = letter(task_id, task=task, cause=cause, raw=raw and raw + b" %d" % self.events)
-        kept = replace(kept, bounds=bounds)
+        about = replace(kept.about, error=event)
+        kept = replace(kept, about=about, bounds=bounds)
         delivery = None
         if how != "event":
             self.broker.publish(task_id)
@@ -325,7 +326,7 @@ class Machine(RuleBasedStateMachine):
         # What is walked over is found with the first one.
         first = [*islice(letters, 1)]
         assert bool(first) == bool(before)
-        seen = [(one.id, round(one.at * 1000)) for one in first]
+        seen = [one.error for one in first]
         self.walks.append(Walk(which, replayed, letters, before, seen))
 
     @precondition(lambda self: self.walks)
@@ -334,15 +335,15 @@ class Machine(RuleBasedStateMachine):
         """Who looks sees more, and then the rest; no letter twice."""
         walk = self.walks[pick % len(self.walks)]
         found = list(walk.letters if count == 3 else islice(walk.letters, count))
-        walk.seen += [(one.id, round(one.at * 1000)) for one in found]
+        walk.seen += [one.error for one in found]
         assert len(walk.seen) == len(set(walk.seen))
-        known = {(one.id, one.at): one for one in (*self.gone, *self.letters.values())}
-        for id_, at in walk.seen:
-            one = known[id_, at]
+        known = {one.letter.about.error: one for one in (*self.gone, *self.letters.values())}
+        for error in walk.seen:
+            one = known[error]
             assert walk.which.has(one) or one.replayed is not None
             assert not walk.replayed or one.replayed is not None
         if count == 3:
-            stayed = {(one.id, one.at) for one in walk.before if self.stayed(one, walk)}
+            stayed = {one.letter.about.error for one in walk.before if self.stayed(one, walk)}
             assert stayed <= set(walk.seen)
             self.walks.remove(walk)
 

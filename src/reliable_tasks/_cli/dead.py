@@ -49,7 +49,7 @@ _AGO = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
-def _since(value: str) -> datetime:
+def _moment(value: str) -> datetime:
     """Return the moment that is meant, so that a question and what follows are about the same."""
     try:
         if ago := _AGO.fullmatch(value.strip()):
@@ -78,8 +78,14 @@ def _filters(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that say which dead letters; they are named as in the API."""
     for option in (
         click.option(
+            "--before",
+            type=_moment,
+            metavar="WHEN",
+            help="Only those that were kept before; the same.",
+        ),
+        click.option(
             "--since",
-            type=_since,
+            type=_moment,
             metavar="WHEN",
             help="Only those that were kept since then: 30s, 15m, 2h or 7d ago, or a date, or a "
             "date and time.",
@@ -98,7 +104,7 @@ def _filters(command: Callable[..., None]) -> Callable[..., None]:
 _replayed_option = click.option(
     "--replayed",
     is_flag=True,
-    help="Those that were replayed instead; with --since, those that were since then.",
+    help="Those that were replayed instead; --since and --before are about when that was.",
 )
 _dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Only say what would be done, and ask nothing."
@@ -537,12 +543,14 @@ def _named(
         "task": "of task {}",
         "cause": "with cause {}",
         "since": "replayed since {}" if replayed else "kept since {}",
+        "before": "replayed before {}" if replayed else "kept before {}",
     }
     given = {name: value for name, value in filters.items() if value is not None}
-    if "since" in given:
-        given["since"] = given["since"].isoformat(sep=" ", timespec="seconds")
+    for name in ("since", "before"):
+        if name in given:
+            given[name] = given[name].isoformat(sep=" ", timespec="seconds")
     parts = [said[name].format(value) for name, value in given.items()]
-    if replayed and "since" not in given:
+    if replayed and not {"since", "before"} & given.keys():
         parts.append("that were replayed")
     if of is not None and of > count:
         start = f"the oldest {count} of {_plural(of)}"

@@ -278,6 +278,25 @@ class Sent(StrEnum):
 _Edges = tuple[str | float, str]
 
 
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """How an index is read: between which scores, in which order, and how much at once."""
+
+    least: str | float
+    most: str
+    oldest_first: bool
+    page: int
+
+    def rows(self, key: str, edge: float | None = None, known: int = 0) -> tuple[Any, ...]:
+        """Return the command that reads on from a score, of which so many are known."""
+        between: tuple[Any, ...]
+        if self.oldest_first:
+            between = ("ZRANGEBYSCORE", key, self.least if edge is None else edge, self.most)
+        else:
+            between = ("ZREVRANGEBYSCORE", key, self.most if edge is None else edge, self.least)
+        return (*between, "WITHSCORES", "LIMIT", 0, self.page + known)
+
+
 class DeadStore:
     """The dead letters behind one prefix.
 
@@ -429,29 +448,28 @@ class DeadStore:
         oldest_first: bool,
         page: int,
     ) -> Iterator[list[str]]:
-        rows = [self._rows(server, source, edges, oldest_first, page) for source in sources]
+        index = _Index(*edges, oldest_first=oldest_first, page=page)
+        # The first rows of all in one go: there can be hundreds of them.
+        first = checked(pipelined(server, [index.rows(source) for source in sources]))
+        rows = [
+            self._rows(server, source, index, list(pairs(found)))
+            for source, found in zip(sources, first, strict=True)
+        ]
         merged = heapq.merge(*rows, key=lambda row: row[0] if oldest_first else -row[0])
         while ids := [id_ for _, id_ in islice(merged, page)]:
             yield ids
 
     def _rows(
-        self, server: redis.Redis, source: str, edges: _Edges, oldest_first: bool, page: int
+        self,
+        server: redis.Redis,
+        source: str,
+        index: _Index,
+        found: list[tuple[str, float]],
     ) -> Iterator[tuple[float, str]]:
         """Yield the members of one index by their scores, though others come and go."""
-        least, most = edges
         edge: float | None = None
         at_edge: set[str] = set()
-        while True:
-            command: tuple[Any, ...] = (
-                ("ZRANGEBYSCORE", source, least if edge is None else edge, most)
-                if oldest_first
-                else ("ZREVRANGEBYSCORE", source, most if edge is None else edge, least)
-            )
-            limit = ("WITHSCORES", "LIMIT", 0, page + len(at_edge))
-            found = pairs(execute(server, *command, *limit))
-            new = [(score, id_) for id_, score in found if id_ not in at_edge]
-            if not new:
-                return
+        while new := [(score, id_) for id_, score in found if id_ not in at_edge]:
             yield from new
             last = new[-1][0]
             # Those of the same millisecond are met again.
@@ -459,6 +477,7 @@ class DeadStore:
                 at_edge if last == edge else set()
             )
             edge = last
+            found = list(pairs(execute(server, *index.rows(source, edge, len(at_edge)))))
 
     def _kinds(self, server: redis.Redis, task: str | None, cause: str | None) -> dict[str, int]:
         found = execute(server, "HGETALL", f"{self.keys.dead}counts")

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from celery import Celery, Task
 from celery.exceptions import Reject
 
 from reliable_tasks import ReliableTask, apply_reliable_config, once
+from reliable_tasks.dead_letters import DeadLetter
 from tests.integration.apps.journal import Journal
 
 #: Hard time limit of the tasks (s).
@@ -63,6 +65,13 @@ CRASHES = {
     "out_of_memory": _out_of_memory,
     "kill_worker": _kill_worker,
 }
+
+
+def redact(letter: DeadLetter) -> DeadLetter:
+    """Leave out the numbers of cards; of some letters it can make nothing."""
+    if "unreadable" in letter.argsrepr:
+        raise LookupError(letter.argsrepr)
+    return replace(letter, argsrepr=letter.argsrepr.replace("4111", "****"))
 
 
 class Handled(ReliableTask):
@@ -147,6 +156,32 @@ def build(
     def dropped(self: Task, name: str) -> None:
         start(self, name)
         raise Reject("not here", requeue=False)
+
+    @app.task(name="perishable", dead_letter={"expired": True}, **common)
+    def perishable(self: Task, name: str) -> str:
+        start(self, name)
+        return name
+
+    @app.task(name="careless", dead_letter=False, **common)
+    def careless(self: Task) -> None:
+        raise ValueError("expected")
+
+    @app.task(name="expecting", throws=(ValueError,), **common)
+    def expecting(self: Task) -> None:
+        raise ValueError("expected")
+
+    @app.task(name="hasty", acks_late=False, **common)
+    def hasty(self: Task, name: str) -> str:
+        start(self, name)
+        if not journal.events("mended", name=name):
+            raise ValueError(f"{name} is broken")
+        return name
+
+    @app.task(name="fail_at", **common)
+    def fail_at(self: Task, name: str, gate: str) -> None:
+        start(self, name)
+        journal.wait_at(gate)
+        raise ValueError(f"{name} is broken")
 
     @app.task(name="add", **common)
     def add(self: Task, name: str, number: int, other: int = 1) -> int:

@@ -23,7 +23,7 @@ from kombu.exceptions import OperationalError
 
 from reliable_tasks import ReliableTask, dead_letters, once
 from reliable_tasks._cli import output, reliable
-from reliable_tasks._cli.dead import _since
+from reliable_tasks._cli.dead import _moment
 from reliable_tasks._places import dead_place
 from reliable_tasks._store.dead import Bounds, Cause, DeadLetter, DeadStore, Letter
 from reliable_tasks.errors import DeadLetterError, StoreUnavailable
@@ -202,6 +202,8 @@ def test_the_filters_of_the_list(invoke: Invoke, bury: Bury, clock: time_machine
     assert found("--cause", "poison") == ["four", "three"]
     assert found("--since", "30m") == ["four", "three"]
     assert found("--since", "2h") == ["four", "three", "two", "one"]
+    assert found("--before", "30m") == ["two", "one"]
+    assert found("--since", "2h", "--before", "30m") == ["two", "one"]
     assert found("--since", "30m", "--cause", "poison", "--task", "shop.pay") == ["three"]
     noon = datetime.fromtimestamp(NOON + 1800).astimezone()
     assert found("--since", noon.isoformat()) == ["four", "three"]
@@ -243,13 +245,13 @@ def test_a_time_that_is_none(invoke: Invoke, value: str) -> None:
 )
 def test_how_long_ago(clock: time_machine.Traveller, value: str, seconds: float) -> None:
     """A number and a unit."""
-    assert _since(value).timestamp() == NOON - seconds
+    assert _moment(value).timestamp() == NOON - seconds
 
 
 def test_a_date_is_one_of_here() -> None:
     """What names a time zone is in that one; what names none is in that of this host."""
-    assert _since("2026-03-01T12:00Z").timestamp() == NOON
-    here = _since("2026-03-01")
+    assert _moment("2026-03-01T12:00Z").timestamp() == NOON
+    here = _moment("2026-03-01")
     assert here.replace(tzinfo=None) == datetime(2026, 3, 1)  # noqa: DTZ001 - no time zone is meant
     assert here.tzinfo is not None
 
@@ -789,6 +791,8 @@ def test_a_purge_of_those_that_were_replayed(
     assert "Remove all 2 dead letters that were replayed for good?" in result.stderr
     result = invoke("purge", "--replayed", "--since", "30s", answer="y\n")
     assert re.search("Remove 1 dead letter replayed since .* for good", result.stderr)
+    aged = invoke("purge", "--before", "1000d", "--yes")
+    assert aged.output == "there are no such dead letters\n"
     assert ids(app, replayed=True) == ["one"]
     assert invoke("purge", "--replayed", "--yes").output == "removed 1 dead letter\n"
     assert ids(app) == ["three"]
