@@ -12,17 +12,18 @@ from uuid import uuid4
 
 import pytest
 
+from reliable_tasks import dead_letters
 from reliable_tasks._store.scripts import load
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.conftest import other_database
 from tests.integration.scene import Scene
-from tests.support import Monitor
+from tests.support import Monitor, wait_until
 
 SCRIPTS = {
     load(name).sha: name
     for name in (
         *("claim_acquire", "claim_continue", "claim_abandon"),
-        *("claim_enter", "claim_release", "message_publish"),
+        *("claim_enter", "claim_release", "message_publish", "message_settle", "message_bury"),
     )
 }
 
@@ -140,3 +141,33 @@ def test_a_retry_costs_a_round_trip_for_each_of_its_steps(shop: Watched) -> None
 def test_a_run_without_once_costs_nothing(shop: Watched) -> None:
     """None of our scripts is run for a ReliableTask that uses no feature of ours."""
     assert shop.scripts(lambda: shop.scene.call("sleep", uuid4().hex).get(timeout=10)) == []
+
+
+def test_the_crash_count_costs_one_command_that_nobody_waits_for(shop: Watched) -> None:
+    """A start is counted by a command without an answer; the acknowledgement takes it back."""
+
+    def run() -> None:
+        shop.scene.call("sleep", uuid4().hex).get(timeout=10)
+        redis = shop.scene.app.connection_for_read().default_channel.client
+        wait_until(lambda: not redis.exists("unacked"), 10)
+
+    sent = shop.sent(run)
+    # The plain task before it is acknowledged, too, a moment before or after the first command.
+    assert (sent.count("EVAL"), sent.count("message_settle") in (1, 2)) == (1, True)
+
+
+def test_a_dead_letter_costs_no_round_trip(shop: Watched) -> None:
+    """It is kept by the step that acknowledges its message."""
+    app = shop.scene.app
+
+    def run() -> None:
+        count = dead_letters.count(app=app)
+        with pytest.raises(ValueError, match="dies"):
+            shop.scene.call("bare", "dies", "fail").get(timeout=10)
+        wait_until(lambda: dead_letters.count(app=app) == count + 1, 10)
+
+    # Scripts are loaded before anything is counted.
+    run()
+    sent = shop.sent(run)
+    assert (sent.count("EVAL"), sent.count("message_bury")) == (1, 1)
+    assert sent.count("message_settle") <= 1, "that of the plain task before it"
