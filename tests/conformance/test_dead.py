@@ -373,10 +373,8 @@ def without_right(url: str, commands: str) -> Iterator[None]:
 
 
 #: What each script needs to keep a letter, and what two of them need besides to end its delivery.
-NEEDED = ("hset", "zadd", "hincrby", "pexpire", "del")
-RIGHTS = [
-    (how, right) for how in SCRIPTS for right in ("hset", "zadd", "hincrby", "pexpire", "del")
-]
+NEEDED = ("hset", "zadd", "pexpire", "del")
+RIGHTS = [(how, right) for how in SCRIPTS for right in NEEDED]
 RIGHTS += [("message_bury", "hdel"), ("message_bury", "zrem"), ("run_bury", "zrem")]
 
 

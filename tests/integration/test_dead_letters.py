@@ -358,7 +358,9 @@ def test_a_chord_is_replayed_as_a_whole(scene: Scene) -> None:
     # A worker keeps a part a moment after the child has told the chord of it.
     wait_until(lambda: len(place.store.parts(place.server, group_id)[1]) == 4, 10)
     again = replayed(scene, two, whole_chord=True)
-    assert again.get(timeout=20) == 3
+    # Celery 5.6 does not hear of one that is ready before it is asked for, after another's error.
+    wait_until(again.ready, 20, lambda: scene.logs)
+    assert again.result == 3
     (total,) = wait_until(
         lambda: scene.journal.events("total"), 30, lambda: f"the chord's body\n{scene.logs}"
     )
@@ -367,7 +369,7 @@ def test_a_chord_is_replayed_as_a_whole(scene: Scene) -> None:
     assert dead_letters.count(app=scene.app, task="add") == 0
     for letter in letters:
         found = dead_letters.replay(letter.id, app=scene.app, whole_chord=True)
-        assert scene.app.AsyncResult(found).get(timeout=20) in (3, 5)
+        assert scene.app.AsyncResult(found).result in (3, 5)
     assert len(scene.journal.events("total")) == 1
     assert place.store.parts(place.server, group_id) == (0, {})
 

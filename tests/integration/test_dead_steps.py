@@ -9,6 +9,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Sequence
+from itertools import dropwhile, takewhile
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ from tests.support import RabbitMQServer, WorkerProcess, wait_until
 
 #: So many workers die at once.
 _AT_ONCE = 8
-#: What is executed when the answer has come that a letter is kept.
+#: What is executed when a letter is to be kept, and when the answer has come that it is.
+_KEEPS = "_store/messages.py:bury"
 _IS_KEPT = "_store/dead.py:of:"
 #: What is executed when a command is on its way to a Redis.
 _IS_SENT = "redis/connection.py:send_packed_command:ends"
@@ -35,10 +37,17 @@ _TAKES_ALL = bool(os.environ.get("RT_ALL_STEPS"))
 pytestmark = pytest.mark.timeout(600 if _TAKES_ALL else 240)
 
 
-def when_kept(places: Sequence[str]) -> int:
-    """Return the number of the first step before which the command was sent that keeps a letter."""
-    end = next(n for n, place in enumerate(places) if place.startswith(_IS_KEPT))
-    return max(n for n, place in enumerate(places[:end], 1) if place == _IS_SENT)
+def sent(places: Sequence[str]) -> int:
+    """Count the commands that were sent to a Redis since a letter was to be kept.
+
+    The last of them keeps it; those before make the connection.
+    """
+    return list(dropwhile(lambda place: _KEEPS not in place, places)).count(_IS_SENT)
+
+
+def until_kept(places: Sequence[str]) -> list[str]:
+    """Return the steps until the answer comes that a letter is kept."""
+    return list(takewhile(lambda place: not place.startswith(_IS_KEPT), places))
 
 
 class Stage:
@@ -57,7 +66,7 @@ class Stage:
         self.scene = scene
         self.results: dict[str, ReliableResult] = {}
         self._directory, self._task = directory, task
-        self._killed: dict[str, int] = {}
+        self._killed: dict[str, list[str]] = {}
 
     def measure(self) -> list[str]:
         """Return all steps that there are: of the second worker, for the first loads scripts."""
@@ -68,7 +77,7 @@ class Stage:
             worker.stop()
         return file.read_text().splitlines()
 
-    def die_at(self, places: Sequence[str], numbers: Sequence[int]) -> None:
+    def die_at(self, numbers: Sequence[int]) -> None:
         """Have a worker die at each of some steps, some workers at once.
 
         When they are dead another one is started, which does what they have left.
@@ -78,13 +87,12 @@ class Stage:
             for number in numbers[begin : begin + _AT_ONCE]:
                 name = f"step-{number}"
                 self.results[name] = self._call(name, name)
-                crew[name] = number, *self._worker(name, number)
-            for name, (number, worker, file) in crew.items():
+                crew[name] = self._worker(name, number)
+            for name, (worker, file) in crew.items():
                 assert worker.wait(30) == -signal.SIGKILL, worker.log[-3000:]
-                assert file.read_text() == places[number - 1], "the steps are not the same"
+                self._killed[name] = file.read_text().splitlines()
                 worker.stop()
                 self.scene.workers.remove(worker)
-                self._killed[name] = number
             self.scene.worker(args=reading(",".join(crew)), waits=False)
 
     def check(self, places: Sequence[str]) -> None:
@@ -99,9 +107,9 @@ class Stage:
         letters = [(letter.id, letter.task_id) for letter in dead_letters.list(app=app)]
         assert sorted(letters) == sorted((one.id, one.id) for one in self.results.values())
         assert {one.state for one in self.results.values()} == {"FAILURE"}
-        kept_at = when_kept(places)
+        commands = sent(until_kept(places))
         starts = Counter(event.data["name"] for event in self.scene.journal.events("start"))
-        again = {name for name, number in self._killed.items() if number < kept_at}
+        again = {name for name, done in self._killed.items() if sent(done) < commands}
         assert starts == {name: 1 + (name in again) for name in self.results}
         assert 0 < len(again) < len(self._killed)
 
@@ -160,11 +168,11 @@ def of_a_failure(places: Sequence[str]) -> list[int]:
 
 def of_a_time_limit(places: Sequence[str]) -> list[int]:
     """Choose each fifth step, and those next to the one by which the letter is kept."""
-    kept_at = when_kept(places)
+    kept_at = len(until_kept(places))
     return [
         number
         for number in range(1, len(places) + 1)
-        if _TAKES_ALL or number % 5 == 1 or abs(number - kept_at) < 4
+        if _TAKES_ALL or number % 5 == 1 or abs(number - kept_at) < 6
     ]
 
 
@@ -172,7 +180,7 @@ def of_a_time_limit(places: Sequence[str]) -> list[int]:
 def test_a_worker_dies_at_each_step_of_a_failure(stage: Stage) -> None:
     """Its child has told of the end: of some 310 steps 210 are taken, all with RT_ALL_STEPS=1."""
     places = stage.measure()
-    stage.die_at(places, of_a_failure(places))
+    stage.die_at(of_a_failure(places))
     stage.check(places)
     assert stage.claimed() == []
 
@@ -183,7 +191,7 @@ def test_a_worker_of_rabbitmq_dies_at_each_step_of_a_failure(
 ) -> None:
     """The letter is another server's: of some 320 steps 220 are taken, all with RT_ALL_STEPS=1."""
     places = stage.measure()
-    stage.die_at(places, of_a_failure(places))
+    stage.die_at(of_a_failure(places))
     stage.check(places)
     Broker(rabbitmq_server, rabbitmq_url).wait_empty()
     assert stage.claimed() == []
@@ -193,7 +201,7 @@ def test_a_worker_of_rabbitmq_dies_at_each_step_of_a_failure(
 def test_a_worker_dies_at_steps_of_a_time_limit(stage: Stage) -> None:
     """It stores the end itself: of some 520 steps 110 are taken, all with RT_ALL_STEPS=1."""
     places = stage.measure()
-    stage.die_at(places, of_a_time_limit(places))
+    stage.die_at(of_a_time_limit(places))
     stage.check(places)
     stage.check_free()
 
@@ -204,7 +212,7 @@ def test_a_worker_of_rabbitmq_dies_at_steps_of_a_time_limit(
 ) -> None:
     """The same beside a Redis: of some 540 steps 110 are taken, all with RT_ALL_STEPS=1."""
     places = stage.measure()
-    stage.die_at(places, of_a_time_limit(places))
+    stage.die_at(of_a_time_limit(places))
     stage.check(places)
     Broker(rabbitmq_server, rabbitmq_url).wait_empty()
     stage.check_free()

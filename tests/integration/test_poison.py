@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
+from billiard.exceptions import TimeLimitExceeded
+from celery import VERSION
 
 from reliable_tasks import DeadLetterError, PoisonPill, RequeuesExhausted, dead_letters
 from reliable_tasks.demo._server import EmbeddedServer
@@ -57,6 +61,17 @@ def supervised(scene: Scene, **options: object) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def wait_succeeded(scene: Scene, results: list[Any]) -> None:
+    """Wait until all of some tasks have succeeded."""
+    # Celery 5.6 takes a second for each that is ready when it is asked for.
+    wait_until(
+        lambda: all(one.state == "SUCCESS" for one in results),
+        90,
+        lambda: f"all succeeded: {Counter(one.state for one in results)}\n{scene.logs}",
+        interval=0.2,
+    )
 
 
 def check_end(scene: Scene, result: object, name: str, *, starts: int = 3) -> None:
@@ -133,7 +148,7 @@ def test_bystanders_of_a_task_that_kills_its_children_succeed(scene: Scene) -> N
     result = scene.call("crash", "poison", "sigkill")
     others += [scene.call("innocent", f"innocent {n}", 0.02) for n in range(100, 200)]
     check_end(scene, result, "poison")
-    assert [one.get(timeout=60) for one in others] == [f"innocent {n}" for n in range(200)]
+    wait_succeeded(scene, others)
     assert dead_letters.count(app=scene.app) == 1
 
 
@@ -145,7 +160,7 @@ def test_bystanders_of_a_task_that_kills_its_worker_succeed(scene: Scene) -> Non
     others += [scene.call("innocent", f"innocent {n}", 0.05) for n in range(100, 200)]
     with supervised(scene, concurrency=4):
         check_end(scene, result, "poison")
-        assert [one.get(timeout=90) for one in others] == [f"innocent {n}" for n in range(200)]
+        wait_succeeded(scene, others)
     assert dead_letters.count(app=scene.app) == 1
 
 
@@ -166,9 +181,8 @@ def test_tasks_that_were_lost_together_are_not_lost_together_again(scene: Scene)
 
 def test_a_task_that_outlives_its_limit_without_end_is_stopped(scene: Scene) -> None:
     """With acks_on_timeout=False Celery starts it again for ever, at once."""
-    if "acks_on_timeout" not in dir(scene.app.tasks["overtime"]):
-        # Before 5.7 there is no such option, and no such loop.
-        return
+    # Before 5.7 there is no such option, and no such loop.
+    has_option = VERSION >= (5, 7)
     scene.worker(concurrency=2)
     result = scene.call("overtime", "long")
 
@@ -176,10 +190,10 @@ def test_a_task_that_outlives_its_limit_without_end_is_stopped(scene: Scene) -> 
         return dead_letters.count(app=scene.app) == 1
 
     wait_until(ended, 30, lambda: scene.logs)
-    assert scene.starts("long") == 3
+    assert scene.starts("long") == (3 if has_option else 1)
     (letter,) = dead_letters.list(app=scene.app)
-    assert letter.cause == "requeues"
-    with pytest.raises(RequeuesExhausted):
+    assert letter.cause == ("requeues" if has_option else "time_limit")
+    with pytest.raises(RequeuesExhausted if has_option else TimeLimitExceeded):
         result.get(timeout=10)
 
 

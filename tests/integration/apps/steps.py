@@ -61,8 +61,8 @@ class Stepper:
     """What counts the steps of one thread, and kills its process at one of them.
 
     Args:
-        steps: The file for them: all of them when they are done, or the one that was the last.
-        dies_at: Its number, from 1 on; 0 for none.
+        steps: The file for them, when they are done, or the process dies.
+        dies_at: The number of that step, from 1 on, or the last there is; 0 to live.
     """
 
     def __init__(self, steps: Path, dies_at: int) -> None:
@@ -81,7 +81,12 @@ class Stepper:
         """Count no more, if it was for this message."""
         if message is self._message:
             sys.settrace(None)
-            self._file.write_text("\n".join(self._steps))
+            self._write(dies=self._dies_at > 0)
+
+    def _write(self, *, dies: bool) -> None:
+        self._file.write_text("\n".join(self._steps))
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def _enter(self, frame: FrameType, event: str, arg: Any) -> Any:
         name = frame.f_code.co_filename
@@ -108,11 +113,9 @@ class Stepper:
 
     def _step(self, frame: FrameType, what: str) -> None:
         path = Path(frame.f_code.co_filename)
-        place = f"{path.parent.name}/{path.name}:{frame.f_code.co_name}:{what}"
-        self._steps.append(place)
+        self._steps.append(f"{path.parent.name}/{path.name}:{frame.f_code.co_name}:{what}")
         if len(self._steps) == self._dies_at:
-            self._file.write_text(place)
-            os.kill(os.getpid(), signal.SIGKILL)
+            self._write(dies=True)
 
 
 def _watch(stepper: Stepper) -> None:

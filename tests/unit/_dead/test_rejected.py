@@ -1,0 +1,95 @@
+"""Messages that are no task's of a worker are kept where somebody can look at them."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from reliable_tasks import dead_letters
+from reliable_tasks._dead.rejected import Rejected
+from reliable_tasks._store.delivery import Copy, Delivery, Guard
+
+
+def message(held: Any = None, tag: Any = "tag", body: bytes = b"[]", **headers: Any) -> Any:
+    """A message as a worker receives one."""
+    return SimpleNamespace(
+        channel=SimpleNamespace(held=held),
+        delivery_tag=tag,
+        headers=headers,
+        body=body,
+        content_type="application/json",
+        content_encoding="utf-8",
+        properties={"priority": 3},
+        delivery_info={"routing_key": "celery", "exchange": ""},
+    )
+
+
+def keep(app: Celery, *args: Any, is_unknown: bool = True, **options: Any) -> bool:
+    """Have a message kept."""
+    return Rejected(app, "w@h").keep(*args, is_unknown=is_unknown, **options)
+
+
+def test_a_message_of_an_unknown_task_is_kept_at_once(app: Celery) -> None:
+    """On another broker than ours; it is to be acknowledged then."""
+    assert keep(app, message(id="one", task="shop.new"), KeyError("shop.new"))
+    letter = dead_letters.get("one", app=app)
+    assert (letter.task, letter.cause, letter.worker) == ("shop.new", "unknown_task", "w@h")
+    assert (letter.error, letter.queue, letter.priority) == ("KeyError: 'shop.new'", "celery", 3)
+
+
+def test_a_message_that_is_no_tasks_is_kept_as_such(app: Celery) -> None:
+    """Without an id it has that of its delivery."""
+    assert keep(app, message(), None, is_unknown=False)
+    (letter,) = dead_letters.list(app=app)
+    assert (letter.cause, letter.task, letter.error) == ("undecodable", "", "no task's message")
+    assert re.fullmatch("[0-9a-f]{32}", letter.id)
+
+
+def test_the_same_message_that_comes_back_is_one_letter(app: Celery) -> None:
+    """RabbitMQ counts its tags anew on each connection; another message is another letter."""
+    assert keep(app, message(tag=1), None)
+    assert keep(app, message(tag=2), None)
+    assert keep(app, message(tag=1, body=b"{}"), None)
+    assert dead_letters.count(app=app) == 2
+
+
+def test_with_this_librarys_transport_it_is_kept_when_it_ends(
+    app: Celery, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the step that acknowledges it; it is told when that is done."""
+    delivery = Delivery("tag", "celery", "slow", b"the message", Copy(Guard.MAY_RUN, 0, 0.0))
+    held = SimpleNamespace(get={"tag": delivery}.get)
+    assert keep(app, message(held, id="one", task="shop.new"), KeyError("shop.new"))
+    assert dead_letters.count(app=app) == 0
+    letter = delivery.letter
+    assert letter is not None
+    assert (letter.message, letter.about.queue) == (b"the message", "slow")
+    assert caplog.records == []
+    assert delivery.when_buried is not None
+    delivery.when_buried("one", 1)
+    assert "it is dead letter one" in caplog.text
+
+
+def test_a_delivery_that_is_over_is_kept_as_another_brokers(app: Celery) -> None:
+    """Its tag is not held any more."""
+    assert keep(app, message(SimpleNamespace(get={}.get), id="one"), None)
+    assert dead_letters.count(app=app) == 1
+
+
+@pytest.mark.parametrize("is_unknown", [True, False])
+def test_what_is_not_to_be_kept_is_rejected(app: Celery, is_unknown: bool) -> None:
+    """As without this library; the other cause is kept."""
+    app.conf.reliable_dead_letter = ["unknown_task"]
+    assert keep(app, message(id="one"), None, is_unknown=is_unknown) is is_unknown
+    assert dead_letters.count(app=app) == int(is_unknown)
+
+
+def test_what_cannot_be_kept_is_rejected(caplog: pytest.LogCaptureFixture) -> None:
+    """RabbitMQ may have a place for it; and the log has all of it."""
+    with Celery("shop", broker="memory://", set_as_current=False) as app:
+        assert not keep(app, message(id="one", body=b"[7]"), None)
+    assert "cannot be kept as a dead letter" in caplog.text
