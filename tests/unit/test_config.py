@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from reliable_tasks import ConfigError, ReliableConfig
-from reliable_tasks.config import nearest
+from reliable_tasks.config import check_count, nearest
 
 SECONDS = ["store_timeout", "once_ttl", "lease"]
 OPTIONAL_SECONDS = ["longest_task", "longest_countdown"]
@@ -146,3 +146,81 @@ def test_a_prefix_must_not_make_a_hash_tag(prefix: str) -> None:
 def test_without_a_near_name_all_are_listed() -> None:
     """A name that resembles none is answered with all there are."""
     assert nearest("zzz", ["b", "a"]) == "; known are a, b"
+
+
+COUNTS = {
+    "max_crashes": (1, "crashes"),
+    "max_requeues": (0, "requeues"),
+    "dead_letter_max_count": (1, "dead letters"),
+    "dead_letter_max_body": (0, "bytes"),
+}
+BOUNDLESS = ["max_crashes", "max_requeues"]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("value", ["3", 3.0, True, False, [3], float("inf")])
+def test_what_is_no_number_is_refused(name: str, value: Any) -> None:
+    """The message names the setting, its value, of what it is a number and the least one."""
+    least, what = COUNTS[name]
+    other = ", or None for no bound" if name in BOUNDLESS else ""
+    with pytest.raises(ConfigError) as caught:
+        ReliableConfig.from_mapping({f"reliable_{name}": value})
+    assert str(caught.value) == (
+        f"reliable_{name} = {value!r}: give a number of {what}, {least} or more{other}"
+    )
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_number_has_a_least(name: str) -> None:
+    """A task starts once before it can crash, and needs not go back to its queue."""
+    least, _ = COUNTS[name]
+    assert getattr(ReliableConfig.from_mapping({f"reliable_{name}": least}), name) == least
+    with pytest.raises(ConfigError, match=f"reliable_{name} = {least - 1}: give a number"):
+        ReliableConfig.from_mapping({f"reliable_{name}": least - 1})
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_only_a_budget_can_be_without_a_bound(name: str) -> None:
+    """What is kept is always bounded, for a Redis is not endless."""
+    if name in BOUNDLESS:
+        assert getattr(ReliableConfig.from_mapping({f"reliable_{name}": None}), name) is None
+    else:
+        with pytest.raises(ConfigError, match=f"reliable_{name} = None: give a number"):
+            ReliableConfig.from_mapping({f"reliable_{name}": None})
+
+
+def test_the_budgets_and_the_bounds_have_defaults() -> None:
+    """As the reference page has them."""
+    config = ReliableConfig()
+    assert (config.max_crashes, config.max_requeues) == (3, 100)
+    assert (config.dead_letter, config.dead_letter_exchange) == (True, True)
+    assert config.dead_letter_max_age == 90 * 86400
+    assert (config.dead_letter_max_count, config.dead_letter_max_body) == (100_000, 1_000_000)
+    assert config.dead_letter_redact is None
+
+
+@pytest.mark.parametrize("value", [0, -1, None, True, "90d", float("nan"), float("inf")])
+def test_dead_letters_are_kept_for_a_time(value: Any) -> None:
+    """The message names the setting, its value and what to give."""
+    assert ReliableConfig(dead_letter_max_age=0.5).dead_letter_max_age == 0.5
+    with pytest.raises(ConfigError) as caught:
+        ReliableConfig(dead_letter_max_age=value)
+    assert str(caught.value) == (
+        f"reliable_dead_letter_max_age = {value!r}: give a number of seconds, more than 0"
+    )
+
+
+def test_a_misspelt_budget_names_the_nearest() -> None:
+    """As any other setting."""
+    with pytest.raises(ConfigError, match=r"did you mean 'reliable_max_crashes'\?"):
+        ReliableConfig.from_mapping({"reliable_max_crash": 5})
+
+
+def test_a_number_of_ones_own_is_checked_by_the_same_words() -> None:
+    """An option of a task is named as it is written there."""
+    check_count("max_crashes of shop.pay", 3, 1, "crashes", is_optional=True)
+    check_count("max_crashes of shop.pay", None, 1, "crashes", is_optional=True)
+    with pytest.raises(ConfigError, match=r"^max_crashes of shop\.pay = 0: give a number of"):
+        check_count("max_crashes of shop.pay", 0, 1, "crashes", is_optional=True)
+    with pytest.raises(ConfigError, match="= None: give a number of crashes, 1 or more$"):
+        check_count("x", None, 1, "crashes", is_optional=False)

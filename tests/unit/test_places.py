@@ -55,9 +55,11 @@ def test_without_a_redis_there_is_none(backend: str | None) -> None:
 
 def test_claims_need_a_redis() -> None:
     """The error says which were looked at, and what to set."""
-    with Celery("shop", broker=AMQP, backend="rpc://", set_as_current=False) as app:
-        with pytest.raises(ConfigError, match=r"amqp.*rpc.*set reliable_redis_url"):
-            lock_redis(app, read_config(app))
+    with (
+        Celery("shop", broker=AMQP, backend="rpc://", set_as_current=False) as app,
+        pytest.raises(ConfigError, match=r"amqp.*rpc.*set reliable_redis_url"),
+    ):
+        lock_redis(app, read_config(app))
 
 
 def test_a_bad_setting_is_no_missing_redis() -> None:

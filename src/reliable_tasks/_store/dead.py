@@ -184,6 +184,7 @@ class Letter:
             for name, value in asdict(about).items()
             if name not in _ELSEWHERE and value not in (None, "")
         }
+        shown["size"] = 0 if self.is_too_large else len(self.message)
         return [
             json.dumps(meta),
             json.dumps(shown),
@@ -220,7 +221,7 @@ class Buried:
 
     Attributes:
         is_ended: Whether it was still held when it ended.
-        id: Id of the letter; ``""`` if somebody else has the message.
+        id: Id of the letter; ``""`` if somebody else has the message, or the task goes on.
         count: How many letters there are.
     """
 
@@ -232,7 +233,7 @@ class Buried:
     def of(cls, answer: Sequence[Any]) -> Buried:
         """Read what ``message_bury.lua`` and ``run_bury.lua`` return."""
         if len(answer) == 1:
-            return cls(False, "", 0)
+            return cls(bool(answer[0]), "", 0)
         ended, id_, count = answer
         return cls(bool(ended), text(id_), int(count))
 
@@ -513,6 +514,7 @@ def _letter(id_: str, row: Sequence[Any], size: int) -> DeadLetter:
     about, at, replay_id, replayed = row
     known = {k: v for k, v in json.loads(text(about)).items() if k in _KNOWN}
     known["cause"] = Cause(known["cause"])
+    size = known.pop("size", size)
     return DeadLetter(
         **{"task": "", "task_id": "", "error": "", **known},
         id=id_,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ def told() -> Told:
 
 
 @pytest.fixture
-def chord_app(app: Celery) -> Iterator[Celery]:
+def chord_app(app: Celery) -> Celery:
     """An app with a header and a body for chords."""
 
     @app.task(name="add")
@@ -31,7 +30,7 @@ def chord_app(app: Celery) -> Iterator[Celery]:
     def total(numbers: list[int]) -> int:
         return sum(numbers)
 
-    yield app
+    return app
 
 
 def call(app: Celery, parts: int) -> str:

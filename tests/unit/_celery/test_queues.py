@@ -7,11 +7,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from celery import Celery
+from kombu import Queue
 from kombu.exceptions import OperationalError
 
 from reliable_tasks import ConfigError
 from reliable_tasks._celery import queues
-from reliable_tasks._celery.queues import check_queues
+from reliable_tasks._celery.queues import (
+    DEAD,
+    check_queues,
+    dead_queue,
+    is_kept_by_rabbitmq,
+    keep_what_is_dropped,
+)
 
 
 class ChannelError(Exception):
@@ -100,3 +108,125 @@ def test_a_broker_that_is_not_there_is_waited_for(broker: Any) -> None:
     """By the worker, as always."""
     broker.reachable = False
     check_queues(broker)
+
+
+QUORUM = {"x-queue-type": "quorum"}
+OURS = {"x-dead-letter-exchange": "reliable.dead", "x-delivery-limit": 1000}
+
+
+@pytest.fixture
+def kept(app: Celery) -> Celery:
+    """An app of which RabbitMQ drops nothing."""
+    keep_what_is_dropped(app)
+    return app
+
+
+def arguments(app: Celery, name: str) -> Any:
+    """What a queue is declared with."""
+    queues: Any = app.amqp.queues
+    return queues[name].queue_arguments
+
+
+def test_a_quorum_queue_keeps_what_is_dropped(kept: Celery) -> None:
+    """It has a place for it, and a limit that comes after the crash budget."""
+    kept.conf.task_queues = [Queue("jobs", queue_arguments=dict(QUORUM))]
+    assert arguments(kept, "jobs") == {**QUORUM, **OURS}
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"x-dead-letter-exchange": "mine"},
+        {"x-delivery-limit": 5},
+        {"x-dead-letter-exchange": "", "x-delivery-limit": -1, "x-max-length": 10},
+    ],
+)
+def test_what_the_user_has_declared_stays(kept: Celery, own: dict[str, Any]) -> None:
+    """Only what was left open is filled in."""
+    kept.conf.task_queues = [Queue("jobs", queue_arguments={**QUORUM, **own})]
+    assert arguments(kept, "jobs") == {**QUORUM, **OURS, **own}
+
+
+@pytest.mark.parametrize("own", [None, {}, {"x-queue-type": "classic"}, {"x-max-priority": 9}])
+def test_another_queue_is_left_as_it_is(kept: Celery, own: Any) -> None:
+    """RabbitMQ refuses one that exists with other arguments."""
+    kept.conf.task_queues = [Queue("jobs", queue_arguments=own)]
+    assert arguments(kept, "jobs") == own
+
+
+def test_queues_that_are_made_later_keep_it_too(kept: Celery) -> None:
+    """By a name alone, or by a worker that is told to consume from one more."""
+    kept.conf.task_create_missing_queue_type = "quorum"
+    queues: Any = kept.amqp.queues
+    queues.add(Queue("added", queue_arguments=dict(QUORUM)))
+    queues.select_add("selected", queue_arguments=dict(QUORUM))
+    for name in ("missing", "added", "selected"):
+        assert arguments(kept, name) == {**QUORUM, **OURS}
+
+
+def test_the_users_own_queue_object_is_not_shared(kept: Celery) -> None:
+    """Its arguments may be those of other apps."""
+    given = dict(QUORUM)
+    kept.conf.task_queues = [Queue("jobs", queue_arguments=given)]
+    assert arguments(kept, "jobs") == {**QUORUM, **OURS}
+    assert given == QUORUM
+
+
+def test_an_app_that_has_made_its_queues_makes_them_anew(app: Celery) -> None:
+    """Whatever reads its configuration first can have made them; it goes on with the same app."""
+    app.conf.task_queues = [Queue("jobs", queue_arguments=dict(QUORUM))]
+    amqp, router = app.amqp, app.amqp.router
+    assert arguments(app, "jobs") == QUORUM
+    keep_what_is_dropped(app)
+    assert app.amqp is amqp
+    assert app.amqp.router is not router
+    assert arguments(app, "jobs") == {**QUORUM, **OURS}
+
+
+def test_asking_again_changes_nothing(kept: Celery) -> None:
+    """A configuration is applied more than once."""
+    queues: Any = kept.amqp.queues
+    keep_what_is_dropped(kept)
+    assert kept.amqp.queues is queues
+
+
+def test_it_is_known_which_queues_keep_what_is_rejected(kept: Celery) -> None:
+    """Then it is not rejected beside a letter of its own."""
+    kept.conf.task_queues = [
+        Queue("jobs", queue_arguments=dict(QUORUM)),
+        Queue("classic"),
+        Queue("mine", queue_arguments={**QUORUM, "x-dead-letter-exchange": "mine"}),
+    ]
+    found = {name: is_kept_by_rabbitmq(kept, name) for name in ("jobs", "classic", "mine", "other")}
+    assert found == {"jobs": True, "classic": False, "mine": False, "other": False}
+
+
+def test_the_queue_of_what_is_dropped_takes_all(kept: Celery) -> None:
+    """Whatever it was sent with; it outlives the broker and each look at it."""
+    queue: Any = dead_queue()
+    assert (queue.name, queue.durable) == (DEAD, True)
+    assert (queue.exchange.name, queue.exchange.type, queue.exchange.durable) == (
+        OURS["x-dead-letter-exchange"],
+        "fanout",
+        True,
+    )
+    assert queue.queue_arguments["x-queue-type"] == "quorum"
+    assert queue.queue_arguments["x-delivery-limit"] >= 1_000_000
+
+
+def test_the_place_of_what_is_dropped_is_declared_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is dropped before it is there is gone."""
+    declared: list[str] = []
+
+    class Known(Broker):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def declare(self) -> None:
+            declared.append(self.name)
+
+    app: Any = Known("celery")
+    monkeypatch.setattr(queues, "dead_queue", lambda: Known(DEAD))
+    check_queues(app)
+    assert declared == [DEAD, "celery"]

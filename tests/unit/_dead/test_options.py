@@ -53,7 +53,6 @@ def make(app: Celery, **options: Any) -> Any:
         ({"failed": False, Cause.EXPIRED: True}, set(Cause) - {"failed"}),
         ({"poison": True, "expired": False}, ALL_BUT_EXPIRED),
     ],
-    ids=repr,
 )
 def test_every_form_names_causes(option: Any, causes: set[str]) -> None:
     """A mapping changes what is kept by default, all others say it anew."""
@@ -158,7 +157,7 @@ def test_the_bounds_are_those_of_the_settings() -> None:
 # -- redaction -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("setting", [shout, f"{__name__}:shout", f"{__name__}.shout"], ids=str)
+@pytest.mark.parametrize("setting", [shout, f"{__name__}:shout", f"{__name__}.shout"])
 def test_who_redacts_is_a_function_or_its_name(app: Celery, setting: Any) -> None:
     """A name, for settings that are read from a file."""
     app.conf.reliable_dead_letter_redact = setting

@@ -100,7 +100,6 @@ def test_a_message_that_was_not_kept_is_refused(app: Celery) -> None:
         written(b"no gzip", {"task": "shop.pay", "compression": "application/x-gzip"}),
         written(b"[[], {}, {}]", content_type="text/plain"),
     ],
-    ids=repr,
 )
 def test_a_message_that_cannot_be_read_is_refused(app: Celery, raw: bytes) -> None:
     """It was no task's, or is broken: a refusal, and no error that would end a whole replay."""

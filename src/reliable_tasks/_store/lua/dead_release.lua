@@ -8,18 +8,23 @@
 --          'refused', if it was not
 -- Returns: 1, or 0 if somebody else was let in since, or there is none
 -- Uses: admit_writes
--- Commands: TIME HMGET HSET HDEL ZADD ZREM HINCRBY
-local kind, token, replayed = unpack(redis.call('HMGET', KEYS[2], 'kind', 'replay_token', 'replayed'))
+-- Commands: TIME HMGET HSET HDEL ZADD ZREM ZCARD
+local kind, token, replayed, doubted =
+    unpack(redis.call('HMGET', KEYS[2], 'kind', 'replay_token', 'replayed', 'replay_doubted'))
 if not kind or token ~= ARGV[2] then
     return 0
 end
 admit_writes(KEYS[2])
 if ARGV[3] == 'doubt' then
-    redis.call('HSET', KEYS[2], 'replay_until', '0')
+    redis.call('HSET', KEYS[2], 'replay_until', '0', 'replay_doubted', '1')
     return 1
 end
 if ARGV[3] == 'refused' then
-    redis.call('HDEL', KEYS[2], 'replay_id', 'replay_token', 'replay_until')
+    if doubted then
+        redis.call('HSET', KEYS[2], 'replay_until', '0')
+    else
+        redis.call('HDEL', KEYS[2], 'replay_id', 'replay_token', 'replay_until')
+    end
     return 1
 end
 if replayed then
@@ -27,11 +32,14 @@ if replayed then
 end
 local time = redis.call('TIME')
 local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
-redis.call('HSET', KEYS[2], 'replayed', now)
 redis.call('ZREM', KEYS[1] .. 'all', ARGV[1])
 redis.call('ZREM', KEYS[1] .. 'of:' .. kind, ARGV[1])
 redis.call('ZADD', KEYS[1] .. 'replayed', now, ARGV[1])
-if redis.call('HINCRBY', KEYS[1] .. 'counts', kind, -1) <= 0 then
+local left = redis.call('ZCARD', KEYS[1] .. 'of:' .. kind)
+if left > 0 then
+    redis.call('HSET', KEYS[1] .. 'counts', kind, left)
+else
     redis.call('HDEL', KEYS[1] .. 'counts', kind)
 end
+redis.call('HSET', KEYS[2], 'replayed', now)
 return 1

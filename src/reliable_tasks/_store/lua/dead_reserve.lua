@@ -28,6 +28,7 @@ admit_writes(KEYS[1])
 redis.call('HSET', KEYS[1], 'replay_id', id or ARGV[1], 'replay_token', ARGV[2],
     'replay_until', string.format('%.0f', now + ARGV[3]))
 if id then
+    redis.call('HSET', KEYS[1], 'replay_doubted', '1')
     return {2, id}
 end
 return {1, ARGV[1]}

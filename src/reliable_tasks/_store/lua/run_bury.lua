@@ -12,18 +12,24 @@
 -- ARGV[6]  its traceback
 -- ARGV[7]  the message
 -- Returns: {whether its lease had not ended, id, how many there are}
+--          {the same}  nothing is kept: it had published its task's continuation
 --          {0}  somebody else has the run, or had it
 -- Uses: dead_add leave_run admit_writes
--- Commands: HGET
-local holder = redis.call('HGET', KEYS[2], 'tag')
+-- Commands: HMGET ZREM
+local holder, done = unpack(redis.call('HMGET', KEYS[2], 'tag', 'done'))
 local kept = {}
 admit_writes(KEYS[2])
-if not holder or holder == ARGV[1] then
+local is_held = not holder or holder == ARGV[1]
+if not is_held then
+    redis.call('ZREM', KEYS[1], ARGV[1])
+    return {0}
+end
+if tonumber(done or -1) < tonumber(ARGV[2]) then
     -- Before the run is over: what is refused here, for want of a right, must not be lost.
     kept = dead_add(KEYS[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7])
 end
-local ended = leave_run(KEYS[1], KEYS[2], ARGV[1], ARGV[2], 'over', '0', ARGV[3])
+local ended = leave_run(KEYS[1], KEYS[2], ARGV[1], ARGV[2], 'over', '0', ARGV[3]) and 1 or 0
 if #kept == 0 then
-    return {0}
+    return {ended}
 end
-return {ended and 1 or 0, kept[1], kept[2]}
+return {ended, kept[1], kept[2]}

@@ -6,7 +6,12 @@ local function count_crash(run, text)
     local before, history = unpack(redis.call('HMGET', run, 'start', 'history'))
     if before then
         -- That one stands. Enough for some twenty of them.
-        redis.call('HSET', run, 'history', string.sub((history or '') .. before .. '\n', -2000))
+        history = (history or '') .. before .. '\n'
+        if #history > 2000 then
+            -- Not in the midst of a line, or of a letter.
+            history = string.match(string.sub(history, -2000), '\n(.*)$')
+        end
+        redis.call('HSET', run, 'history', history)
     end
     local time = redis.call('TIME')
     local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))

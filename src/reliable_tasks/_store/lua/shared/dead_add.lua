@@ -9,30 +9,34 @@
 local function dead_add(prefix, meta, about, trace, message)
     local letter, all = cjson.decode(meta), prefix .. 'all'
     local first = prefix .. 'letter:' .. letter.id
-    local known, others = unpack(redis.call('HMGET', first, 'delivery', 'others'))
-    local id = letter.id
-    if others then
-        id = letter.id .. '.' .. others
-        if redis.call('HGET', prefix .. 'letter:' .. id, 'delivery') == letter.delivery then
-            return {id, redis.call('ZCARD', all)}
+    local others = tonumber(redis.call('HGET', first, 'others') or 0)
+    local id
+    -- A task that died, and was sent again under the same id: all are kept. A repetition is of one
+    -- of the latest.
+    for number = math.max(others - 20, 0), others do
+        local one = number == 0 and letter.id or letter.id .. '.' .. number
+        local known, at = unpack(redis.call('HMGET', prefix .. 'letter:' .. one, 'delivery', 'at'))
+        if known == letter.delivery then
+            if at then
+                return {one, redis.call('ZCARD', all)}
+            end
+            -- The rest of it was refused.
+            id = one
         end
     end
-    id = letter.id
-    if known == letter.delivery then
-        return {id, redis.call('ZCARD', all)}
-    end
-    -- A task that died, and was sent again under the same id: both are kept.
-    while known and redis.call('EXISTS', prefix .. 'letter:' .. id) == 1 do
-        id = letter.id .. '.' .. redis.call('HINCRBY', first, 'others', 1)
+    if not id then
+        id = letter.id
+        local is_known = redis.call('EXISTS', first) == 1
+        while is_known and redis.call('EXISTS', prefix .. 'letter:' .. id) == 1 do
+            id = letter.id .. '.' .. redis.call('HINCRBY', first, 'others', 1)
+        end
     end
     local time = redis.call('TIME')
     local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
     local kind = letter.cause .. ':' .. letter.task
-    redis.call('HSET', prefix .. 'letter:' .. id, 'delivery', letter.delivery, 'kind', kind,
-        'at', now, 'about', about, 'traceback', trace, 'message', message)
-    redis.call('ZADD', all, now, id)
-    redis.call('ZADD', prefix .. 'of:' .. kind, now, id)
-    redis.call('HINCRBY', prefix .. 'counts', kind, 1)
+    local key, of = prefix .. 'letter:' .. id, prefix .. 'of:' .. kind
+    redis.call('HSET', key, 'delivery', letter.delivery, 'kind', kind, 'about', about,
+        'traceback', trace, 'message', message)
     redis.call('HSET', prefix .. 'bounds', 'max_age', letter.max_age,
         'max_count', letter.max_count)
     if letter.chord then
@@ -40,5 +44,10 @@ local function dead_add(prefix, meta, about, trace, message)
         redis.call('HSET', chord, '@', '1', letter.member, '@' .. id)
         redis.call('PEXPIRE', chord, letter.max_age)
     end
+    redis.call('ZADD', all, now, id)
+    redis.call('ZADD', of, now, id)
+    redis.call('HSET', prefix .. 'counts', kind, redis.call('ZCARD', of))
+    -- Last: what is refused before, for want of a right, is done by a repetition.
+    redis.call('HSET', key, 'at', now)
     return {id, redis.call('ZCARD', all)}
 end

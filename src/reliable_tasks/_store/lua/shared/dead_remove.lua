@@ -1,7 +1,7 @@
 -- Purpose: remove a dead letter, or the traces of one that is gone.
 -- Defines: dead_remove(prefix, id, key), which returns whether it was there
 --          key: its own
--- Commands: HMGET DEL ZREM HINCRBY HDEL
+-- Commands: HMGET DEL ZREM ZCARD HSET HDEL
 local function dead_remove(prefix, id, key)
     local kind, replayed = unpack(redis.call('HMGET', key, 'kind', 'replayed'))
     redis.call('ZREM', prefix .. 'all', id)
@@ -11,7 +11,10 @@ local function dead_remove(prefix, id, key)
     end
     if not replayed then
         redis.call('ZREM', prefix .. 'of:' .. kind, id)
-        if redis.call('HINCRBY', prefix .. 'counts', kind, -1) <= 0 then
+        local left = redis.call('ZCARD', prefix .. 'of:' .. kind)
+        if left > 0 then
+            redis.call('HSET', prefix .. 'counts', kind, left)
+        else
             redis.call('HDEL', prefix .. 'counts', kind)
         end
     end

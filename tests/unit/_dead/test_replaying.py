@@ -1,0 +1,602 @@
+"""The task of a dead letter is sent again, once, whoever asks for it and how often."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import redis
+import time_machine
+from celery import Celery, chain, chord, group
+from kombu import Queue
+from kombu.exceptions import OperationalError
+
+from reliable_tasks import ReliableTask, dead_letters, once
+from reliable_tasks._dead.letters import raw_of
+from reliable_tasks._dead.replaying import replay
+from reliable_tasks._places import DeadPlace, dead_place
+from reliable_tasks._store.dead import Bounds, Cause, DeadLetter, DeadStore, Letter, Sent
+from reliable_tasks.errors import DeadLetterNotFound, ReplayRefused
+from reliable_tasks.instrumentation.signals import dead_letter_replayed
+from tests.unit.harness import claims, run, run_all, take
+
+Bury = Callable[..., str]
+#: Sunday noon, in 2026.
+NOON = 1_772_366_400.0
+
+
+@pytest.fixture(autouse=True)
+def clock() -> Iterator[time_machine.Traveller]:
+    """The clock of the Redis and of those who wait for it."""
+    with time_machine.travel(NOON, tick=False) as traveller:
+        yield traveller
+
+
+@pytest.fixture
+def pay(app: Celery) -> Any:
+    """A task."""
+
+    @app.task(base=ReliableTask, name="shop.pay")
+    def pay(n: int = 0) -> int:
+        return n * 10
+
+    @app.task(base=ReliableTask, name="shop.total")
+    def total(numbers: list[int]) -> int:
+        return sum(numbers)
+
+    @app.task(base=ReliableTask, name="shop.note")
+    def note(*args: Any) -> str:
+        return f"noted {args}"
+
+    return app.tasks["shop.pay"]
+
+
+@pytest.fixture
+def replayed() -> Iterator[list[tuple[Any, str, str]]]:
+    """What the signal's receivers were told: sender, letter's id and new id."""
+    told: list[tuple[Any, str, str]] = []
+
+    def receive(sender: Any, letter: DeadLetter, task_id: str, **_: Any) -> None:
+        told.append((sender, letter.id, task_id))
+
+    dead_letter_replayed.connect(receive)
+    yield told
+    assert dead_letter_replayed.disconnect(receive)
+
+
+def place_of(app: Celery) -> DeadPlace:
+    """Where the letters are."""
+    place = dead_place(app)
+    assert place is not None
+    return place
+
+
+def die(app: Celery, message: Any = None, **about: Any) -> str:
+    """Have the task of a message die, of the next one by default; return its id."""
+    message = message or take(app)
+    headers = message.headers
+    known: dict[str, Any] = {
+        "id": headers["id"],
+        "task": headers["task"],
+        "task_id": headers["id"],
+        "cause": Cause.FAILED,
+        "error": "ValueError: no",
+        "queue": "celery",
+        **about,
+    }
+    place = place_of(app)
+    letter = Letter(DeadLetter(**known), raw_of(message), Bounds(3600, 100, 100_000))
+    return place.store.bury(place.server, letter, uuid4().hex)[0]
+
+
+def succeed(app: Celery, message: Any) -> None:
+    """Have a part of a chord succeed, as its worker notes it."""
+    assert run(app, message).state == "SUCCESS"
+    place = place_of(app)
+    headers = message.headers
+    place.store.keep_part(place.server, headers["group"], headers["id"], raw_of(message), 60)
+
+
+def replace_body(message: Any, body: Any) -> Any:
+    """Return a message that calls its task otherwise."""
+    message.body = json.dumps(body)
+    return message
+
+
+def sent(app: Celery, queue: str = "celery") -> list[Any]:
+    """The messages in a queue."""
+    found = []
+    with app.connection_for_read() as connection:
+        known: Any = Queue(queue)(connection.default_channel)
+        known.declare()
+        while (message := known.get(no_ack=True)) is not None:
+            found.append(message)
+    return found
+
+
+# -- what is sent --------------------------------------------------------------------------------
+
+
+def test_the_same_task_is_sent_under_a_new_id(app: Celery, pay: Any, replayed: list[Any]) -> None:
+    """With what it was called with; the message says of what it is a replay."""
+    pay.apply_async((7,), headers={"tenant": "t7"}, priority=3, time_limit=60)
+    id_ = die(app)
+    new_id = dead_letters.replay(id_, app=app)
+    (message,) = sent(app)
+    headers = message.headers
+    assert (headers["id"], headers["task"]) == (new_id, "shop.pay")
+    assert new_id != id_
+    assert message.decode()[0] == [7]
+    assert (headers["tenant"], headers["timelimit"]) == ("t7", [60, None])
+    assert message.properties["priority"] == 3
+    assert headers["reliable-replay-of"] == id_
+    assert headers["reliable_copy"] is True
+    assert replayed == [(pay, id_, new_id)]
+    assert run(app, message).value == 70
+
+
+def test_it_keeps_its_place_in_the_canvas(app: Celery, pay: Any) -> None:
+    """Who began it all, who called it, its group, and the rest of its chain, which runs."""
+    chain(pay.s(7), app.tasks["shop.note"].s()).apply_async()
+    message = take(app)
+    message.headers.update(root_id="r", parent_id="p", group="g", group_index=2)
+    dead_letters.replay(die(app, message), app=app)
+    (again,) = sent(app)
+    names = ("root_id", "parent_id", "group", "group_index")
+    assert [again.headers[name] for name in names] == ["r", "p", "g", 2]
+    run(app, again)
+    assert run(app, take(app)).value == "noted (70,)"
+
+
+def test_a_replay_inside_of_a_task_is_no_child_of_that(app: Celery, pay: Any) -> None:
+    """Its root and its parent are those of the original, and nobody waits for it."""
+    pay.apply_async((7,), root_id="r", parent_id="p")
+    id_ = die(app)
+
+    @app.task(base=ReliableTask, name="shop.repair", bind=True)
+    def repair(self: Any) -> int:
+        dead_letters.replay(id_, app=app)
+        return len(self.request.children or ())
+
+    app.tasks["shop.repair"].delay()
+    assert run(app, take(app)).value == 0
+    (again,) = sent(app)
+    assert (again.headers["root_id"], again.headers["parent_id"]) == ("r", "p")
+
+
+def test_times_begin_anew(app: Celery, pay: Any, clock: time_machine.Traveller) -> None:
+    """It does not expire by what its call asked for long ago, nor is it retried already."""
+    pay.apply_async((7,), expires=60, countdown=30, retries=2)
+    message = take(app)
+    message.headers["x-delivery-count"] = 5
+    clock.shift(3000)
+    dead_letters.replay(die(app, message), app=app)
+    (again,) = sent(app)
+    assert (again.headers["expires"], again.headers["eta"]) == (None, None)
+    assert again.headers["retries"] == 0
+    assert "x-delivery-count" not in again.headers
+
+
+def test_what_the_task_itself_says_of_expiry_counts(
+    app: Celery, pay: Any, clock: time_machine.Traveller
+) -> None:
+    """From now on."""
+    pay.expires = 100
+    pay.apply_async((7,))
+    message = take(app)
+    clock.shift(3000)
+    dead_letters.replay(die(app, message), app=app)
+    (again,) = sent(app)
+    assert datetime.fromisoformat(again.headers["expires"]).timestamp() == NOON + 3100
+
+
+@pytest.mark.parametrize(
+    ("came_by", "asked_for", "goes_to"),
+    [
+        ("celery", None, "celery"),
+        ("slow", None, "slow"),
+        ("slow", "other", "other"),
+        ("not declared", None, "celery"),
+        ("", None, "celery"),
+    ],
+)
+def test_it_goes_to_the_queue_that_it_came_by(
+    app: Celery, pay: Any, came_by: str, asked_for: str | None, goes_to: str
+) -> None:
+    """Or to the one that is asked for; to its usual one where the app knows none of these."""
+    app.conf.task_queues = [Queue("celery"), Queue("slow")]
+    pay.apply_async((7,), queue="celery")
+    id_ = die(app, queue=came_by)
+    dead_letters.replay(id_, queue=asked_for, app=app)
+    assert len(sent(app, goes_to)) == 1
+
+
+def test_a_queue_that_the_app_does_not_make_is_refused(app: Celery, pay: Any) -> None:
+    """Where it makes none by itself; the letter can be replayed elsewhere."""
+    app.conf.task_queues = [Queue("celery")]
+    app.conf.task_create_missing_queues = False
+    pay.apply_async((7,), queue="celery")
+    id_ = die(app)
+    with pytest.raises(ReplayRefused, match=r"it cannot be called any more: .*other"):
+        dead_letters.replay(id_, queue="other", app=app)
+    assert dead_letters.replay(id_, app=app)
+    assert len(sent(app)) == 1
+
+
+def test_a_task_that_nobody_knows_here_is_sent_by_its_name(
+    app: Celery, pay: Any, replayed: list[Any]
+) -> None:
+    """Whoever replays it need not be able to run it."""
+    pay.apply_async((7,), expires=60)
+    message = take(app)
+    message.headers["task"] = "shop.elsewhere"
+    id_ = die(app, message)
+    new_id = dead_letters.replay(id_, app=app)
+    (again,) = sent(app)
+    assert (again.headers["task"], again.headers["id"]) == ("shop.elsewhere", new_id)
+    assert again.decode()[0] == [7]
+    assert again.headers["reliable-replay-of"] == id_
+    assert again.headers["expires"] is None
+    assert replayed == [(None, id_, new_id)]
+
+
+# -- once ----------------------------------------------------------------------------------------
+
+
+def test_it_is_sent_once_however_often_it_is_asked_for(app: Celery, pay: Any) -> None:
+    """All are told the same id, also those who looked at it before it was sent."""
+    pay.delay(7)
+    id_ = die(app)
+    before = dead_letters.get(id_, app=app)
+    new_ids = {dead_letters.replay(id_, app=app) for _ in range(3)}
+    new_ids.add(replay(app, place_of(app), before))
+    assert len(new_ids) == 1
+    assert len(sent(app)) == 1
+    assert dead_letters.get(id_, app=app).replayed_as in new_ids
+
+
+@pytest.mark.parametrize(
+    ("how", "is_sent_here"), [(Sent.SENT, False), (Sent.REFUSED, True), (Sent.IN_DOUBT, True)]
+)
+def test_who_meets_another_one_waits_for_it(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch, how: Sent, is_sent_here: bool
+) -> None:
+    """And sends it only if that one did not, under the same id if it may have."""
+    pay.delay(7)
+    id_ = die(app)
+    place = place_of(app)
+    _, others = place.store.reserve(place.server, id_, "another")
+    looks = []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            place.store.release(place.server, id_, "another", how)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    new_id = dead_letters.replay(id_, app=app)
+    assert len(looks) == 3
+    assert (new_id == others) is (how is not Sent.REFUSED)
+    assert len(sent(app)) == int(is_sent_here)
+
+
+def test_one_that_says_nothing_is_not_waited_for_for_long(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch, clock: time_machine.Traveller
+) -> None:
+    """It is dead: it may have sent it, so the same id is sent again, and one of both runs."""
+    pay.delay(7)
+    id_ = die(app)
+    place = place_of(app)
+    _, others = place.store.reserve(place.server, id_, "another")
+    monkeypatch.setattr(time, "sleep", clock.shift)
+    assert dead_letters.replay(id_, app=app) == others
+    assert 15 <= time.time() - NOON < 16
+    (again,) = sent(app)
+    assert again.headers["id"] == others
+
+
+def test_one_that_is_removed_meanwhile_is_not_found(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is sent."""
+    pay.delay(7)
+    id_ = die(app)
+    reserve = DeadStore.reserve
+
+    def discard_and_reserve(self: DeadStore, *args: Any) -> Any:
+        dead_letters.discard(id_, app=app)
+        return reserve(self, *args)
+
+    monkeypatch.setattr(DeadStore, "reserve", discard_and_reserve)
+    with pytest.raises(DeadLetterNotFound):
+        dead_letters.replay(id_, app=app)
+    assert sent(app) == []
+
+
+# -- what is refused, and what is in doubt -------------------------------------------------------
+
+
+def test_a_key_that_is_taken_refuses_a_replay(app: Celery) -> None:
+    """Whoever has it is named; when that has ended it can be tried again."""
+
+    @app.task(base=ReliableTask, name="shop.once")
+    @once(key="{n}")
+    def once_only(n: int) -> int:
+        return n
+
+    task = app.tasks["shop.once"]
+    task.delay(7)
+    message = take(app)
+    run(app, message)
+    id_ = die(app, message)
+    other = task.delay(7)
+    with pytest.raises(ReplayRefused, match=f"task {other.id} has its @once key: replay it when"):
+        dead_letters.replay(id_, app=app)
+    assert dead_letters.get(id_, app=app).replayed_as is None
+    assert [ended.state for ended in run_all(app)] == ["SUCCESS"]
+    new_id = dead_letters.replay(id_, app=app)
+    assert [claim["owner"] for claim in claims(app)] == [new_id]
+    assert [ended.value for ended in run_all(app)] == [7]
+
+
+def test_a_key_that_is_taken_refuses_also_where_calls_raise(app: Celery) -> None:
+    """It is the same refusal."""
+
+    @app.task(base=ReliableTask, name="shop.strict")
+    @once(key="{n}", on_conflict="raise")
+    def strict(n: int) -> int:
+        return n
+
+    task = app.tasks["shop.strict"]
+    task.delay(7)
+    message = take(app)
+    run(app, message)
+    id_ = die(app, message)
+    task.delay(7)
+    with pytest.raises(ReplayRefused, match="its @once key is taken: "):
+        dead_letters.replay(id_, app=app)
+    run_all(app)
+    assert dead_letters.replay(id_, app=app)
+
+
+def test_a_signature_that_has_changed_refuses_a_replay(app: Celery, pay: Any) -> None:
+    """The reason says how; when the task takes it again it can be sent."""
+    pay.delay(7)
+    id_ = die(app, replace_body(take(app), [[7, 8], {}, {}]))
+    with pytest.raises(ReplayRefused, match=r"it cannot be called any more: TypeError\("):
+        dead_letters.replay(id_, app=app)
+    assert sent(app) == []
+    pay.typing = False
+    assert dead_letters.replay(id_, app=app)
+    assert len(sent(app)) == 1
+
+
+def test_a_broker_that_goes_away_leaves_it_in_doubt(
+    app: Celery, pay: Any, replayed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been sent: the next one sends it at once, under the same id."""
+    pay.delay(7)
+    id_ = die(app)
+    ids: list[str] = []
+    send = app.amqp.send_task_message
+
+    def sends_and_fails(producer: Any, name: str, message: Any, **options: Any) -> Any:
+        ids.append(message.headers["id"])
+        raise OperationalError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(app.amqp, "send_task_message", sends_and_fails)
+        with pytest.raises(OperationalError, match="away"):
+            dead_letters.replay(id_, app=app)
+    assert app.amqp.send_task_message == send
+    assert (dead_letters.get(id_, app=app).replayed_as, replayed) == (None, [])
+    new_id = dead_letters.replay(id_, app=app)
+    assert [new_id] == ids
+    assert len(sent(app)) == 1
+
+
+def test_a_redis_that_goes_away_hides_no_refusal(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the caller has to know is why it was not sent."""
+    pay.delay(7)
+    id_ = die(app, replace_body(take(app), [[7, 8], {}, {}]))
+
+    def away(*args: Any, **options: Any) -> Any:
+        raise redis.ConnectionError("away")
+
+    monkeypatch.setattr(DeadStore, "release", away)
+    with pytest.raises(ReplayRefused, match="cannot be called any more"):
+        dead_letters.replay(id_, app=app)
+
+
+# -- parts of a chord ----------------------------------------------------------------------------
+
+
+def start_chord(app: Celery, header: list[Any], body: Any) -> str:
+    """Call a chord whose size is noted; return its group."""
+    result = chord(header, body, app=app).apply_async()
+    assert result.parent is not None
+    group_id = str(result.parent.id)
+    place = place_of(app)
+    place.store.note_chord(place.server, group_id, len(header), 60)
+    return group_id
+
+
+def test_a_part_of_a_chord_is_not_replayed_alone(app: Celery, pay: Any) -> None:
+    """The chord has counted its failure; the reason says what can be done."""
+    group_id = start_chord(app, [pay.s(1), pay.s(2)], app.tasks["shop.total"].s())
+    id_ = die(app, chord_id=group_id)
+    for ask in (dead_letters.replay, dead_letters.check):
+        with pytest.raises(ReplayRefused, match=rf"chord {group_id} .*whole_chord=True") as caught:
+            ask(id_, app=app)
+        assert caught.value.id == id_
+
+
+def test_what_is_no_part_of_one_is_not_replayed_as_one(app: Celery, pay: Any) -> None:
+    """The reason says what to leave out."""
+    pay.delay(7)
+    id_ = die(app)
+    with pytest.raises(ReplayRefused, match="it is no part of a chord: leave out whole_chord"):
+        dead_letters.replay(id_, whole_chord=True, app=app)
+
+
+def test_a_whole_chord_is_sent_anew(app: Celery, pay: Any, replayed: list[Any]) -> None:
+    """All its parts, in their order, under a new group; then it is called with their results."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2, 3)], app.tasks["shop.total"].s())
+    first, second, third = sent(app)
+    succeed(app, third)
+    die(app, first, chord_id=group_id)
+    id_ = die(app, second, chord_id=group_id)
+    assert dead_letters.check(id_, whole_chord=True, app=app).id == id_
+    new_id = dead_letters.replay(id_, whole_chord=True, app=app)
+    again = sent(app)
+    assert [message.decode()[0] for message in again] == [[1], [2], [3]]
+    (new_group,) = {message.headers["group"] for message in again}
+    assert new_group != group_id
+    assert again[1].headers["id"] == new_id
+    assert [one.headers.get("reliable-replay-of") for one in again] == [
+        first.headers["id"],
+        second.headers["id"],
+        None,
+    ]
+    assert not {one.headers["id"] for one in again} & {one.headers["id"] for one in (first, third)}
+    for message in again:
+        assert run(app, message).state == "SUCCESS"
+    assert [ended.value for ended in run_all(app)] == [60]
+    assert {(id_, new_id) for _, id_, new_id in replayed} == {
+        (first.headers["id"], again[0].headers["id"]),
+        (second.headers["id"], new_id),
+    }
+
+
+def test_the_other_dead_parts_are_replayed_with_it(app: Celery, pay: Any) -> None:
+    """Whoever asks for one of them is told its new id, and nothing is sent again."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
+    ids = [die(app, message, chord_id=group_id) for message in sent(app)]
+    new_ids = [dead_letters.replay(id_, whole_chord=True, app=app) for id_ in ids]
+    assert [one.headers["id"] for one in sent(app)] == new_ids
+    assert dead_letters.count(app=app) == 0
+    assert [
+        dead_letters.check(id_, whole_chord=True, app=app).replayed_as for id_ in ids
+    ] == new_ids
+
+
+def test_two_who_replay_two_parts_of_a_chord_send_it_once(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They meet at the first of its dead parts, and the other one has sent all."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
+    one, two = (die(app, message, chord_id=group_id) for message in sent(app))
+    reserve = DeadStore.reserve
+    other: list[str] = []
+
+    def be_late(self: DeadStore, *args: Any) -> Any:
+        monkeypatch.setattr(DeadStore, "reserve", reserve)
+        other.append(dead_letters.replay(one, whole_chord=True, app=app))
+        return reserve(self, *args)
+
+    monkeypatch.setattr(DeadStore, "reserve", be_late)
+    new_id = dead_letters.replay(two, whole_chord=True, app=app)
+    assert [message.headers["id"] for message in sent(app)] == [*other, new_id]
+
+
+def test_chains_in_its_header_and_its_body_are_sent_whole(app: Celery, pay: Any) -> None:
+    """From their first step, although the dead one was a later one's first or last."""
+    note, total = app.tasks["shop.note"], app.tasks["shop.total"]
+    header = [chain(pay.s(1), pay.s()), pay.s(2)]
+    group_id = start_chord(app, header, chain(total.s(), note.s()))
+    first, second = sent(app)
+    succeed(app, second)
+    die(app, first, chord_id=group_id)
+    dead_letters.replay(first.headers["id"], whole_chord=True, app=app)
+    again = sent(app)
+    assert sorted(one.decode()[0][0] for one in again) == [1, 2]
+    for message in again:
+        run(app, message)
+    # The chain's second step, then the body, then what follows that.
+    assert [ended.value for ended in run_all(app)] == [100, 120, "noted (120,)"]
+
+
+def test_a_group_in_its_body_is_sent_with_it(app: Celery, pay: Any) -> None:
+    """What was called has ids in all its parts; all are made anew."""
+    note = app.tasks["shop.note"]
+    group_id = start_chord(app, [pay.s(1), pay.s(2)], group(note.s("a"), note.s("b")))
+    first, second = sent(app)
+    succeed(app, second)
+    die(app, first, chord_id=group_id)
+    dead_letters.replay(first.headers["id"], whole_chord=True, app=app)
+    for message in sent(app):
+        run(app, message)
+    ended = sorted(str(one.value) for one in run_all(app))
+    assert ended == ["noted ([10, 20], 'a')", "noted ([10, 20], 'b')"]
+
+
+def test_a_chord_of_unknown_size_is_refused(app: Celery, pay: Any) -> None:
+    """Its caller has not told how many parts it has."""
+    chord([pay.s(1), pay.s(2)], app.tasks["shop.total"].s()).apply_async()
+    message = take(app)
+    id_ = die(app, message, chord_id=message.headers["group"])
+    with pytest.raises(ReplayRefused, match=r"of nobody knows how many parts .* 1 are known"):
+        dead_letters.replay(id_, whole_chord=True, app=app)
+    assert dead_letters.get(id_, app=app).replayed_as is None
+
+
+@pytest.mark.parametrize("is_discarded", [False, True])
+def test_a_chord_of_which_parts_are_missing_is_refused(
+    app: Celery, pay: Any, is_discarded: bool
+) -> None:
+    """They have not ended yet, or nobody keeps them any more."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
+    first, second = sent(app)
+    id_ = die(app, first, chord_id=group_id)
+    if is_discarded:
+        dead_letters.discard(die(app, second, chord_id=group_id), app=app)
+    with pytest.raises(ReplayRefused, match=r"of 2 parts .* 1 are known: the others have not"):
+        dead_letters.check(id_, whole_chord=True, app=app)
+
+
+def test_a_chord_in_a_chord_is_refused(app: Celery, pay: Any) -> None:
+    """The outer one has counted the end of the inner one."""
+    total = app.tasks["shop.total"]
+    inner = chord([pay.s(1), pay.s(2)], total.s())
+    chord([inner, pay.s(3)], total.s()).apply_async()
+    parts = [message for message in sent(app) if message.decode()[0] in ([1], [2])]
+    group_id = parts[0].headers["group"]
+    ids = [die(app, message, chord_id=group_id) for message in parts]
+    with pytest.raises(ReplayRefused, match=f"chord {group_id} is itself a part of a chord"):
+        dead_letters.replay(ids[0], whole_chord=True, app=app)
+
+
+def test_a_chord_that_cannot_be_called_any_more_is_refused(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of its dead parts is replayed then, and all can be tried again."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
+    ids = [die(app, message, chord_id=group_id) for message in sent(app)]
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise TypeError("changed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pay, "apply_async", refuse)
+        with pytest.raises(ReplayRefused, match="cannot be called any more"):
+            dead_letters.replay(ids[0], whole_chord=True, app=app)
+    assert sent(app) == []
+    assert dead_letters.count(app=app) == 2
+    assert dead_letters.replay(ids[1], whole_chord=True, app=app)
+    assert len(sent(app)) == 2
+
+
+def test_a_letter_that_was_replayed_is_left_alone(app: Celery, pay: Any) -> None:
+    """Its id alone is said, though nothing of it could be read any more."""
+    pay.delay(7)
+    letter = dead_letters.get(die(app), app=app)
+    assert replay(app, place_of(app), replace(letter, replayed_as="new", id="gone")) == "new"
+    assert sent(app) == []
