@@ -20,7 +20,7 @@ from reliable_tasks._broker.purging import listen
 from reliable_tasks._celery.budgets import condemned
 from reliable_tasks._celery.delays import with_short_delay
 from reliable_tasks._celery.delivery import remember_consumer
-from reliable_tasks._celery.headers import FIRST_FAILED, OF_ONE_COPY
+from reliable_tasks._celery.headers import FIRST_FAILED, OF_ONE_COPY, without_brokers_own
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._celery.settings import explicit
 from reliable_tasks._celery.versions import check_versions
@@ -333,7 +333,8 @@ class ReliableTask(_Task):
             raise error
         claim = run.claim if run else Claim.from_headers(self.request.headers, self.request.id)
         given = options.get("headers", self.request.headers) or {}
-        headers = {k: v for k, v in given.items() if k not in (*OF_ONE_DELIVERY, *OF_ONE_COPY)}
+        kept = without_brokers_own(given)
+        headers = {k: v for k, v in kept.items() if k not in (*OF_ONE_DELIVERY, *OF_ONE_COPY)}
         if claim is not None:
             # A message published by name has no claim in its headers, and a caller's own headers
             # replace those that it has.
@@ -450,7 +451,8 @@ class ReliableTask(_Task):
         tell_buried(self.app, self, letter, id, count)
 
     def _reliable_keep_part(self, request: Any) -> None:
-        keep_part(self.app, request)
+        if self._end_options.causes:
+            keep_part(self.app, request)
 
     def _reliable_slack(self, visibility_timeout: float) -> float:
         # One half of the margin is for waiting, the other for clocks that differ.

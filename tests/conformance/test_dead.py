@@ -249,7 +249,7 @@ def test_odd_names_are_kept(broker: Broker) -> None:
 def test_messages_that_nobody_can_read_are_told_apart(broker: Broker) -> None:
     """They have no id: two of the same bytes are two letters, one that comes again is one."""
     for event in ("w1:1:1:celery", "w1:1:2:celery", "w1:1:1:celery"):
-        kept = undecodable(b"no JSON", event=event, queue="celery", worker="w1", bounds=BOUNDS)
+        kept = undecodable(b"no JSON", event=event, queue="celery", bounds=BOUNDS)
         broker.keep(kept, event)
     assert broker.count_dead(cause="undecodable", task="") == 2
     assert {broker.dead_message(one) for one in broker.dead} == {b"no JSON"}

@@ -222,5 +222,5 @@ def test_a_number_of_ones_own_is_checked_by_the_same_words() -> None:
     check_count("max_crashes of shop.pay", None, 1, "crashes", is_optional=True)
     with pytest.raises(ConfigError, match=r"^max_crashes of shop\.pay = 0: give a number of"):
         check_count("max_crashes of shop.pay", 0, 1, "crashes", is_optional=True)
-    with pytest.raises(ConfigError, match="= None: give a number of crashes, 1 or more$"):
+    with pytest.raises(ConfigError, match=r"= None: give a number of crashes, 1 or more$"):
         check_count("x", None, 1, "crashes", is_optional=False)

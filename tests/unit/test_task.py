@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pydantic
 import pytest
 import tenacity
+import time_machine
 from celery import Celery, Task, chain, group, shared_task
-from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
+from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded, WorkerShutdown
 
 from reliable_tasks import (
     ConfigError,
     DuplicateTaskError,
+    PoisonPill,
     ReliableResult,
     ReliableTask,
+    RequeuesExhausted,
     RetriesExhausted,
+    TaskExited,
     UnsupportedCelery,
+    _body,
     once,
     presets,
 )
+from reliable_tasks._broker.fence import Fenced
 from reliable_tasks._celery import versions
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._retrying import RETRYING
@@ -589,3 +597,260 @@ def test_a_plain_task_beside_it_is_left_alone(app: Celery) -> None:
     assert isinstance(plain, Task)
     assert not isinstance(plain, ReliableTask)
     assert not plain.acks_late
+
+
+# -- crashes, requeues and their end ---------------------------------------------------------
+
+
+def bounds(task: Any) -> tuple[int | None, int | None]:
+    """How often a task may crash, and go back to its queue."""
+    crashes, requeues = task._reliable_budgets()
+    return crashes, requeues
+
+
+def test_a_task_has_the_budgets_of_its_app(app: Celery) -> None:
+    """Unless it says something else itself."""
+    app.conf.reliable_max_crashes = 5
+    app.conf.reliable_max_requeues = None
+    t = app.task(nothing, base=ReliableTask, name="t", max_requeues=7)
+    assert bounds(t) == (5, 7)
+
+
+def test_budgets_can_come_from_a_base_or_from_annotations(app: Celery) -> None:
+    """As all other options; what is nearest to the task wins."""
+    app.conf.task_annotations = {"t": {"max_crashes": 1}}
+    base = type("Base", (ReliableTask,), {"abstract": True, "max_crashes": 9, "max_requeues": 8})
+    t = app.task(nothing, base=base, name="t")
+    other = app.task(nothing, base=base, name="other", max_crashes=None)
+    assert bounds(t) == (1, 8)
+    assert bounds(other) == (None, 8)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [
+        ("max_crashes", 0, r"max_crashes of t = 0: give a number of crashes, 1 or more"),
+        ("max_requeues", "x", r"max_requeues of t = 'x': give a number of requeues, 0 or more"),
+        ("dead_letter", "posion", r"dead_letter of t = 'posion'; did you mean .*'poison'"),
+    ],
+)
+def test_a_bad_budget_is_found_when_the_task_is_made(
+    app: Celery, option: str, value: Any, text: str
+) -> None:
+    """Before anything was queued."""
+    t = app.task(nothing, base=ReliableTask, name="t", **{option: value})
+    with pytest.raises(ConfigError, match=text):
+        t.delay()
+
+
+PILL = PoisonPill("one", 3, 3, [{"host": "w@h", "pid": 7, "how": "exitcode 3", "at": 5.0}])
+
+
+@pytest.mark.parametrize(
+    "verdict", [PILL, RequeuesExhausted("one", 101, 100)], ids=["poison", "requeues"]
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"autoretry_for": (Exception,)},
+        {"retrying": tenacity.stop_after_attempt(9)},
+        {"exclusive": True},
+    ],
+    ids=["plain", "autoretry_for", "retrying", "exclusive"],
+)
+def test_a_task_that_is_not_to_run_again_ends(
+    app: Celery, options: dict[str, Any], verdict: Exception
+) -> None:
+    """With its handlers, and without its body; no policy takes the verdict for an error of its."""
+    called: list[Any] = []
+
+    class Handling(ReliableTask):
+        abstract = True
+
+        def on_failure(self, exc: Any, *args: Any) -> None:
+            called.append(exc)
+
+    @app.task(base=Handling, name="t", **options)
+    def t() -> None:
+        called.append("body")
+
+    result = t.delay()
+    message = take(app)
+    message.headers["reliable_condemned"] = (type(verdict).__name__, verdict.args)
+    ended = run(app, message)
+    assert ended.state == "FAILURE"
+    assert type(ended.value) is type(verdict)
+    assert ended.value.args == verdict.args
+    assert [type(one) for one in called] == [type(verdict)]
+    assert take(app) is None
+    assert result.state == "FAILURE"
+
+
+def test_an_errback_of_a_task_that_crashed_is_called(app: Celery) -> None:
+    """It has failed, as others do."""
+    app.task(nothing, base=ReliableTask, name="t")
+    app.task(nothing, base=ReliableTask, name="clean_up")
+    app.finalize()
+    app.tasks["t"].apply_async(link_error=app.tasks["clean_up"].si())
+    message = take(app)
+    message.headers["reliable_condemned"] = ("PoisonPill", PILL.args)
+    run(app, message)
+    assert take(app).headers["task"] == "clean_up"
+
+
+def test_a_run_by_hand_has_not_crashed(app: Celery) -> None:
+    """It is counted nowhere, and the task can ask for it."""
+
+    @app.task(base=ReliableTask, name="t", bind=True)
+    def t(self: Any) -> Any:
+        return self.request.get("crashes")
+
+    assert t.apply().get() == 0
+    assert t() is None
+
+
+def test_a_copy_whose_lease_may_have_ended_does_not_run(app: Celery) -> None:
+    """It is asked about again after a pause."""
+    app.task(nothing, base=ReliableTask, name="t")
+    app.finalize()
+    app.tasks["t"].delay()
+    message = take(app)
+    message.headers["reliable_in_doubt"] = True
+    ended = run(app, message)
+    assert isinstance(ended.value, SetAside)
+    assert run(app, message, redeliver_to=[]).state == ended.state != "SUCCESS"
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()], ids=repr)
+def test_a_body_that_would_end_its_child_fails_alone(app: Celery, error: BaseException) -> None:
+    """In Celery that is the end of the child, which would count as a crash."""
+
+    @app.task(base=ReliableTask, name="t")
+    def t() -> None:
+        raise error
+
+    t.delay()
+    ended = run(app, take(app))
+    assert ended.state == "FAILURE"
+    assert isinstance(ended.value, TaskExited)
+    assert ended.value.raised == repr(error)
+
+
+def test_an_exclusive_task_without_its_lease_waits(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker could not renew it, so another one may run it."""
+
+    @contextlib.contextmanager
+    def fenced() -> Iterator[None]:
+        raise Fenced
+        yield
+
+    monkeypatch.setattr(_body, "exclusively", fenced)
+    t = app.task(nothing, base=ReliableTask, name="t", exclusive=True)
+    t.delay()
+    ended = run(app, take(app))
+    assert isinstance(ended.value, SetAside)
+    assert str(ended.value) == "set aside: its worker could not renew its lease"
+
+
+def test_an_exclusive_task_with_its_lease_runs(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As any other one."""
+    monkeypatch.setattr(_body, "exclusively", contextlib.nullcontext)
+    t = app.task(nothing, base=ReliableTask, name="t", exclusive=True)
+    t.delay()
+    assert run(app, take(app)).value == 7
+
+
+def test_what_ends_the_worker_is_not_the_tasks(app: Celery) -> None:
+    """In solo its signal handlers run in the midst of a task."""
+
+    @app.task(base=ReliableTask, name="t")
+    def t() -> None:
+        raise WorkerShutdown(0)
+
+    t.delay()
+    with pytest.raises(WorkerShutdown):
+        run(app, take(app))
+
+
+# -- what a retry carries on -----------------------------------------------------------------
+
+
+def failing(app: Celery, error: Exception | None, **options: Any) -> Any:
+    """A task that retries for an error, if for any."""
+
+    @app.task(base=ReliableTask, name="t", bind=True)
+    def t(self: Any) -> None:
+        raise self.retry(countdown=0, exc=error, **options)
+
+    return app.tasks["t"]
+
+
+def test_a_retry_says_when_the_task_failed_first(app: Celery) -> None:
+    """The dead letter that it may become says so; later retries do not change it."""
+    task = failing(app, OSError("no"))
+    with time_machine.travel(1_772_366_400, tick=False) as clock:
+        task.delay()
+        message = take(app)
+        assert "reliable_first_failed" not in message.headers
+        for _ in range(3):
+            assert run(app, message).state == "RETRY"
+            message = take(app)
+            assert message.headers["reliable_first_failed"] == 1_772_366_400
+            clock.shift(60)
+
+
+def test_a_policy_says_so_too(app: Celery) -> None:
+    """Its retries are retries."""
+
+    @app.task(base=ReliableTask, name="t", retrying=FAST)
+    def t() -> None:
+        raise OSError("no")
+
+    with time_machine.travel(1_772_366_400, tick=False):
+        t.delay()
+        run(app, take(app))
+        headers = take(app).headers
+    assert headers["reliable_first_failed"] == 1_772_366_400
+    assert headers[RETRYING]
+
+
+def test_a_retry_without_an_error_is_no_failure(app: Celery) -> None:
+    """A task may just wait for something."""
+    failing(app, None).delay()
+    run(app, take(app))
+    again = take(app)
+    assert again.headers["retries"] == 1
+    assert "reliable_first_failed" not in again.headers
+
+
+def test_headers_of_the_callers_own_are_kept_by_a_retry(app: Celery) -> None:
+    """Those that the retry is given take their place, and still it says when it failed."""
+    failing(app, OSError("no")).apply_async(headers={"tenant": "t7"})
+    run(app, take(app))
+    again = take(app)
+    assert again.headers["tenant"] == "t7"
+    assert again.headers["reliable_first_failed"]
+
+
+def test_a_retry_with_headers_of_its_own(app: Celery) -> None:
+    """They are sent, with what this library has to say."""
+    failing(app, OSError("no"), headers={"tenant": "t8"}).delay()
+    run(app, take(app))
+    again = take(app)
+    assert again.headers["tenant"] == "t8"
+    assert again.headers["reliable_first_failed"]
+
+
+def test_a_retry_begins_with_new_budgets(app: Celery) -> None:
+    """What one message has counted is none of the next one's."""
+    failing(app, OSError("no")).delay()
+    message = take(app)
+    counted = {"reliable_requeues": 5, "reliable_counted": 2, "reliable_set_aside": 3}
+    message.headers.update(counted)
+    run(app, message)
+    assert not set(counted) & set(take(app).headers)

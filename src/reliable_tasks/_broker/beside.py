@@ -119,9 +119,7 @@ class Beside(Held):
         return delivery.copy
 
     def count_start(self, delivery: Delivery) -> None:
-        """Say who starts it, if that is more than was said: it was counted when it was let in."""
-        if delivery.starter is not None and delivery.starter.is_ending:
-            self.explain_start(delivery)
+        """Do nothing: it was counted when it was let in."""
 
     def crashes(self, delivery: Delivery) -> list[Crash] | None:
         """Return what is known of a task's crashes; the start of this copy is counted, too."""

@@ -12,7 +12,7 @@ import math
 import time
 from typing import Any
 
-from celery.worker.state import active_requests, reserved_requests
+from celery.worker.state import active_requests, reserved_requests, task_ready
 
 from reliable_tasks._celery.consumer import copy_of
 from reliable_tasks._celery.failures import info_of
@@ -28,8 +28,10 @@ _DELIVERY_COUNT = "x-delivery-count"
 _PROBATION = 3.0
 #: How soon one that waits for its turn looks again, at first and at last (s).
 _TURN = (0.05, 1.0)
+_MOST_LOOKS = 8
 #: How soon it is asked again what nobody could say (s).
 _UNKNOWN = (0.05, 5.0)
+_OTHERS_TURN = "it was lost with its worker, and so was another task that runs here"
 _ERRORS: dict[str, type[ReliableError]] = {
     error.__name__: error for error in (PoisonPill, RequeuesExhausted)
 }
@@ -61,54 +63,89 @@ class BudgetedRequest(PatientRequest):
 
     def _may_run_again(self) -> bool:
         """Say whether the task may be started; if not, it was set aside, or has ended."""
-        crashes, requeues = self._crashes, int(self.request_dict.get(REQUEUES) or 0)
+        # Of a start before: what is decided now counts.
+        self.request_dict.pop(CONDEMNED, None)
+        crashes, requeues = self._crashes, self._requeues
         if not crashes and not requeues:
             return True
-        self.request_dict.pop(CONDEMNED, None)
-        max_crashes, max_requeues = self._guard._reliable_budgets()
-        verdict: ReliableError | None = None
-        if max_requeues is not None and requeues > max_requeues:
-            verdict = RequeuesExhausted(self.id, requeues, max_requeues)
-        if crashes:
-            history = self._history()
-            if history is None:
-                self._set_aside(SetAside("nobody says how it crashed", *_UNKNOWN))
-                return False
+        history = self._history() if crashes else []
+        if history is None:
+            self._set_aside(SetAside("nobody says how it crashed", *_UNKNOWN))
+            return False
+        verdict = self._verdict(crashes, requeues, history)
+        if isinstance(verdict, PoisonPill) and self._have_handlers_crashed(verdict, history):
             self._tell_crash(crashes, history)
-            if max_crashes is not None and crashes >= max_crashes:
-                known = [crash.as_dict() for crash in history]
-                verdict = PoisonPill(self.id, crashes, max_crashes, known)
-                if history[-1].is_ending if history else crashes > max_crashes:
-                    # Its handlers have crashed, too.
-                    self.on_failure(info_of(verdict))
-                    return False
-            if not history or not all(crash.how for crash in history):
-                is_last = crashes > 1 or (max_crashes is not None and crashes + 1 >= max_crashes)
-                if self._is_beside_a_suspect(of_any_age=is_last):
-                    turn = "it was lost with its worker, and so was another task that runs here"
-                    self._set_aside(SetAside(turn, *_TURN, waits_for=turn))
-                    return False
-                self._alone_until = math.inf if is_last else time.monotonic() + _PROBATION
+            self.on_failure(info_of(verdict))
+            return False
+        if crashes and not self._has_its_turn(crashes, history):
+            self._wait_for_turn()
+            return False
+        self._tell_crash(crashes, history)
         if verdict is not None:
-            self.request_dict[CONDEMNED] = (type(verdict).__name__, verdict.args)
-            if self._delivery is not None:
-                self._held.name_starter(self._delivery, is_ending=True)
+            self._condemn(verdict)
         return True
+
+    @property
+    def _requeues(self) -> int:
+        found = self.request_dict.get(REQUEUES)
+        return found if isinstance(found, int) else 0
+
+    def _verdict(self, crashes: int, requeues: int, history: list[Any]) -> ReliableError | None:
+        """Return what it ends with if it may not run again."""
+        max_crashes, max_requeues = self._guard._reliable_budgets()
+        if crashes and max_crashes is not None and crashes >= max_crashes:
+            known = [crash.as_dict() for crash in history]
+            return PoisonPill(self.id, crashes, max_crashes, known)
+        if max_requeues is not None and requeues > max_requeues:
+            return RequeuesExhausted(self.id, requeues, max_requeues)
+        return None
+
+    def _have_handlers_crashed(self, verdict: PoisonPill, history: list[Any]) -> bool:
+        """Say whether a child that was only to say so has crashed, too."""
+        if history:
+            return bool(history[-1].is_ending)
+        return verdict.crashes > verdict.limit
+
+    def _condemn(self, verdict: ReliableError) -> None:
+        """Start a child only to say that the task is over."""
+        self.request_dict[CONDEMNED] = (type(verdict).__name__, verdict.args)
+        if self._delivery is not None:
+            self._held.name_starter(self._delivery, is_ending=True)
+            # Where the start is counted already; else it will be with this.
+            self._held.explain_start(self._delivery)
+
+    def _has_its_turn(self, crashes: int, history: list[Any]) -> bool:
+        """Say whether a suspect may start, or it is none."""
+        if history and all(crash.how for crash in history):
+            return True
+        max_crashes, _ = self._guard._reliable_budgets()
+        is_last = crashes > 1 or (max_crashes is not None and crashes + 1 >= max_crashes)
+        if self._is_beside_a_suspect(of_any_age=is_last):
+            return False
+        self._alone_until = math.inf if is_last else time.monotonic() + _PROBATION
+        return True
+
+    def _wait_for_turn(self) -> None:
+        """Look again in a moment, and if that has been no use, have another worker look."""
+        if self._times_set_aside >= _MOST_LOOKS and self._lay_aside():
+            task_ready(self)
+            return
+        self._set_aside(SetAside(_OTHERS_TURN, *_TURN, waits_for=_OTHERS_TURN))
 
     def _is_beside_a_suspect(self, *, of_any_age: bool) -> bool:
         since = 0.0 if of_any_age else time.monotonic()
         running = (*copy_of(active_requests), *copy_of(reserved_requests))
         return any(getattr(one, "_alone_until", 0.0) > since for one in running if one is not self)
 
-    def _set_aside(self, answer: SetAside) -> None:
+    def _begin_anew(self) -> None:
+        super()._begin_anew()
         self._alone_until = 0.0
-        super()._set_aside(answer)
 
-    def _history(self) -> Any:
+    def _history(self) -> list[Any] | None:
         """Return what is known of the crashes, ``None`` if nobody says it now."""
         return [] if self._delivery is None else self._held.crashes(self._delivery)
 
-    def _tell_crash(self, crashes: int, history: Any) -> None:
+    def _tell_crash(self, crashes: int, history: list[Any]) -> None:
         """Tell of the last crash, unless the worker did that lost its child by it."""
         if self._has_told_crash or not history or history[-1].how:
             return

@@ -33,6 +33,12 @@ class BuriedRequest(GuardedRequest):
     #: Whether its message must not be acknowledged, for it could not be kept as a dead letter.
     _is_unkept = False
 
+    def _begin_anew(self) -> None:
+        super()._begin_anew()
+        self._failure = None
+        self._is_expired = self._is_reported = self._has_succeeded = False
+        self._is_kept = self._is_unkept = False
+
     def _note_failure(self, error: BaseException, traceback: Any) -> None:
         """Note what the task fails with, if that is its end; it may go back to its queue yet."""
         self._is_reported = True
@@ -52,6 +58,10 @@ class BuriedRequest(GuardedRequest):
         failure, self._failure = self._failure, None
         if failure is None or self._has_succeeded:
             return
+        with self._waiting():
+            self._keep(failure)
+
+    def _keep(self, failure: tuple[BaseException, str]) -> None:
         letter = self._guard._reliable_letter(self, *failure, is_expired=self._is_expired)
         if letter is None:
             return
@@ -105,4 +115,5 @@ class BuriedRequest(GuardedRequest):
         """Keep the message of a part of a chord that has succeeded: another one may die."""
         is_success = not (self._is_reported or self._ends_here or self._is_cancelled)
         if is_success and self.task.acks_late and not self.acknowledged and self.chord:
-            self._guard._reliable_keep_part(self)
+            with self._waiting():
+                self._guard._reliable_keep_part(self)

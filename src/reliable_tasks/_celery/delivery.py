@@ -225,6 +225,12 @@ class DeliveredRequest(Request):
         """Whether the task was cancelled, or is killed for it was revoked."""
         return self._is_cancelled or self._ends_here
 
+    def _begin_anew(self) -> None:
+        """Forget all that is known of a run that is over, for the same copy will run again."""
+        # A revoke with terminate must not kill that child again.
+        self.time_start = self.worker_pid = self._apply_result = None
+        self._is_accepted = self._ends_here = self._is_requeued = self._was_told_to_end = False
+
     def _waiting(self) -> AbstractContextManager[None]:
         """Wait for the result backend: it is not the main loop that hangs meanwhile."""
         found: AbstractContextManager[None] = (

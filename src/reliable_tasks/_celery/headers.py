@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 __all__ = [
     "CONDEMNED",
     "COUNTED",
@@ -14,6 +17,7 @@ __all__ = [
     "REQUEUES",
     "TIMES_SET_ASIDE",
     "WAITS_FOR",
+    "without_brokers_own",
 ]
 
 #: Header, of one delivery: its tag.
@@ -38,3 +42,17 @@ REQUEUES = "reliable_requeues"
 #: Header of a copy that was sent again where RabbitMQ alone counts: its count until then.
 COUNTED = "reliable_counted"
 OF_ONE_COPY = (IS_COPY, TIMES_SET_ASIDE, WAITS_FOR, REQUEUES, COUNTED, CONDEMNED)
+
+#: Headers in which RabbitMQ counts how often, and says from where, a message came back.
+_BROKERS_OWN = frozenset(
+    (
+        *("x-delivery-count", "x-acquired-count", "x-death"),
+        *("x-first-death-exchange", "x-first-death-queue", "x-first-death-reason"),
+        *("x-last-death-exchange", "x-last-death-queue", "x-last-death-reason"),
+    )
+)
+
+
+def without_brokers_own(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the headers of a message that is sent again: the new one begins at none."""
+    return {name: value for name, value in headers.items() if name not in _BROKERS_OWN}

@@ -56,6 +56,11 @@ class ReliableRequest(BuriedRequest):
     _puts_itself_back = False
     _is_end_stored = False
 
+    def _begin_anew(self) -> None:
+        super()._begin_anew()
+        self._times_unstored = 0
+        self._puts_itself_back = self._is_end_stored = False
+
     def revoked(self) -> bool:
         """Say whether the task must not be started: revoked, expired, or held for too long."""
         if self._already_revoked:
@@ -150,7 +155,8 @@ class ReliableRequest(BuriedRequest):
         Returns:
             Whether it is stored; if not, it is tried again.
         """
-        self._keeps_ack = True
+        # It is afterwards, unless it is refused: in the course of it the same copy may begin anew.
+        self._keeps_ack = self._is_end_stored = True
         try:
             with self._waiting():
                 end()
@@ -158,6 +164,7 @@ class ReliableRequest(BuriedRequest):
             # No backend could store it, ever.
             logger.exception("The end of task %s[%s] is not stored", self.name, self.id)
         except Exception as error:  # noqa: BLE001 - a backend raises what its client raises
+            self._is_end_stored = False
             self._times_unstored += 1
             pause = growing(*_UNTIL_STORED, self._times_unstored)
             logger.error(
@@ -171,7 +178,6 @@ class ReliableRequest(BuriedRequest):
             return False
         finally:
             self._keeps_ack = False
-        self._is_end_stored = True
         if not self.task.acks_late:
             self._bury()
         if self._owes_ack:
@@ -230,6 +236,7 @@ class ReliableRequest(BuriedRequest):
                 self._guard._reliable_uncovered(self.request_dict)
             if self.task.acks_late:
                 self._keep_part()
+            if self.task.acks_late or self._is_expired:
                 self._bury()
             self._leave(goes_back=False)
             self._note_end()

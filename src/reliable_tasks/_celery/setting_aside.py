@@ -27,6 +27,7 @@ from reliable_tasks._celery.headers import (
     REQUEUES,
     TIMES_SET_ASIDE,
     WAITS_FOR,
+    without_brokers_own,
 )
 
 __all__ = ["PatientRequest", "SetAside", "growing"]
@@ -114,23 +115,24 @@ class PatientRequest(DeliveredRequest):
     def _set_aside(self, answer: SetAside) -> None:
         """Run this copy again after a pause that holds no slot."""
         task_ready(self)
-        # Of the run that is over: a revoke with terminate must not kill that child again.
-        self.time_start = self.worker_pid = self._apply_result = None
-        self._is_accepted = False
-        self.request_dict.pop(IN_DOUBT, None)
+        self._begin_anew()
         if answer.waits_for != self._waits_for:
             self._waits_for, self._times_set_aside = answer.waits_for, 0
         pause = growing(answer.first, answer.longest, self._times_set_aside)
         if self._delivery is not None:
             self._held.uncount_start(self._delivery)
-        if self.is_guarded:
-            # It may come back by another worker, which could not wait for this one's lease.
-            self._leave(goes_back=True)
+        if self._beside is not None and self._delivery.is_started:
+            is_copy = self._delivery.is_copy
+            if self.is_guarded:
+                # It may come back by another worker, which could not wait for this one's lease.
+                self._leave(goes_back=True)
+                # It was let in, so no call of the same id was under way: should its message come
+                # back beside the copy that is sent again, one of them has run.
+                is_copy = True
             self._delivery = self._expect()
-            # It was let in, so no call of the same id was under way: should its message come
-            # back beside the copy that is sent again, one of them has run.
-            self._delivery.is_copy = True
-            self.request_dict[DELIVERY] = self._delivery.tag
+            self._delivery.is_copy = is_copy
+            if self.task.acks_late:
+                self.request_dict[DELIVERY] = self._delivery.tag
         if self._is_left_to_broker():
             return
         # A copy that waits for its turn asks many times.
@@ -145,6 +147,10 @@ class PatientRequest(DeliveredRequest):
             self.reject(requeue=True)
         elif self._can_wait_here(pause) or not self._send_again(pause):
             self._wait_here(consumer, pause)
+
+    def _begin_anew(self) -> None:
+        super()._begin_anew()
+        self.request_dict.pop(IN_DOUBT, None)
 
     def _can_wait_here(self, pause: float) -> bool:
         if self._beside is not None and self._is_amqp:
@@ -212,6 +218,8 @@ class PatientRequest(DeliveredRequest):
         if not self._is_amqp:
             return False
         self._leave(goes_back=True)
+        if self._beside is not None:
+            self._delivery.is_copy = True
         return self._send_again(pause)
 
     def _let_go(self, seconds: float) -> None:
@@ -246,7 +254,7 @@ class PatientRequest(DeliveredRequest):
         copy = self.task.signature_from_request(
             request, countdown=max(round(pause), 1), retries=request.retries
         )
-        headers = dict(copy.options.get("headers") or {})
+        headers = without_brokers_own(copy.options.get("headers") or {})
         for name in (DELIVERY, CONDEMNED, "crashes"):
             headers.pop(name, None)
         if self._beside is not None:

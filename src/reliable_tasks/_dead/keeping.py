@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import redis
@@ -13,7 +13,7 @@ from kombu.exceptions import KombuError
 
 from reliable_tasks._dead.letters import raw_of
 from reliable_tasks._dead.queue import bury_in_queue
-from reliable_tasks._places import dead_place, is_amqp_url
+from reliable_tasks._places import DeadPlace, dead_place, is_amqp_url
 from reliable_tasks._store.client import as_text
 from reliable_tasks._store.dead import Letter
 from reliable_tasks.instrumentation.dropping import tell_pruned
@@ -31,6 +31,9 @@ _MANY, _SAY_AGAIN = 0.8, 600.0
 _said_at = -_SAY_AGAIN
 #: How long a part of a chord is kept when no other one dies (s): as a run is.
 _PART_TTL = 7 * 86400.0
+#: After an error nothing is noted of chords for so long (s).
+_SILENCE = 5.0
+_silent_until = 0.0
 
 
 def tell_crash(
@@ -54,26 +57,45 @@ def tell_crash(
 
 def keep_part(app: Celery, request: Any) -> None:
     """Keep the message of a part of a chord that has succeeded: another part may die."""
-    place, group_id = dead_place(app), request.request_dict.get("group")
-    if place is None or not group_id:
+    group_id = request.request_dict.get("group")
+    if not group_id:
         return
     delivery = request._delivery  # noqa: SLF001 - of our own request
     raw = delivery.raw if delivery is not None and delivery.raw else raw_of(request.message)
-    try:
-        place.store.keep_part(place.server, str(group_id), request.id, raw, _PART_TTL)
-    except (redis.exceptions.RedisError, OSError) as error:
-        logger.warning("Chord %s could not be replayed as a whole: %s", group_id, error)
+    _note_of_chord(
+        app,
+        group_id,
+        lambda place: place.store.keep_part(
+            place.server, str(group_id), request.id, raw, _PART_TTL
+        ),
+    )
 
 
 def note_chord(app: Celery, group_id: str, size: int) -> None:
     """Note how many parts a chord has, of which one may die."""
+    _note_of_chord(
+        app,
+        group_id,
+        lambda place: place.store.note_chord(place.server, group_id, size, _PART_TTL),
+    )
+
+
+def _note_of_chord(app: Celery, group_id: str, note: Callable[[DeadPlace], None]) -> None:
+    """Note what a replay of a whole chord needs; no task waits long for it, or is lost by it."""
+    global _silent_until
     place = dead_place(app)
-    if place is None:
+    if place is None or time.monotonic() < _silent_until:
         return
     try:
-        place.store.note_chord(place.server, group_id, size, _PART_TTL)
+        note(place)
     except (redis.exceptions.RedisError, OSError) as error:
-        logger.warning("Chord %s could not be replayed as a whole: %s", group_id, error)
+        _silent_until = time.monotonic() + _SILENCE
+        logger.warning(
+            "Chord %s, and others of the next %g s, cannot be replayed as a whole: %s",
+            group_id,
+            _SILENCE,
+            error,
+        )
 
 
 def bury(app: Celery, task: Any, letter: Letter, event: str) -> bool:

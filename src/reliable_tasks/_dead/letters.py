@@ -137,8 +137,14 @@ def letter_of_message(
     return Letter(_redacted(about, options), raw, options.bounds)
 
 
-def raw_of(message: Any) -> bytes:
-    """Return a message of any broker as kombu's Redis transport would write it."""
+def raw_of(message: Any, sent_to: Mapping[str, Any] | None = None) -> bytes:
+    """Return a message of any broker as kombu's Redis transport would write it.
+
+    Args:
+        message: The message.
+        sent_to: The exchange and the routing key, if not those that it came by.
+    """
+    info = message.delivery_info if sent_to is None else sent_to
     body = message.body
     encoded = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else bytes(body or b"")
     properties = {
@@ -147,9 +153,7 @@ def raw_of(message: Any) -> bytes:
         if name not in ("delivery_tag", "application_headers", "delivery_info")
     }
     properties["body_encoding"] = "base64"
-    properties["delivery_info"] = {
-        name: message.delivery_info.get(name) for name in ("exchange", "routing_key")
-    }
+    properties["delivery_info"] = {name: info.get(name) for name in ("exchange", "routing_key")}
     return dumps(
         {
             "body": base64.b64encode(encoded).decode(),

@@ -16,6 +16,7 @@ from kombu.message import Message
 from kombu.serialization import prepare_accept_content
 from kombu.utils.json import loads
 
+from reliable_tasks._celery.headers import without_brokers_own
 from reliable_tasks.errors import ReplayRefused
 
 __all__ = ["Original", "text_of"]
@@ -28,11 +29,11 @@ _OF_ONE_MESSAGE = frozenset(
         *("lang", "task", "id", "shadow", "eta", "expires", "group", "group_index", "retries"),
         *("timelimit", "root_id", "parent_id", "argsrepr", "kwargsrepr", "origin"),
         *("ignore_result", "replaced_task_nesting", "stamped_headers", "stamps"),
-        *("redelivered", "crashes", "compression", "method"),
+        *("redelivered", "crashes", "compression"),
     )
 )
 #: What other headers of that kind begin with.
-_OF_ONE_DELIVERY = ("reliable_", "reliable-", "x-")
+_OURS = ("reliable_", "reliable-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ class Original:
         embed: Callbacks, errbacks, the rest of its chain, and its chord.
         serializer: How it was written.
         priority: Its priority, or ``None``.
+        exchange: The exchange that it was sent to.
+        routing_key: Its routing key, or ``""`` if that is not known.
     """
 
     id: str
@@ -56,6 +59,8 @@ class Original:
     embed: Mapping[str, Any]
     serializer: str
     priority: int | None
+    exchange: str = ""
+    routing_key: str = ""
 
     @classmethod
     def read(cls, app: Celery, id_: str, raw: bytes) -> Original:
@@ -81,6 +86,7 @@ class Original:
                 accept=prepare_accept_content(app.conf.accept_content),
             )
             args, kwargs, embed = message.decode()
+            sent_by = properties.get("delivery_info") or {}
             if not isinstance(headers["task"], str) or not isinstance(embed or {}, Mapping):
                 raise TypeError(f"it names the task {headers['task']!r}")
             return cls(
@@ -91,6 +97,8 @@ class Original:
                 embed=embed or {},
                 serializer=_registry.type_to_name.get(found["content-type"], "json"),
                 priority=properties.get("priority"),
+                exchange=str(sent_by.get("exchange") or ""),
+                routing_key=str(sent_by.get("routing_key") or ""),
             )
         except (KombuError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise ReplayRefused(id_, f"its message cannot be read: {error!r}") from error
@@ -109,13 +117,22 @@ class Original:
     @property
     def chord(self) -> dict[str, Any] | None:
         """The chord that waits for it, or for the last step of its chain."""
+        found = self._in_chord.get("chord")
+        return dict(found) if found else None
+
+    @property
+    def index(self) -> int:
+        """Its place among the parts of that chord, or that of its chain."""
+        return int(self._in_chord.get("group_index") or 0)
+
+    @property
+    def _in_chord(self) -> Mapping[str, Any]:
+        """The options of what the chord waits for."""
         if self.embed.get("chord"):
-            return dict(self.embed["chord"])
-        for step in self.embed.get("chain") or ():
-            found = (step.get("options") or {}).get("chord")
-            if found:
-                return dict(found)
-        return None
+            index = self.headers.get("group_index")
+            return {"chord": self.embed["chord"], "group_index": index}
+        steps = (step.get("options") or {} for step in self.embed.get("chain") or ())
+        return next((options for options in steps if options.get("chord")), {})
 
     def options(self) -> dict[str, Any]:
         """Return how it was called: the options of ``apply_async``, but for what is reset."""
@@ -127,9 +144,8 @@ class Original:
             "link_error": self._signatures("errbacks"),
             "headers": {
                 name: value
-                for name, value in self.headers.items()
-                if name not in (*_OF_ONE_MESSAGE, *stamped)
-                and not str(name).startswith(_OF_ONE_DELIVERY)
+                for name, value in without_brokers_own(self.headers).items()
+                if name not in (*_OF_ONE_MESSAGE, *stamped) and not name.startswith(_OURS)
             },
             "serializer": self.serializer,
             "priority": self.priority,
@@ -153,6 +169,7 @@ class Original:
             "group_id": self.headers.get("group"),
             "group_index": self.headers.get("group_index"),
             "chain": self.embed.get("chain"),
+            "chord": self.embed.get("chord"),
         }
         return {name: value for name, value in options.items() if value is not None}
 

@@ -211,7 +211,10 @@ def _read(message: Any) -> Found:
         known |= {"cause": Cause(known["cause"]), "size": len(raw)}
         return DeadLetter(**known), raw
     deaths = headers.get("x-death") or [{}]
-    death, raw = deaths[0], raw_of(message)
+    death = deaths[0]
+    # Where it was sent first, and not by whom it came here.
+    first_keys = death.get("routing-keys") or [""]
+    raw = raw_of(message, {"exchange": death.get("exchange"), "routing_key": first_keys[0]})
     died_at = death.get("time")
     task_id = str(headers.get("id") or "")
     return (

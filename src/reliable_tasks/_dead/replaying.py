@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 from uuid import uuid4
 
-from celery import Celery, chain, chord
+import redis
+from celery import Celery, chain, chord, states
 from celery.canvas import Signature
 
 from reliable_tasks._celery.headers import IS_COPY, REPLAY_OF
 from reliable_tasks._dead.original import Original
 from reliable_tasks._places import DeadPlace
-from reliable_tasks._store.dead import DeadLetter, Reservation, Sent
+from reliable_tasks._store.dead import Cause, DeadLetter, Reservation, Sent
 from reliable_tasks._store.publication import Publication, publishing
 from reliable_tasks.errors import (
     DeadLetterNotFound,
@@ -27,6 +28,8 @@ __all__ = ["check", "replay", "send_from_queue"]
 
 #: How often it is looked whether somebody else has sent it (s).
 _LOOK = 0.05
+#: How soon it is noted again that it was sent, where Redis does not answer (s).
+_AGAIN = (0.1, 0.5)
 #: Of a canvas that was called: its own ids, and who was to be told.
 _FROZEN = ("task_id", "group_id", "group_index", "root_id", "parent_id", "reply_to")
 
@@ -46,8 +49,8 @@ def replay(
     if whole_chord:
         return _replay_chord(app, place, letter, original)
     token = str(uuid4())
-    is_ours, new_id = _reserve(place, letter.id, token)
-    if is_ours:
+    code, new_id = _reserve(place, letter.id, token)
+    if code is not Reservation.SENT:
         with _releasing(place, letter, [letter.id], token):
             _send(app, letter, original, new_id, queue=queue)
         dead_letter_replayed.send(sender=app.tasks.get(letter.task), letter=letter, task_id=new_id)
@@ -62,7 +65,9 @@ def send_from_queue(
     Raises:
         ReplayRefused: It cannot be replayed.
     """
-    if original.chord is not None:
+    # What RabbitMQ dropped by itself no chord has counted.
+    may_be_counted = original.chord is not None and letter.cause is Cause.REJECTED
+    if letter.chord_id is not None or may_be_counted:
         raise ReplayRefused(letter.id, "its chord has counted its failure")
     with _refusing(letter):
         _send(app, letter, original, new_id, queue=queue)
@@ -89,14 +94,14 @@ def check(app: Celery, place: DeadPlace, letter: DeadLetter, *, whole_chord: boo
     return original
 
 
-def _reserve(place: DeadPlace, id_: str, token: str) -> tuple[bool, str]:
-    """Return whether it is ours to send, and under which id."""
+def _reserve(place: DeadPlace, id_: str, token: str) -> tuple[Reservation, str]:
+    """Return whether it is ours to send, or was sent, and under which id."""
     while True:
         code, new_id = place.store.reserve(place.server, id_, token)
         if code is Reservation.NOT_FOUND:
             raise DeadLetterNotFound(id_)
         if code is not Reservation.OTHERS:
-            return code is not Reservation.SENT, new_id
+            return code, new_id
         # Until that one has sent it, or its time is over.
         time.sleep(_LOOK)
 
@@ -126,13 +131,23 @@ def _releasing(
         how = Sent.REFUSED
         raise
     finally:
-        for id_ in ids:
-            if how is Sent.SENT:
-                place.store.release(place.server, id_, token, how)
-            else:
-                # What failed is what the caller has to know.
-                with suppress(Exception):
-                    place.store.release(place.server, id_, token, how)
+        # What failed is what the caller has to know.
+        with nullcontext() if how is Sent.SENT else suppress(Exception):
+            for id_ in ids:
+                _release(place, id_, token, how)
+
+
+def _release(place: DeadPlace, id_: str, token: str, how: Sent) -> None:
+    """Note how a replay went; what is not noted is in doubt."""
+    for pause in (*_AGAIN, None):
+        try:
+            place.store.release(place.server, id_, token, how)
+        except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError):
+            if pause is None:
+                raise
+            time.sleep(pause)
+        else:
+            return
 
 
 def _send(
@@ -151,6 +166,10 @@ def _send(
     where = queue or letter.queue
     if where and (queue or where in app.amqp.queues):
         options["queue"] = where
+    elif original.exchange:
+        options |= {"exchange": original.exchange, "routing_key": original.routing_key}
+    elif original.routing_key and app.conf.task_create_missing_queues:
+        options["queue"] = original.routing_key
     task: Any = app.tasks.get(original.task)
     token = f"replay:{letter.id}:{new_id}"
     with publishing(Publication(token=token), new_id):
@@ -202,15 +221,30 @@ def _replay_chord(app: Celery, place: DeadPlace, letter: DeadLetter, original: O
     dead = sorted((one for _, one in parts.values() if one is not None), key=lambda one: one.id)
     token = str(uuid4())
     new_ids: dict[str, str] = {}
+    is_in_doubt = False
     for one in dead:
-        is_ours, new_ids[one.id] = _reserve(place, one.id, token)
-        if not is_ours:
+        code, new_ids[one.id] = _reserve(place, one.id, token)
+        if code is Reservation.SENT:
             # Whoever has sent this one has sent all.
             return _reserve(place, letter.id, token)[1]
+        is_in_doubt = is_in_doubt or code is Reservation.IN_DOUBT
+    if is_in_doubt and not _is_begun(app, new_ids.values()):
+        for id_ in new_ids:
+            _release(place, id_, token, Sent.IN_DOUBT)
+        raise ReplayRefused(
+            letter.id,
+            f"chord {letter.chord_id} may have been sent already, and none of "
+            f"{', '.join(new_ids.values())} has ended yet: look for them, and when you know that "
+            "none of them runs or waits, call the chord anew yourself",
+        )
+    if is_in_doubt:
+        for id_ in new_ids:
+            _release(place, id_, token, Sent.SENT)
+        return new_ids[letter.id]
     with _releasing(place, letter, new_ids, token):
         header = [
             _called(app, part, None if one is None else (one.id, new_ids[one.id]))
-            for part, one in sorted(parts.values(), key=_by_index)
+            for part, one in sorted(parts.values(), key=lambda found: found[0].index)
         ]
         chord(header, app=app)(_thawed(app, original.chord or {}))
     place.store.forget_parts(place.server, str(letter.chord_id))
@@ -221,8 +255,9 @@ def _replay_chord(app: Celery, place: DeadPlace, letter: DeadLetter, original: O
     return new_ids[letter.id]
 
 
-def _by_index(part: tuple[Original, Any]) -> int:
-    return int(part[0].headers.get("group_index") or 0)
+def _is_begun(app: Celery, ids: Iterable[str]) -> bool:
+    """Say whether the result backend knows one of some tasks."""
+    return any(app.AsyncResult(id_).state != states.PENDING for id_ in ids)
 
 
 def _called(app: Celery, part: Original, dead: tuple[str, str] | None) -> Signature[Any]:

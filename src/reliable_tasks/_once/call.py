@@ -10,6 +10,7 @@ from uuid import uuid4
 from celery import Task
 
 from reliable_tasks._celery.delays import delay_of
+from reliable_tasks._celery.headers import without_brokers_own
 from reliable_tasks._once.claim import CLAIM, OF_ONE_DELIVERY, Claim, Run
 from reliable_tasks._once.duplicate import is_refused
 from reliable_tasks._once.locks import Locks
@@ -97,7 +98,8 @@ def ask(task: Task[..., Any], once: Once, call: Call) -> Asked:
     """Say what a call asks for."""
     locks = once.locks(task)
     given = call.options.get("headers") or {}
-    headers = {k: v for k, v in given.items() if k not in (CLAIM, *OF_ONE_DELIVERY)}
+    own = without_brokers_own(given)
+    headers = {k: v for k, v in own.items() if k not in (CLAIM, *OF_ONE_DELIVERY)}
     owner = call.task_id or str(uuid4())
     retries = int(call.options.get("retries") or 0)
     if not once.options.is_claimed_by_calls:

@@ -17,7 +17,7 @@ CLAIM = "reliable_claim"
 #: Header, added by the worker that received the message: the token of this copy.
 HOLDER = "reliable_holder"
 #: Headers that a worker adds to what it received: a retry must not inherit them.
-OF_ONE_DELIVERY = (HOLDER, DELIVERY, "crashes", "x-delivery-count", "redelivered")
+OF_ONE_DELIVERY = (HOLDER, DELIVERY, "crashes", "redelivered")
 #: What becomes of a duplicate that somebody waits for: it ends as the task that it follows, runs
 #: when that one has ended, or fails.
 Then = Literal["join", "run", "fail"]

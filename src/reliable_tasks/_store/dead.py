@@ -170,15 +170,15 @@ class Letter:
         """Return what ``dead_add.lua`` takes, for a delivery or another event with a name."""
         about = self.about
         meta: dict[str, Any] = {
-            "id": about.id,
+            "id": _storable(about.id),
             "cause": about.cause,
-            "task": about.task,
+            "task": _storable(about.task),
             "delivery": delivery,
             "max_age": ms(self.bounds.max_age),
             "max_count": self.bounds.max_count,
         }
         if about.chord_id:
-            meta |= {"chord": about.chord_id, "member": about.task_id}
+            meta |= {"chord": _storable(about.chord_id), "member": _storable(about.task_id)}
         shown = {
             name: value
             for name, value in asdict(about).items()
@@ -193,14 +193,13 @@ class Letter:
         ]
 
 
-def undecodable(raw: bytes, *, event: str, queue: str, worker: str, bounds: Bounds) -> Letter:
+def undecodable(raw: bytes, *, event: str, queue: str, bounds: Bounds) -> Letter:
     """Return the letter of a message that nobody can read.
 
     Args:
         raw: What there is of it.
         event: What tells it from others like it: its delivery.
         queue: The queue that it came by.
-        worker: Name of the worker that could not read it.
         bounds: How much is kept.
     """
     about = DeadLetter(
@@ -208,8 +207,8 @@ def undecodable(raw: bytes, *, event: str, queue: str, worker: str, bounds: Boun
         task="",
         task_id="",
         cause=Cause.UNDECODABLE,
-        error=f"not a message of kombu's: {raw[:100]!r}",
-        worker=worker,
+        # Without what it says, which perhaps must not be read.
+        error="not a message of kombu's",
         queue=queue,
     )
     return Letter(about, raw, bounds)
@@ -522,6 +521,11 @@ def _letter(id_: str, row: Sequence[Any], size: int) -> DeadLetter:
         size=size,
         replayed_as=text(replay_id) if replayed is not None else None,
     )
+
+
+def _storable(name: str) -> str:
+    """Return a name as Lua can read it in JSON, which knows no lone surrogates."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def _as_text(message: bytes) -> bytes:

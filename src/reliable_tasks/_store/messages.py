@@ -446,9 +446,7 @@ class Messages:
         if self._bounds is None:
             self.settle(server, delivery)
             return
-        delivery.letter = undecodable(
-            raw, event=tag, queue=queue, worker=tag.partition(":")[0], bounds=self._bounds
-        )
+        delivery.letter = undecodable(raw, event=tag, queue=queue, bounds=self._bounds)
         self.bury(server, delivery)
 
     def crashes(self, server: redis.Redis, delivery: Delivery) -> list[Crash]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 
 import fakeredis
 import pytest
-from billiard.exceptions import WorkerLostError
+from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Celery
 from celery.worker import state as worker_state
 
@@ -270,6 +271,8 @@ def test_a_crash_of_a_worker_is_told_by_the_next_one(post: Post, told: list[Any]
     told.clear()
     for _ in range(3):
         assert not starts(request)
+    end(first)
+    assert starts(request)
     assert told == [
         {
             "task_id": request.id,
@@ -307,6 +310,24 @@ def test_suspects_wait_for_their_turn(
     assert bench.ended == []
 
 
+def test_one_whose_turn_does_not_come_waits_in_the_broker(
+    bench: Bench, post: Post, clock: list[float]
+) -> None:
+    """Another worker may have none that is in its way."""
+    first, last = post.receive("", ""), post.receive("", "")
+    tag = last._delivery.tag
+    assert starts(first)
+    for _ in range(8):
+        assert not starts(last)
+        assert post.held.is_open(tag)
+        bench.timer.fire()
+    assert not starts(last)
+    assert (bench.ended, bench.timer.calls) == ([], [])
+    assert not post.held.is_open(tag)
+    assert last not in worker_state.reserved_requests
+    assert post.broker.now() + 9 < post.broker.leases[tag] < post.broker.now() + 21
+
+
 def test_a_suspect_that_ran_for_long_enough_is_beside_others(
     post: Post, clock: list[float]
 ) -> None:
@@ -326,11 +347,15 @@ def test_when_a_suspect_has_ended_the_next_one_starts(post: Post, clock: list[fl
     assert starts(second)
 
 
-def test_a_suspect_that_waits_again_is_in_nobodys_way(post: Post, clock: list[float]) -> None:
-    """It was set aside in its child, and does not run."""
+def test_a_suspect_that_waits_again_is_in_nobodys_way(
+    bench: Bench, post: Post, clock: list[float]
+) -> None:
+    """It was set aside in its child, and does not run, although it may again."""
     first, second = post.receive(""), post.receive("")
     assert starts(first)
     first.on_failure(failure(SetAside("busy", 1.0, 5.0)), return_ok=True)
+    bench.timer.fire()
+    assert first in worker_state.reserved_requests
     assert starts(second)
 
 
@@ -436,6 +461,15 @@ def test_a_task_goes_back_so_many_times(
     assert post.asked == 0
 
 
+@pytest.mark.parametrize("requeues", ["101", None, [101]], ids=repr)
+def test_what_is_no_number_was_not_counted_here(post: Post, work: Any, requeues: Any) -> None:
+    """Producers of all kinds write headers: the task runs."""
+    request = post.receive()
+    request.request_dict["reliable_requeues"] = requeues
+    assert starts(request)
+    assert run_child(request) == Ended("SUCCESS", 7)
+
+
 def test_a_poison_pill_is_the_stronger_word(post: Post) -> None:
     """It says more of what is wrong."""
     request = post.receive(SEGFAULT, SEGFAULT, SEGFAULT, reliable_requeues=101)
@@ -498,6 +532,35 @@ def test_a_child_whose_end_nobody_explains_is_lost(
     assert starts(request)
     request.on_failure(failure(WorkerLostError("gone")))
     assert [one["how"] for one in told] == ["lost"]
+
+
+def test_a_child_that_was_asked_to_stop_has_not_crashed(
+    bench: Bench, post: Post, told: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a warm shutdown a process manager may send SIGTERM to all of a group."""
+    request = post.receive()
+    assert starts(request)
+    monkeypatch.setattr(worker_state, "should_stop", 0)
+    lose_child(request, "signal 15 (SIGTERM) Job: 3.")
+    assert (bench.ended, told) == (["requeue"], [])
+    assert not request._delivery.has_crashed
+
+
+@pytest.mark.parametrize("error", [TimeLimitExceeded(60), WorkerLostError("gone")], ids=repr)
+def test_a_crash_is_what_ends_a_child_without_a_word(
+    bench: Bench, post: Post, work: Any, told: list[Any], error: Exception
+) -> None:
+    """One that is killed for its limit goes back to its queue, if its task says so."""
+    work.acks_on_failure_or_timeout = False
+    work.acks_on_timeout = False
+    request = post.receive()
+    assert starts(request)
+    request.on_accepted(os.getpid(), 1.0)
+    request.on_failure(failure(error))
+    assert bench.ended == ["requeue"]
+    is_crash = isinstance(error, WorkerLostError)
+    assert len(told) == int(is_crash)
+    assert request._delivery.has_crashed is is_crash
 
 
 def test_where_nobody_counts_a_crash_is_told_all_the_same(

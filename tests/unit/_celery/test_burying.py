@@ -83,6 +83,15 @@ def test_a_task_that_has_failed_is_kept(
     assert bench.ended == [ended]
 
 
+def test_a_task_that_ran_out_of_memory_is_kept(bench: Bench, app: Celery, pay: Any) -> None:
+    """Of Celery's main process it is no end."""
+    pay.delay(7)
+    bench.receive().on_failure(failure(MemoryError("too large")), return_ok=True)
+    (letter,) = dead_letters.list(app=app)
+    assert (letter.cause, letter.error) == ("failed", "MemoryError: too large")
+    assert bench.ended == ["ack"]
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -164,8 +164,8 @@ def test_queues_that_are_made_later_keep_it_too(kept: Celery) -> None:
         assert arguments(kept, name) == {**QUORUM, **OURS}
 
 
-def test_the_users_own_queue_object_is_not_shared(kept: Celery) -> None:
-    """Its arguments may be those of other apps."""
+def test_the_arguments_that_the_user_gave_are_not_changed(kept: Celery) -> None:
+    """They may be those of other queues, too."""
     given = dict(QUORUM)
     kept.conf.task_queues = [Queue("jobs", queue_arguments=given)]
     assert arguments(kept, "jobs") == {**QUORUM, **OURS}

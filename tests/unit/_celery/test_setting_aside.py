@@ -5,18 +5,26 @@ from __future__ import annotations
 import gc
 import logging
 import pickle
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
 
+import fakeredis
 import pytest
 from celery import Celery
 from celery.exceptions import Reject
 from celery.worker import state as worker_state
 from kombu.exceptions import OperationalError
 
+from reliable_tasks._broker.beside import Beside
+from reliable_tasks._broker.held import Held
 from reliable_tasks._celery import delivery, setting_aside, stock
+from reliable_tasks._celery.request import ReliableRequest
 from reliable_tasks._celery.setting_aside import SetAside
+from reliable_tasks._store.delivery import Layout
+from reliable_tasks._store.messages import Messages
+from tests.conformance.broker import Broker
 from tests.unit._celery.bench import Bench, failure
 from tests.unit.harness import claims, take
 
@@ -215,3 +223,273 @@ def test_a_set_aside_survives_the_way_from_the_child() -> None:
     assert isinstance(error, Reject)
     assert (error.first, error.longest, error.requeue) == (1.0, 5.0, True)
     assert str(error) == repr(error) == "set aside: busy"
+
+
+# -- a task that puts itself back ----------------------------------------------------------------
+
+PUTS_BACK = Reject("later", requeue=True)
+
+
+@pytest.fixture
+def on_amqp(bench: Bench) -> None:
+    """Have the consumer speak AMQP."""
+    transport = SimpleNamespace(driver_type="amqp")
+    bench.consumer.connection = SimpleNamespace(transport=transport)
+
+
+class Post:
+    """What a worker holds of a Redis broker.
+
+    Attributes:
+        broker: The broker.
+        held: What the worker holds.
+    """
+
+    def __init__(self, bench: Bench, send: Any) -> None:
+        server = fakeredis.FakeRedis(server=fakeredis.FakeServer())
+        self.broker = Broker(server)
+        self.held = Held(self.broker.messages, 15.0, server, server)
+        self._bench, self._send = bench, send
+
+    def receive(self, n: int = 7, **headers: Any) -> ReliableRequest:
+        """Receive a message."""
+        result = self._send.apply_async((n,), headers=headers)
+        self.broker.publish(result.id)
+        delivery = self.broker.fetch_one(self.held.worker, lease=15.0)
+        self.held.take(delivery)
+        qos = SimpleNamespace(_quick_ack=lambda tag: None)
+        channel = SimpleNamespace(held=self.held, qos=qos)
+        request = self._bench.receive(channel=channel, delivery_tag=delivery.tag)
+        self._bench.consumer.task_consumer = SimpleNamespace(channel=channel)
+        return request
+
+
+@pytest.fixture
+def post(bench: Bench, send: Any) -> Post:
+    """A worker of a Redis broker."""
+    return Post(bench, send)
+
+
+def put_back(request: ReliableRequest) -> None:
+    """Have a task ask to be put back."""
+    request.on_failure(failure(PUTS_BACK), return_ok=True)
+
+
+def test_a_message_that_is_put_back_says_how_often(bench: Bench, post: Post) -> None:
+    """At first it goes back at once."""
+    request = post.receive()
+    put_back(request)
+    assert bench.ended == ["requeue"]
+    post.held.requeue(request._delivery.tag)
+    (again,) = post.broker.waiting()
+    assert again["headers"]["reliable_requeues"] == 1
+
+
+@pytest.mark.parametrize(("before", "pause"), [(1, 1), (2, 2), (5, 16), (50, 60)])
+def test_the_pauses_of_one_that_puts_itself_back_grow(
+    bench: Bench, post: Post, before: int, pause: int
+) -> None:
+    """From its second time on: the broker keeps it so long, and no slot or prefetch is taken."""
+    request = post.receive(reliable_requeues=before)
+    tag, now = request._delivery.tag, post.broker.now()
+    put_back(request)
+    assert (bench.ended, bench.timer.calls, bench.prefetch) == ([], [], 0)
+    assert request.acknowledged
+    assert not post.held.is_open(tag)
+    assert post.broker.leases[tag] == pytest.approx(now + pause, abs=0.5)
+    assert post.broker.waiting() == []
+    (entry,) = post.broker.unacked.values()
+    assert entry[0]["headers"]["reliable_requeues"] == before + 1
+
+
+def test_one_that_was_given_back_is_not_put_behind(bench: Bench, post: Post) -> None:
+    """A worker that shuts down has said it already."""
+    request = post.receive(reliable_requeues=5)
+    post.held.requeue(request._delivery.tag)
+    put_back(request)
+    assert bench.ended == ["requeue"]
+
+
+@pytest.mark.usefixtures("on_amqp")
+def test_on_rabbitmq_it_is_sent_again(bench: Bench, app: Celery, send: Any) -> None:
+    """A requeue would count towards the delivery limit, and come back at once."""
+    result = send.delay(7)
+    request = bench.receive()
+    request.request_dict.update({"reliable_requeues": 3, "x-delivery-count": 1})
+    put_back(request)
+    again = take(app)
+    assert bench.ended == ["ack"]
+    assert again.headers["id"] == result.id
+    assert again.headers["reliable_requeues"] == 4
+    assert again.headers["reliable_counted"] == 1
+    assert again.headers["eta"]
+
+
+@pytest.mark.usefixtures("on_amqp")
+def test_what_cannot_be_sent_again_goes_back(
+    bench: Bench, send: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As without this library."""
+    send.delay(7)
+    request = bench.receive()
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise OperationalError("away")
+
+    monkeypatch.setattr(setting_aside.Task, "apply_async", refuse)
+    put_back(request)
+    assert bench.ended == ["requeue"]
+
+
+@pytest.mark.usefixtures("on_redis")
+def test_on_stock_kombu_it_waits_in_the_worker(bench: Bench, send: Any) -> None:
+    """Its message stays, for there a requeue would be the next one to be fetched."""
+    send.delay(7)
+    request = bench.receive()
+    for times in (1, 2, 3):
+        put_back(request)
+        assert request.request_dict["reliable_requeues"] == times
+        assert bench.timer.fire() == 2.0 ** (times - 1)
+    assert bench.ended == []
+
+
+def test_on_another_broker_it_goes_back(bench: Bench, send: Any) -> None:
+    """There is nothing to wait with."""
+    send.delay(7)
+    put_back(bench.receive())
+    assert bench.ended == ["requeue"]
+
+
+def test_one_that_was_acknowledged_is_not_put_behind(bench: Bench, post: Post, send: Any) -> None:
+    """With an early ack there is no message any more."""
+    send.acks_late = False
+    request = post.receive(reliable_requeues=5)
+    request.acknowledge()
+    put_back(request)
+    assert bench.ended == ["ack"]
+    assert request.request_dict["reliable_requeues"] == 5
+
+
+# -- what is said of a start that is over --------------------------------------------------------
+
+
+def test_a_copy_that_is_sent_again_carries_no_verdict(bench: Bench, app: Celery, send: Any) -> None:
+    """It is decided anew when that one comes; so is how often it has crashed."""
+    send.delay(7)
+    request = bench.receive()
+    of_this_start = {
+        "reliable_condemned": ("PoisonPill", ("one", 3, 3)),
+        "reliable_delivery": "tag",
+        "crashes": 3,
+    }
+    request.request_dict.update(of_this_start)
+    request._set_aside(BUSY)
+    again = take(app)
+    assert not {*of_this_start, "reliable_counted"} & set(again.headers)
+
+
+def test_one_that_waits_for_its_turn_waits_in_the_broker_where_many_do(
+    bench: Bench, post: Post, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the worker it would take the room of tasks that wait for nothing."""
+    monkeypatch.setattr(setting_aside, "_MOST_WAITING", 0)
+    request = post.receive()
+    tag, now = request._delivery.tag, post.broker.now()
+    request._set_aside(SetAside("not its turn", 0.05, 1.0, waits_for="a turn"))
+    assert (bench.ended, bench.timer.calls) == ([], [])
+    assert not post.held.is_open(tag)
+    assert now + 9 < post.broker.leases[tag] < now + 21
+
+
+def test_one_that_is_held_no_more_is_not_run_when_its_pause_is_over(
+    bench: Bench, post: Post
+) -> None:
+    """Its worker has given it back meanwhile; the room for it is taken back."""
+    request = post.receive()
+    request._set_aside(BUSY)
+    assert bench.prefetch == 1
+    post.held.requeue(request._delivery.tag)
+    bench.timer.fire()
+    assert (bench.consumer.again, bench.prefetch) == ([], 0)
+
+
+def test_a_start_that_is_over_is_not_counted(bench: Bench, post: Post) -> None:
+    """Who waits again has not crashed."""
+    bench.consumer.pool = SimpleNamespace(uses_semaphore=True)
+    request = post.receive()
+    assert not request.revoked()
+    task_id = request.id
+    assert post.broker.run_of(task_id)["crashes"] == "1"
+    request._set_aside(BUSY)
+    assert post.broker.run_of(task_id)["crashes"] == "0"
+
+
+class TestBesideRabbitMQ:
+    """A Redis beside RabbitMQ says which copy of a task may run."""
+
+    @pytest.fixture(autouse=True)
+    def beside(self, bench: Bench, on_amqp: None) -> Beside:
+        """What the worker holds there."""
+        server = fakeredis.FakeRedis(server=fakeredis.FakeServer())
+        messages = Messages(Layout("", "unacked", "unacked_index", ""), "reliable:beside:")
+        made = Beside(messages, 15.0, server, server, "raise")
+        bench.consumer.beside = made  # type: ignore[attr-defined]
+        bench.consumer.pool = SimpleNamespace(uses_semaphore=True)
+        return made
+
+    def start(self, bench: Bench, send: Any) -> ReliableRequest:
+        """Receive a message, and let its task in."""
+        send.delay(7)
+        request = bench.receive()
+        request.message.channel.connection = object()
+        assert not request.revoked()
+        return request
+
+    def test_a_copy_that_waits_for_long_is_sent_again(
+        self, bench: Bench, app: Celery, send: Any, beside: Beside
+    ) -> None:
+        """It says that it is a copy, and how long it has waited; nothing of it runs here."""
+        request = self.start(bench, send)
+        before = request._delivery.tag
+        request.on_failure(failure(SetAside("busy", 2.0, 5.0, waits_for="one")), return_ok=True)
+        again = take(app)
+        assert (bench.ended, bench.timer.calls, len(beside)) == (["ack"], [], 0)
+        assert request._delivery.tag != before
+        assert again.headers["reliable_copy"] is True
+        assert again.headers["reliable_set_aside"] == 1
+        assert again.headers["reliable_waits_for"] == "one"
+
+    def test_a_copy_that_waits_for_a_moment_waits_here(
+        self, bench: Bench, app: Celery, send: Any
+    ) -> None:
+        """Native delayed delivery knows whole seconds; the prefetch stands."""
+        request = self.start(bench, send)
+        request.on_failure(failure(SetAside("busy", 0.05, 5.0)), return_ok=True)
+        assert (take(app), bench.ended, bench.prefetch) == (None, [], 0)
+        assert bench.timer.fire() == 0.05
+        assert bench.consumer.again == [request]
+
+    def test_one_whose_connection_is_lost_is_left_to_the_broker(
+        self, bench: Bench, app: Celery, send: Any
+    ) -> None:
+        """It has made a copy of it, and that one will run."""
+        request = self.start(bench, send)
+        request.message.channel.connection = None
+        request.on_failure(failure(BUSY), return_ok=True)
+        assert (take(app), bench.ended, bench.timer.calls) == (None, [], [])
+        assert request.acknowledged
+
+
+def test_a_timer_that_a_thread_sets_outlives_the_connection(
+    bench: Bench, post: Post, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop sets it, when it turns."""
+    soon: list[Any] = []
+    bench.consumer.hub = SimpleNamespace(call_soon=soon.append)  # type: ignore[assignment]
+    monkeypatch.setattr(threading, "main_thread", lambda: None)
+    request = post.receive()
+    request._set_aside(BUSY)
+    assert bench.timer.calls == []
+    soon.pop()()
+    assert bench.timer.fire() == 1.0
+    assert bench.consumer.again == [request]

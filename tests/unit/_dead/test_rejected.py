@@ -51,8 +51,8 @@ def test_a_message_that_is_no_tasks_is_kept_as_such(app: Celery) -> None:
 
 def test_the_same_message_that_comes_back_is_one_letter(app: Celery) -> None:
     """RabbitMQ counts its tags anew on each connection; another message is another letter."""
-    assert keep(app, message(tag=1), None)
-    assert keep(app, message(tag=2), None)
+    for tag in (1, 2, 3):
+        assert keep(app, message(tag=tag), None)
     assert keep(app, message(tag=1, body=b"{}"), None)
     assert dead_letters.count(app=app) == 2
 

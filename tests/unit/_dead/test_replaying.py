@@ -467,6 +467,8 @@ def test_a_whole_chord_is_sent_anew(app: Celery, pay: Any, replayed: list[Any]) 
         None,
     ]
     assert not {one.headers["id"] for one in again} & {one.headers["id"] for one in (first, third)}
+    place = place_of(app)
+    assert place.store.parts(place.server, group_id) == (0, {})
     for message in again:
         assert run(app, message).state == "SUCCESS"
     assert [ended.value for ended in run_all(app)] == [60]
@@ -522,6 +524,35 @@ def test_chains_in_its_header_and_its_body_are_sent_whole(app: Celery, pay: Any)
         run(app, message)
     # The chain's second step, then the body, then what follows that.
     assert [ended.value for ended in run_all(app)] == [100, 120, "noted (120,)"]
+
+
+def ids_in(value: Any) -> set[str]:
+    """All ids that a message has in what it embeds."""
+    found: set[str] = set()
+    if isinstance(value, dict):
+        names = ("task_id", "group_id", "root_id", "parent_id")
+        found.update(value[name] for name in names if isinstance(value.get(name), str))
+    parts = value.values() if isinstance(value, dict) else value
+    if isinstance(value, (dict, list)):
+        found.update(*map(ids_in, parts))
+    return found
+
+
+def test_nothing_that_is_sent_anew_has_an_id_that_it_had(app: Celery, pay: Any) -> None:
+    """Results of both calls would be mixed, and a chord would be called too early."""
+    note, total = app.tasks["shop.note"], app.tasks["shop.total"]
+    header = [chain(pay.s(1), pay.s()), pay.s(2)]
+    group_id = start_chord(app, header, chain(total.s(), group(note.s("a"), note.s("b"))))
+    before = sent(app)
+    for message in before:
+        die(app, message, chord_id=group_id)
+    dead_letters.replay(before[0].headers["id"], whole_chord=True, app=app)
+    old, new = (
+        set().union(*({one.headers["id"]} | ids_in(one.decode()[2]) for one in messages))
+        for messages in (before, sent(app))
+    )
+    assert len(new) >= 6
+    assert not old & new
 
 
 def test_a_group_in_its_body_is_sent_with_it(app: Celery, pay: Any) -> None:
