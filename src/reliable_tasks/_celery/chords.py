@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from celery import Celery
+from celery.backends.redis import RedisBackend
 
-__all__ = ["tell_chord_sizes"]
+__all__ = ["counts_any_part", "tell_chord_sizes"]
 
 
 #: Takes the app, the chord's group and its number of parts.
@@ -26,6 +27,14 @@ def tell_chord_sizes(app: Celery, told: Told) -> None:
     for backend in (known._backend_cache, getattr(known._local, "backend", None)):
         if backend is not None:
             _telling(backend, told)
+
+
+def counts_any_part(app: Celery) -> bool:
+    """Say whether a chord is called when enough parts have ended, whatever their ids.
+
+    Celery's other result backends wait for the parts that were called first.
+    """
+    return isinstance(app.backend, RedisBackend)
 
 
 def _telling(backend: Any, told: Told) -> Any:

@@ -12,6 +12,7 @@ import redis
 from celery import Celery, chain, chord, states
 from celery.canvas import Signature
 
+from reliable_tasks._celery.chords import counts_any_part
 from reliable_tasks._celery.headers import IS_COPY, REPLAY_OF
 from reliable_tasks._dead.original import Original
 from reliable_tasks._places import DeadPlace
@@ -65,10 +66,11 @@ def send_from_queue(
     Raises:
         ReplayRefused: It cannot be replayed.
     """
-    # What RabbitMQ dropped by itself no chord has counted.
+    # What RabbitMQ dropped for another reason no chord has counted.
     may_be_counted = original.chord is not None and letter.cause is Cause.REJECTED
     if letter.chord_id is not None or may_be_counted:
         raise ReplayRefused(letter.id, "its chord has counted its failure")
+    _check_part(app, letter, original)
     with _refusing(letter):
         _send(app, letter, original, new_id, queue=queue)
     dead_letter_replayed.send(sender=app.tasks.get(letter.task), letter=letter, task_id=new_id)
@@ -91,7 +93,19 @@ def check(app: Celery, place: DeadPlace, letter: DeadLetter, *, whole_chord: boo
             f"chord {letter.chord_id} has counted its failure, and would not be called for a "
             "success of it: replay(..., whole_chord=True) sends the whole chord anew",
         )
+    else:
+        _check_part(app, letter, original)
     return original
+
+
+def _check_part(app: Celery, letter: DeadLetter, original: Original) -> None:
+    """Check that the chord would hear of it that a part waits for which it has not counted."""
+    if original.chord is not None and not counts_any_part(app):
+        raise ReplayRefused(
+            letter.id,
+            f"it is a part of a chord, which waits for task {letter.task_id} itself: only with a "
+            "Redis for a result backend it would hear of another one",
+        )
 
 
 def _reserve(place: DeadPlace, id_: str, token: str) -> tuple[Reservation, str]:

@@ -14,15 +14,16 @@ import pytest
 import redis
 import time_machine
 from celery import Celery, chain, chord, group
-from kombu import Queue
+from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
 
 from reliable_tasks import ReliableTask, dead_letters, once
+from reliable_tasks._dead import replaying
 from reliable_tasks._dead.letters import raw_of
 from reliable_tasks._dead.replaying import replay
 from reliable_tasks._places import DeadPlace, dead_place
 from reliable_tasks._store.dead import Bounds, Cause, DeadLetter, DeadStore, Letter, Sent
-from reliable_tasks.errors import DeadLetterNotFound, ReplayRefused
+from reliable_tasks.errors import DeadLetterNotFound, ReplayRefused, StoreUnavailable
 from reliable_tasks.instrumentation.signals import dead_letter_replayed
 from tests.unit.harness import claims, run, run_all, take
 
@@ -630,4 +631,107 @@ def test_a_letter_that_was_replayed_is_left_alone(app: Celery, pay: Any) -> None
     pay.delay(7)
     letter = dead_letters.get(die(app), app=app)
     assert replay(app, place_of(app), replace(letter, replayed_as="new", id="gone")) == "new"
+    assert sent(app) == []
+
+
+def test_a_chord_that_may_have_been_sent_is_not_sent_again(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its new group would be another one: until a part of it has ended it is refused."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
+    ids = [die(app, message, chord_id=group_id) for message in sent(app)]
+
+    def away(*args: Any, **options: Any) -> Any:
+        raise redis.ConnectionError("away")
+
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(DeadStore, "release", away)
+        with pytest.raises(StoreUnavailable):
+            dead_letters.replay(ids[0], whole_chord=True, app=app)
+    place = place_of(app)
+    for id_ in ids:
+        # Nobody waits for whoever died in the midst of it.
+        place.server.hset(f"{place.store.keys.dead}letter:{id_}", "replay_until", 0)
+    again = sent(app)
+    assert len(again) == 2
+    for _ in range(2):
+        with pytest.raises(ReplayRefused, match=f"chord {group_id} may have been sent already"):
+            dead_letters.replay(ids[0], whole_chord=True, app=app)
+    assert sent(app) == []
+    for message in again:
+        assert run(app, message).state == "SUCCESS"
+    assert dead_letters.replay(ids[0], whole_chord=True, app=app) == again[0].headers["id"]
+    assert dead_letters.get(ids[1], app=app).replayed_as == again[1].headers["id"]
+    assert [ended.value for ended in run_all(app)] == [30]
+
+
+def test_a_replay_is_noted_when_redis_answers_again(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was sent: that it is not said at once does not make it doubtful."""
+    pay.delay(7)
+    id_ = die(app)
+    release, tried = DeadStore.release, []
+
+    def away_at_first(self: DeadStore, *args: Any) -> None:
+        tried.append(args)
+        if len(tried) < 3:
+            raise redis.ConnectionError("away")
+        release(self, *args)
+
+    monkeypatch.setattr(DeadStore, "release", away_at_first)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    new_id = dead_letters.replay(id_, app=app)
+    assert len(tried) == 3
+    assert dead_letters.get(id_, app=app).replayed_as == new_id
+
+
+def test_the_parts_of_a_chord_keep_their_order_where_they_are_chains(app: Celery, pay: Any) -> None:
+    """A chain has its place at the step that the chord waits for."""
+    note = app.tasks["shop.note"]
+    header = [pay.s(1), chain(pay.s(2), pay.s()), pay.s(3)]
+    group_id = start_chord(app, header, note.s())
+    for message in sent(app):
+        die(app, message, chord_id=group_id)
+    letter = next(iter(dead_letters.list(app=app)))
+    dead_letters.replay(letter.id, whole_chord=True, app=app)
+    assert [message.decode()[0] for message in sent(app)] == [[1], [2], [3]]
+
+
+def test_a_part_that_no_chord_has_counted_is_replayed_alone(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a task that its worker did not know, say: the chord waits for it yet."""
+    start_chord(app, [pay.s(1), pay.s(2)], app.tasks["shop.total"].s())
+    first, _ = sent(app)
+    id_ = die(app, first, cause=Cause.UNKNOWN_TASK)
+    with pytest.raises(ReplayRefused, match=f"which waits for task {id_} itself"):
+        dead_letters.replay(id_, app=app)
+    # Only Redis counts parts; the others wait for the ids that they know.
+    monkeypatch.setattr(replaying, "counts_any_part", lambda _: True)
+    dead_letters.replay(id_, app=app)
+    (again,) = sent(app)
+    assert again.headers["id"] != id_
+    assert again.decode()[2]["chord"] == first.decode()[2]["chord"]
+    assert [again.headers[name] for name in ("group", "group_index")] == [
+        first.headers[name] for name in ("group", "group_index")
+    ]
+
+
+def test_a_letter_of_a_queue_that_is_unknown_here_goes_where_it_came_from(
+    app: Celery, pay: Any
+) -> None:
+    """Its exchange and routing key are in its message; nothing comes to the default queue."""
+    with app.connection_for_write() as connection:
+        elsewhere = Queue("audit", Exchange("events"), routing_key="paid")
+        elsewhere(connection.default_channel).declare()
+    pay.apply_async((7,), exchange="events", routing_key="paid", exchange_type="topic")
+    with app.connection_for_read() as connection:
+        message = elsewhere(connection.default_channel).get(no_ack=True)
+    id_ = die(app, message, queue="audit")
+    new_id = dead_letters.replay(id_, app=app)
+    with app.connection_for_read() as connection:
+        again = elsewhere(connection.default_channel).get(no_ack=True)
+    assert again.headers["id"] == new_id
     assert sent(app) == []
