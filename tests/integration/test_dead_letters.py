@@ -166,6 +166,9 @@ def test_an_expired_task_is_kept_if_asked(scene: Scene) -> None:
     assert (letter.id, letter.cause) == (asked.id, "expired")
     assert replayed(scene, letter).get(timeout=20) == "late"
     assert asked.state == "REVOKED"
+    hasty = scene.app.tasks["hasty_perishable"].apply_async(("late",), expires=-1)
+    (letter,) = wait_dead(scene)
+    assert (letter.id, letter.cause) == (hasty.id, "expired")
 
 
 def test_a_task_that_is_not_to_be_kept_is_not(scene: Scene) -> None:
@@ -372,6 +375,23 @@ def test_a_chord_is_replayed_as_a_whole(scene: Scene) -> None:
         assert scene.app.AsyncResult(found).result in (3, 5)
     assert len(scene.journal.events("total")) == 1
     assert place.store.parts(place.server, group_id) == (0, {})
+
+
+@on_all_brokers
+def test_a_part_that_its_worker_did_not_know_is_replayed_alone(scene: Scene) -> None:
+    """Celery tells no chord of it, which waits, and is called when the part has succeeded."""
+    tasks = scene.app.tasks
+    mend(scene, "one")
+    header = [tasks["add"].s("one", 1), scene.app.signature("deployed", (40,))]
+    called = chord(header, app=scene.app)(tasks["total"].s())
+    (letter,) = wait_dead(scene)
+    assert letter.cause == "unknown_task"
+    scene.workers[0].stop()
+    mend(scene, "deployed")
+    scene.worker(concurrency=2)
+    dead_letters.replay(letter.id, app=scene.app)
+    # Asked by its own id: Celery's result of a chord would raise what its parts have ended with.
+    assert scene.app.AsyncResult(called.id).get(timeout=20) == 42
 
 
 def test_a_chord_that_completes_leaves_nothing(scene: Scene) -> None:

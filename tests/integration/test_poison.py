@@ -197,6 +197,40 @@ def test_a_task_that_outlives_its_limit_without_end_is_stopped(scene: Scene) -> 
         result.get(timeout=10)
 
 
+@pytest.mark.parametrize("scene", BROKERS, indirect=True)
+def test_a_task_that_went_back_ends_as_its_last_run_does(scene: Scene) -> None:
+    """Nothing of a run before is taken for its end, and what goes back by itself is no crash."""
+    scene.worker(concurrency=4)
+    # Before Celery 5.7 there is no acks_on_timeout.
+    back = "overtime" if VERSION >= (5, 7) else "requeue"
+    done = [
+        scene.call("waver", "crashed", "sigkill", "requeue", "requeue", "requeue"),
+        scene.call("waver", "back", back, "requeue", back),
+    ]
+    broken = [scene.call("waver", way, way, "fail") for way in {back, "requeue"}]
+    wait_succeeded(scene, done)
+    wait_until(
+        lambda: dead_letters.count(app=scene.app) == len(broken), 30, lambda: f"all\n{scene.logs}"
+    )
+    assert {(one.task_id, one.cause) for one in dead_letters.list(app=scene.app)} == {
+        (one.id, "failed") for one in broken
+    }
+    assert [scene.starts(name) for name in ("crashed", "back")] == [5, 4]
+
+
+@pytest.mark.parametrize("scene", BROKERS, indirect=True)
+def test_in_threads_a_task_whose_ending_crashes_too_is_ended(scene: Scene) -> None:
+    """Each crash is its worker's there; the fifth one ends the task without its handlers."""
+    with supervised(scene, concurrency=2, pool="threads"):
+        result = scene.call("crash", "poison", "sigkill", "crash in on_failure")
+        with pytest.raises(PoisonPill):
+            result.get(timeout=90)
+        wait_until(lambda: dead_letters.count(app=scene.app) == 1, 20, lambda: scene.logs)
+    assert scene.starts("poison") == 3
+    assert len(scene.journal.events("on_failure")) == 1
+    assert len(scene.workers) == 5
+
+
 # -- RabbitMQ without a Redis ----------------------------------------------------------------
 
 
@@ -226,6 +260,13 @@ def test_without_a_redis_the_brokers_count_is_the_cap(bare: Scene) -> None:
     queues = bare.app.amqp.queues["celery"].queue_arguments
     assert queues["x-dead-letter-exchange"] == "reliable.dead"
     assert queues["x-delivery-limit"] >= 30
+
+
+def test_without_a_redis_what_goes_back_is_no_crash(bare: Scene) -> None:
+    """The count of the one crash goes with the message, once."""
+    result = bare.call("waver", "order", "sigkill", "requeue", "requeue", "requeue")
+    assert result.get(timeout=40) == "order"
+    assert bare.starts("order") == 5
 
 
 def test_without_a_redis_letters_are_worked_off_in_order(bare: Scene) -> None:

@@ -631,7 +631,7 @@ def test_budgets_can_come_from_a_base_or_from_annotations(app: Celery) -> None:
     [
         ("max_crashes", 0, r"max_crashes of t = 0: give a number of crashes, 1 or more"),
         ("max_requeues", "x", r"max_requeues of t = 'x': give a number of requeues, 0 or more"),
-        ("dead_letter", "posion", r"dead_letter of t = 'posion'; did you mean .*'poison'"),
+        ("dead_letter", "posion", r"dead_letter of t = 'posion'; did you mean 'poison'"),
     ],
 )
 def test_a_bad_budget_is_found_when_the_task_is_made(

@@ -252,7 +252,8 @@ class ReliableRequest(BuriedRequest):
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """Handle a time limit; a task that went back to the queue before it has not failed."""
-        if self._is_requeued and not soft:
+        # Where it waits here to run again, it was told of by on_failure.
+        if not soft and (self._is_requeued or not self._is_accepted):
             return
         if soft:
             super().on_timeout(soft, timeout)

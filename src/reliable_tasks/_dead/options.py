@@ -114,7 +114,9 @@ def _cause(where: str, name: Any) -> Cause:
     try:
         return Cause(name)
     except ValueError:
-        raise ConfigError(f"{where} = {name!r}" + nearest(str(name), list(Cause))) from None
+        raise ConfigError(
+            f"{where} = {name!r}" + nearest(str(name), [str(cause) for cause in Cause])
+        ) from None
 
 
 def _redact(setting: Any) -> Redact | None:

@@ -23,6 +23,9 @@ __all__ = ["Original", "text_of"]
 
 _registry: Any = serialization.registry  # type: ignore[attr-defined]
 
+#: What reading a message raises that is none; `RecursionError` where it is nested too deeply.
+_UNREADABLE = (KombuError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+
 #: Headers that are made anew for each message, or are of one delivery.
 _OF_ONE_MESSAGE = frozenset(
     (
@@ -89,7 +92,7 @@ class Original:
             sent_by = properties.get("delivery_info") or {}
             if not isinstance(headers["task"], str) or not isinstance(embed or {}, Mapping):
                 raise TypeError(f"it names the task {headers['task']!r}")
-            return cls(
+            original = cls(
                 id=id_,
                 headers=headers,
                 args=list(args),
@@ -100,8 +103,11 @@ class Original:
                 exchange=str(sent_by.get("exchange") or ""),
                 routing_key=str(sent_by.get("routing_key") or ""),
             )
-        except (KombuError, ValueError, TypeError, LookupError, AttributeError) as error:
+            # Whoever wrote it may have put anything there.
+            original.options(), original.place(), original.chord, original.index
+        except _UNREADABLE as error:
             raise ReplayRefused(id_, f"its message cannot be read: {error!r}") from error
+        return original
 
     @property
     def task(self) -> str:
@@ -190,5 +196,5 @@ def text_of(raw: bytes) -> str:
         body = base64.b64decode(found["body"])
         found["body"] = json.loads(body) if found["content-type"] == "application/json" else body
         return json.dumps(found, indent=2, default=repr)
-    except (ValueError, TypeError, LookupError):
+    except _UNREADABLE:
         return raw.decode("utf-8", "backslashreplace")

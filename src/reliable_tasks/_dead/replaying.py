@@ -46,7 +46,14 @@ def replay(
     """Send the task of a dead letter under a new id, unless somebody has, and return that id."""
     if letter.replayed_as is not None:
         return letter.replayed_as
-    original = check(app, place, letter, whole_chord=whole_chord)
+    try:
+        original = check(app, place, letter, whole_chord=whole_chord)
+    except ReplayRefused:
+        # Somebody else may have sent it since the letter was read.
+        found = place.store.get(place.server, letter.id)
+        if found is None or found.replayed_as is None:
+            raise
+        return found.replayed_as
     if whole_chord:
         return _replay_chord(app, place, letter, original)
     token = str(uuid4())
@@ -81,8 +88,12 @@ def check(app: Celery, place: DeadPlace, letter: DeadLetter, *, whole_chord: boo
 
     Raises:
         ReplayRefused: It cannot.
+        DeadLetterNotFound: It was removed meanwhile.
     """
-    original = Original.read(app, letter.id, place.store.message(place.server, letter.id))
+    raw = place.store.message(place.server, letter.id)
+    if not raw and letter.size:
+        raise DeadLetterNotFound(letter.id)
+    original = Original.read(app, letter.id, raw)
     if whole_chord:
         if letter.chord_id is None:
             raise ReplayRefused(letter.id, "it is no part of a chord: leave out whole_chord")

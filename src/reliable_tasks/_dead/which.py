@@ -46,7 +46,7 @@ class Which:
             ValueError: There is no such cause.
         """
         if cause is not None and cause not in [*Cause]:
-            raise ValueError(f"cause = {cause!r}" + nearest(str(cause), [*Cause]))
+            raise ValueError(f"cause = {cause!r}" + nearest(str(cause), [str(one) for one in Cause]))
         known = None if cause is None else str(Cause(cause))
         return cls(task, known, _seconds(since), _seconds(before))
 

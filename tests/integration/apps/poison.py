@@ -132,6 +132,21 @@ def build(
         start(self, name)
         time.sleep(30)
 
+    @app.task(name="waver", max_requeues=None, acks_on_timeout=False, **{**common, "time_limit": 2})
+    def waver(self: Task, name: str, *ways: str) -> str:
+        """End its first run in the first way, its second one in the second way, and so on."""
+        start(self, name)
+        way = dict(enumerate(ways, 1)).get(len(journal.events("start", name=name)))
+        if way == "overtime":
+            time.sleep(30)
+        elif way == "requeue":
+            raise Reject("not here", requeue=True)
+        elif way == "fail":
+            raise ValueError(f"{name} is broken")
+        elif way is not None:
+            CRASHES[way]()
+        return name
+
     @app.task(name="fail", **common)
     def fail(self: Task, name: str) -> None:
         start(self, name)
@@ -162,6 +177,11 @@ def build(
         start(self, name)
         return name
 
+    @app.task(name="hasty_perishable", dead_letter={"expired": True}, acks_late=False, **common)
+    def hasty_perishable(self: Task, name: str) -> str:
+        start(self, name)
+        return name
+
     @app.task(name="careless", dead_letter=False, **common)
     def careless(self: Task) -> None:
         raise ValueError("expected")
@@ -189,6 +209,13 @@ def build(
         if not journal.events("mended", name=name):
             raise ValueError(f"{name} is broken")
         return number + other
+
+    # Deployed late: workers that started before do not know it.
+    if journal.events("mended", name="deployed"):
+
+        @app.task(name="deployed", **common)
+        def deployed(self: Task, number: int) -> int:
+            return number
 
     @app.task(name="note", **common)
     def note(self: Task, *values: Any) -> None:

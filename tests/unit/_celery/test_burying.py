@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -157,7 +159,9 @@ def test_a_failure_that_is_told_by_the_limit_alone_is_kept(
 ) -> None:
     """Of gevent's pool nothing else is heard."""
     pay.delay(7)
-    bench.receive().on_timeout(soft=False, timeout=60)
+    request = bench.receive()
+    request.on_accepted(os.getpid(), time.time())
+    request.on_timeout(soft=False, timeout=60)
     assert (bench.ended, causes(app)) == (["ack"], ["time_limit"])
 
 
@@ -165,6 +169,7 @@ def test_a_limit_that_was_told_before_is_one_letter(bench: Bench, app: Celery, p
     """In prefork both are told."""
     pay.delay(7)
     request = bench.receive()
+    request.on_accepted(os.getpid(), time.time())
     request.on_failure(failure(TimeLimitExceeded(60)))
     request.on_timeout(soft=False, timeout=60)
     assert causes(app) == ["time_limit"]

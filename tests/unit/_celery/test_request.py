@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -183,6 +184,7 @@ def test_a_time_limit_is_handled_by_celery(
     """Unless the task went back to the queue before."""
     result = send.delay(7)
     request = bench.receive()
+    request.on_accepted(1, time.time())
     request.on_timeout(soft=soft, timeout=60)
     assert "time limit (60s) exceeded" in caplog.text
     assert (result.state == "FAILURE") is not soft

@@ -99,6 +99,12 @@ def test_a_message_that_was_not_kept_is_refused(app: Celery) -> None:
         written(headers={"id": "old", "task": 7}),
         written(b"no gzip", {"task": "shop.pay", "compression": "application/x-gzip"}),
         written(b"[[], {}, {}]", content_type="text/plain"),
+        b"[" * 100_000,
+        written(b"[" * 100_000),
+        written(headers={"id": "old", "task": "shop.pay", "stamped_headers": 1}),
+        written(headers={"id": "old", "task": "shop.pay", "stamps": ["a"], "stamped_headers": "a"}),
+        written(b'[[], {}, {"chain": ["shop.pay"]}]'),
+        written(b'[[], {}, {"chord": "shop.pay"}]'),
     ],
 )
 def test_a_message_that_cannot_be_read_is_refused(app: Celery, raw: bytes) -> None:
@@ -337,4 +343,10 @@ def test_what_is_no_message_is_shown_as_it_is(raw: bytes, text: str) -> None:
 def test_a_body_that_is_broken_is_shown_as_it_is() -> None:
     """With all that is around it."""
     raw = written(b"no json")
+    assert text_of(raw) == raw.decode()
+
+
+@pytest.mark.parametrize("raw", [b"[" * 100_000, written(b"[" * 100_000)])
+def test_what_is_nested_too_deeply_is_shown_as_it_is(raw: bytes) -> None:
+    """Whoever looks at it must not meet an error."""
     assert text_of(raw) == raw.decode()
