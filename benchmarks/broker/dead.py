@@ -19,7 +19,7 @@ from benchmarks.broker.slowlog import Slowlog, too_long
 from benchmarks.spread import percentile
 from reliable_tasks import apply_reliable_config, dead_letters
 from reliable_tasks._places import dead_place
-from reliable_tasks._store.dead import Bounds, Cause, DeadLetter, Letter
+from reliable_tasks._store.letters import Bounds, Cause, DeadLetter, Letter
 from reliable_tasks.demo._server import EmbeddedServer
 
 #: What must not be reached: by the 99th percentile of a page, and by a command of the server (ms).

@@ -44,7 +44,7 @@ from reliable_tasks._once.received import mark_copy
 from reliable_tasks._once.result import ReliableResult
 from reliable_tasks._places import read_config
 from reliable_tasks._retrying import Policy, Retrying
-from reliable_tasks._store.dead import Cause, Letter
+from reliable_tasks._store.letters import Cause, Letter
 from reliable_tasks._store.publication import Superseded
 from reliable_tasks.errors import ConfigError, DuplicateTaskError, LockLost, StoreError
 

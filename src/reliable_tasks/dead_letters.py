@@ -30,7 +30,7 @@ from reliable_tasks._dead.replaying import check as check_replay
 from reliable_tasks._dead.replaying import replay as replay_one
 from reliable_tasks._dead.which import Moment, Which
 from reliable_tasks._places import DeadPlace, dead_place
-from reliable_tasks._store.dead import Cause, DeadLetter
+from reliable_tasks._store.letters import Cause, DeadLetter
 from reliable_tasks.errors import (
     DeadLetterError,
     DeadLetterNotFound,

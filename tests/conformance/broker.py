@@ -11,9 +11,10 @@ from uuid import uuid4
 import redis
 import time_machine
 
-from reliable_tasks._store.dead import Bounds, Buried, Cause, DeadLetter, DeadStore, Letter
+from reliable_tasks._store.dead import DeadStore
 from reliable_tasks._store.delivery import UNREADABLE, Copy, Delivery, FetchPlan, Layout
 from reliable_tasks._store.fleet import Fleet
+from reliable_tasks._store.letters import Bounds, Buried, Cause, DeadLetter, Letter
 from reliable_tasks._store.messages import Messages
 from reliable_tasks._store.publication import Publication, Published
 from tests.conformance.clock import OnAClock

@@ -12,17 +12,9 @@ import pytest
 import redis
 
 from reliable_tasks._store.crashes import Crash, Starter
-from reliable_tasks._store.dead import (
-    Bounds,
-    Buried,
-    Cause,
-    DeadLetter,
-    Pruned,
-    Reservation,
-    Sent,
-    undecodable,
-)
+from reliable_tasks._store.dead import Pruned, Reservation, Sent
 from reliable_tasks._store.delivery import Delivery, Guard
+from reliable_tasks._store.letters import Bounds, Buried, Cause, DeadLetter, undecodable
 from reliable_tasks._store.publication import Publication, Queued
 from reliable_tasks._store.scripts import load
 from tests.conformance.broker import BOUNDS, Broker, letter, message

@@ -14,16 +14,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from reliable_tasks._store.dead import (
-    Bounds,
-    Buried,
-    Cause,
-    DeadLetter,
-    Letter,
-    Pruned,
-    Reservation,
-    Sent,
-)
+from reliable_tasks._store.dead import Pruned, Reservation, Sent
+from reliable_tasks._store.letters import Bounds, Buried, Cause, DeadLetter, Letter
 from tests.conformance.broker import Broker, letter
 
 TASK_IDS, TASKS, TOKENS = ("one", "two", "three", "four"), ("a", "b"), ("t1", "t2", "t3")

@@ -19,7 +19,8 @@ from reliable_tasks import ReliableTask, dead_letters
 from reliable_tasks._dead.letters import raw_of
 from reliable_tasks._dead.queue import bury_in_queue
 from reliable_tasks._places import dead_place
-from reliable_tasks._store.dead import Bounds, Cause, DeadLetter, DeadStore, Letter
+from reliable_tasks._store.dead import DeadStore
+from reliable_tasks._store.letters import Bounds, Cause, DeadLetter, Letter
 from reliable_tasks.errors import (
     DeadLetterError,
     DeadLetterNotFound,

@@ -22,8 +22,8 @@ from redis.retry import Retry
 from reliable_tasks._broker.fetching import FetchingChannel
 from reliable_tasks._broker.held import Held, held_for
 from reliable_tasks._broker.purging import tell
-from reliable_tasks._store.dead import Bounds
 from reliable_tasks._store.delivery import Layout
+from reliable_tasks._store.letters import Bounds
 from reliable_tasks._store.lines import Lines
 from reliable_tasks._store.messages import Messages
 from reliable_tasks._store.publication import (

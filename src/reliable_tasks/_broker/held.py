@@ -26,7 +26,6 @@ import redis
 from reliable_tasks._broker.mute import UNREACHABLE, MuteConnection
 from reliable_tasks._broker.saying import say, tell
 from reliable_tasks._store.crashes import Crash, Starter
-from reliable_tasks._store.dead import Buried
 from reliable_tasks._store.delivery import (
     UNREADABLE,
     Copy,
@@ -36,6 +35,7 @@ from reliable_tasks._store.delivery import (
     with_header,
 )
 from reliable_tasks._store.fleet import Fleet
+from reliable_tasks._store.letters import Buried
 from reliable_tasks._store.messages import Messages
 from reliable_tasks._store.scripts import leave_replica
 

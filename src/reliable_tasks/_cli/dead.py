@@ -28,7 +28,7 @@ from reliable_tasks._cli.output import (
     table,
     yes_option,
 )
-from reliable_tasks._store.dead import Cause, DeadLetter
+from reliable_tasks._store.letters import Cause, DeadLetter
 from reliable_tasks.errors import (
     DeadLetterError,
     DeadLetterNotFound,

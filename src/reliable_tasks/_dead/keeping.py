@@ -11,11 +11,11 @@ import redis
 from celery import Celery
 from kombu.exceptions import KombuError
 
-from reliable_tasks._dead.letters import raw_of
+from reliable_tasks._dead.letters import raw_of_request
 from reliable_tasks._dead.queue import bury_in_queue
 from reliable_tasks._places import DeadPlace, dead_place, is_amqp_url
 from reliable_tasks._store.client import as_text
-from reliable_tasks._store.dead import Letter
+from reliable_tasks._store.letters import Letter
 from reliable_tasks.instrumentation.dropping import tell_pruned
 from reliable_tasks.instrumentation.signals import (
     dead_letter_kept,
@@ -60,8 +60,7 @@ def keep_part(app: Celery, request: Any) -> None:
     group_id = request.request_dict.get("group")
     if not group_id:
         return
-    delivery = request._delivery  # noqa: SLF001 - of our own request
-    raw = delivery.raw if delivery is not None and delivery.raw else raw_of(request.message)
+    raw = raw_of_request(request)
     _note_of_chord(
         app,
         group_id,

@@ -17,10 +17,10 @@ from kombu.utils.json import dumps
 from reliable_tasks._celery.channels import queue_of
 from reliable_tasks._celery.headers import FIRST_FAILED
 from reliable_tasks._dead.options import Options
-from reliable_tasks._store.dead import Cause, DeadLetter, Letter
+from reliable_tasks._store.letters import Cause, DeadLetter, Letter
 from reliable_tasks.errors import DuplicateTaskError, PoisonPill, RequeuesExhausted
 
-__all__ = ["cause_of", "letter_of_message", "letter_of_request", "raw_of"]
+__all__ = ["cause_of", "letter_of_message", "letter_of_request", "raw_of", "raw_of_request"]
 
 logger = logging.getLogger("reliable_tasks")
 
@@ -59,7 +59,6 @@ def letter_of_request(
     cause = cause or cause_of(error, retries)
     if cause not in options.causes:
         return None
-    delivery = request._delivery  # noqa: SLF001 - of our own request
     message = request.message
     crashes = int(headers.get("crashes") or 0)
     history = error.history if isinstance(error, PoisonPill) else ()
@@ -86,8 +85,7 @@ def letter_of_request(
         group_id=headers.get("group"),
         chord_id=_chord_of(request),
     )
-    raw = delivery.raw if delivery is not None and delivery.raw else raw_of(message)
-    return Letter(_redacted(about, options), raw, options.bounds)
+    return Letter(_redacted(about, options), raw_of_request(request), options.bounds)
 
 
 def letter_of_message(
@@ -164,6 +162,12 @@ def raw_of(message: Any, sent_to: Mapping[str, Any] | None = None) -> bytes:
             "properties": _jsonable(properties),
         }
     ).encode()
+
+
+def raw_of_request(request: Any) -> bytes:
+    """Return the message of a request, as it was fetched where that is known."""
+    delivery = request._delivery  # noqa: SLF001 - of our own request
+    return (delivery.raw if delivery is not None else b"") or raw_of(request.message)
 
 
 def _jsonable(values: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from celery import Celery
 from celery.utils.imports import symbol_by_name
 
 from reliable_tasks._places import read_config
-from reliable_tasks._store.dead import Bounds, Cause, DeadLetter
+from reliable_tasks._store.letters import Bounds, Cause, DeadLetter
 from reliable_tasks.config import ReliableConfig, check_count, nearest
 from reliable_tasks.errors import ConfigError
 

@@ -22,7 +22,7 @@ from reliable_tasks._dead.original import Original
 from reliable_tasks._dead.replaying import send_from_queue
 from reliable_tasks._places import dead_place, is_amqp_url
 from reliable_tasks._store.client import as_text
-from reliable_tasks._store.dead import Cause, DeadLetter, Letter
+from reliable_tasks._store.letters import Cause, DeadLetter, Letter
 from reliable_tasks.errors import ReplayRefused
 
 __all__ = ["IN_ORDER", "Pace", "Queued", "bury_in_queue", "is_in_queue"]

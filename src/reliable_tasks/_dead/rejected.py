@@ -13,7 +13,7 @@ from reliable_tasks._celery.channels import held_by
 from reliable_tasks._dead.keeping import bury, tell_buried
 from reliable_tasks._dead.letters import letter_of_message, raw_of
 from reliable_tasks._dead.options import read_options
-from reliable_tasks._store.dead import Cause
+from reliable_tasks._store.letters import Cause
 
 __all__ = ["Rejected"]
 

@@ -16,7 +16,8 @@ from reliable_tasks._celery.chords import counts_any_part
 from reliable_tasks._celery.headers import IS_COPY, REPLAY_OF
 from reliable_tasks._dead.original import Original
 from reliable_tasks._places import DeadPlace
-from reliable_tasks._store.dead import Cause, DeadLetter, Reservation, Sent
+from reliable_tasks._store.dead import Reservation, Sent
+from reliable_tasks._store.letters import Cause, DeadLetter
 from reliable_tasks._store.publication import Publication, publishing
 from reliable_tasks.errors import (
     DeadLetterNotFound,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Self
 
-from reliable_tasks._store.dead import Cause, DeadLetter
+from reliable_tasks._store.letters import Cause, DeadLetter
 from reliable_tasks.config import nearest
 
 __all__ = ["Moment", "Which"]
@@ -46,7 +46,9 @@ class Which:
             ValueError: There is no such cause.
         """
         if cause is not None and cause not in [*Cause]:
-            raise ValueError(f"cause = {cause!r}" + nearest(str(cause), [str(one) for one in Cause]))
+            raise ValueError(
+                f"cause = {cause!r}" + nearest(str(cause), [str(one) for one in Cause])
+            )
         known = None if cause is None else str(Cause(cause))
         return cls(task, known, _seconds(since), _seconds(before))
 

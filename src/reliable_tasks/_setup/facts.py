@@ -11,7 +11,7 @@ from celery import Celery
 from reliable_tasks._dead.options import bounds_of, causes_of
 from reliable_tasks._places import has_own_transport, is_amqp_url, read_config, scheme_of
 from reliable_tasks._store.client import as_text, is_redis_url
-from reliable_tasks._store.dead import Cause
+from reliable_tasks._store.letters import Cause
 from reliable_tasks.config import ReliableConfig
 
 __all__ = ["Facts"]

@@ -13,8 +13,8 @@ from uuid import uuid4
 import redis
 
 from reliable_tasks._store.crashes import Starter
-from reliable_tasks._store.dead import Letter
 from reliable_tasks._store.keys import BESIDE, Keys
+from reliable_tasks._store.letters import Letter
 from reliable_tasks._store.scripts import Argument, Call, load
 
 __all__ = [

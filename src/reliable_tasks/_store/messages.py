@@ -14,7 +14,7 @@ from typing import Any
 import redis
 
 from reliable_tasks._store.crashes import Crash
-from reliable_tasks._store.dead import Bounds, Buried, DeadStore, undecodable
+from reliable_tasks._store.dead import DeadStore
 from reliable_tasks._store.delivery import (
     UNREADABLE,
     Copy,
@@ -26,6 +26,7 @@ from reliable_tasks._store.delivery import (
     redelivered,
 )
 from reliable_tasks._store.keys import Keys
+from reliable_tasks._store.letters import Bounds, Buried, undecodable
 from reliable_tasks._store.publication import Publication, Published, Queued
 from reliable_tasks._store.scripts import (
     NO_REPLICAS,

@@ -25,7 +25,8 @@ from reliable_tasks import ReliableTask, dead_letters, once
 from reliable_tasks._cli import output, reliable
 from reliable_tasks._cli.dead import _moment
 from reliable_tasks._places import dead_place
-from reliable_tasks._store.dead import Bounds, Cause, DeadLetter, DeadStore, Letter
+from reliable_tasks._store.dead import DeadStore
+from reliable_tasks._store.letters import Bounds, Cause, DeadLetter, Letter
 from reliable_tasks.errors import DeadLetterError, StoreUnavailable
 from tests.conformance.broker import message
 from tests.unit.harness import take

@@ -19,7 +19,8 @@ from reliable_tasks._dead import keeping
 from reliable_tasks._dead.keeping import bury, keep_part, note_chord, tell_crash
 from reliable_tasks._dead.queue import Queued
 from reliable_tasks._places import dead_place
-from reliable_tasks._store.dead import Bounds, Cause, DeadLetter, DeadStore, Letter
+from reliable_tasks._store.dead import DeadStore
+from reliable_tasks._store.letters import Bounds, Cause, DeadLetter, Letter
 from reliable_tasks.instrumentation import signals
 
 

@@ -23,8 +23,8 @@ from reliable_tasks._celery import delivery
 from reliable_tasks._dead.letters import cause_of, letter_of_message, letter_of_request, raw_of
 from reliable_tasks._dead.options import Options, read_options
 from reliable_tasks._dead.original import Original
-from reliable_tasks._store.dead import Cause, DeadLetter, Letter
 from reliable_tasks._store.delivery import Copy, Delivery, Guard
+from reliable_tasks._store.letters import Cause, DeadLetter, Letter
 from reliable_tasks.errors import PoisonPill, RequeuesExhausted
 from tests.unit._celery.bench import Bench
 from tests.unit.harness import take

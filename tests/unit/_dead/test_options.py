@@ -9,7 +9,7 @@ from celery import Celery
 
 from reliable_tasks import ConfigError, ReliableTask, dead_letters
 from reliable_tasks._dead.options import bounds_of, causes_of, read_options
-from reliable_tasks._store.dead import Bounds
+from reliable_tasks._store.letters import Bounds
 from reliable_tasks.config import ReliableConfig
 from reliable_tasks.dead_letters import Cause
 

@@ -18,7 +18,7 @@ from reliable_tasks import ReliableTask
 from reliable_tasks._celery.queues import DEAD, dead_queue
 from reliable_tasks._dead.letters import raw_of
 from reliable_tasks._dead.queue import Pace, Queued, bury_in_queue, is_in_queue
-from reliable_tasks._store.dead import Bounds, Cause, DeadLetter, Letter
+from reliable_tasks._store.letters import Bounds, Cause, DeadLetter, Letter
 from reliable_tasks.instrumentation.signals import dead_letter_replayed
 from tests.unit.harness import take
 

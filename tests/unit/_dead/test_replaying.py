@@ -22,7 +22,8 @@ from reliable_tasks._dead import replaying
 from reliable_tasks._dead.letters import raw_of
 from reliable_tasks._dead.replaying import replay
 from reliable_tasks._places import DeadPlace, dead_place
-from reliable_tasks._store.dead import Bounds, Cause, DeadLetter, DeadStore, Letter, Sent
+from reliable_tasks._store.dead import DeadStore, Sent
+from reliable_tasks._store.letters import Bounds, Cause, DeadLetter, Letter
 from reliable_tasks.errors import DeadLetterNotFound, ReplayRefused, StoreUnavailable
 from reliable_tasks.instrumentation.signals import dead_letter_replayed
 from tests.unit.harness import claims, run, run_all, take

@@ -10,7 +10,7 @@ import pytest
 import time_machine
 
 from reliable_tasks._dead.which import Which
-from reliable_tasks._store.dead import Cause, DeadLetter
+from reliable_tasks._store.letters import Cause, DeadLetter
 
 #: Sunday noon, in 2026.
 NOON = 1_772_366_400.0
