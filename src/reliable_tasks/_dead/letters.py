@@ -64,9 +64,9 @@ def letter_of_request(
     history = error.history if isinstance(error, PoisonPill) else ()
     first = headers.get(FIRST_FAILED) or (history[0]["at"] if history else None)
     about = DeadLetter(
-        id=request.id,
+        id=str(request.id),
         task=request.name,
-        task_id=request.id,
+        task_id=str(request.id),
         cause=cause,
         error=f"{type(error).__name__}: {error}"[:_LONGEST_ERROR],
         traceback=traceback[-_LONGEST_TRACEBACK:],
