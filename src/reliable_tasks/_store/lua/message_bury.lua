@@ -16,13 +16,16 @@
 -- Returns: {1, id, how many there are}
 --          {1}  nothing is kept: it had published its task's continuation
 --          {0}  the delivery was over: somebody else has the message, or had it
+--          {0, id, how many there are}  it was over, for all this has been done before
 -- Uses: dead_add release_run admit_writes
 -- Commands: HEXISTS HDEL ZREM
 local unacked, index, leases = KEYS[1], KEYS[2], KEYS[3]
 admit_writes(leases)
 local kept = {}
 local was_held = redis.call('HEXISTS', unacked, ARGV[1])
-if was_held == 1 and redis.call('HEXISTS', KEYS[4], 'continued:' .. ARGV[1]) == 0 then
+if was_held == 0 then
+    kept = dead_add(KEYS[5], ARGV[4])
+elseif redis.call('HEXISTS', KEYS[4], 'continued:' .. ARGV[1]) == 0 then
     -- Before it is taken away: what is refused here, for want of a right, must not be lost.
     kept = dead_add(KEYS[5], ARGV[4], ARGV[5], ARGV[6], ARGV[7])
 end
@@ -30,7 +33,4 @@ redis.call('ZREM', leases, ARGV[1])
 redis.call('HDEL', unacked, ARGV[1])
 redis.call('ZREM', index, ARGV[1])
 release_run(KEYS[4], ARGV[1], ARGV[2], true, tonumber(ARGV[3]))
-if #kept == 0 then
-    return {was_held}
-end
-return {1, kept[1], kept[2]}
+return {was_held, unpack(kept)}

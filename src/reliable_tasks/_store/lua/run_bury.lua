@@ -14,6 +14,7 @@
 -- Returns: {whether its lease had not ended, id, how many there are}
 --          {the same}  nothing is kept: it had published its task's continuation
 --          {0}  somebody else has the run, or had it
+--          {0, id, how many there are}  the run was over, for all this has been done before
 -- Uses: dead_add leave_run admit_writes
 -- Commands: HMGET ZREM
 local holder, done = unpack(redis.call('HMGET', KEYS[2], 'tag', 'done'))
@@ -22,14 +23,11 @@ admit_writes(KEYS[2])
 local is_held = not holder or holder == ARGV[1]
 if not is_held then
     redis.call('ZREM', KEYS[1], ARGV[1])
-    return {0}
+    return {0, unpack(dead_add(KEYS[3], ARGV[4]))}
 end
 if tonumber(done or -1) < tonumber(ARGV[2]) then
     -- Before the run is over: what is refused here, for want of a right, must not be lost.
     kept = dead_add(KEYS[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7])
 end
 local ended = leave_run(KEYS[1], KEYS[2], ARGV[1], ARGV[2], 'over', '0', ARGV[3]) and 1 or 0
-if #kept == 0 then
-    return {ended}
-end
-return {ended, kept[1], kept[2]}
+return {ended, unpack(kept)}

@@ -4,7 +4,8 @@
 --          prefix: what the keys of dead letters begin with
 --          meta: JSON: id, cause, task, delivery, max_age (ms), max_count; and chord and member
 --          where its task is a part of a chord
---          about, trace, message: what is kept as it is
+--          about, trace, message: what is kept as it is; without them nothing is kept, and
+--          what is returned is empty unless it was kept before
 -- Commands: TIME HMGET HGET HINCRBY EXISTS HSET ZADD ZCARD PEXPIRE
 local function dead_add(prefix, meta, about, trace, message)
     local letter, all = cjson.decode(meta), prefix .. 'all'
@@ -23,6 +24,9 @@ local function dead_add(prefix, meta, about, trace, message)
             -- The rest of it was refused.
             id = one
         end
+    end
+    if not about then
+        return {}
     end
     if not id then
         id = letter.id
