@@ -217,8 +217,7 @@ class Machine(RuleBasedStateMachine):
             if delivery is None:
                 assert self.broker.keep(kept, event) == (id_, count)
             else:
-                answer = Buried(False, "", 0) if number else Buried(True, id_, count)
-                assert self.broker.die(delivery, kept) == answer
+                assert self.broker.die(delivery, kept) == Buried(number == 0, id_, count)
 
     @precondition(lambda self: self.letters)
     @rule(pick=picks)
