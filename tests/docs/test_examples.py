@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import gc
 import io
@@ -9,6 +10,7 @@ import pkgutil
 import re
 import shlex
 import sys
+import time
 import tomllib
 import types
 from collections.abc import Callable, Iterator
@@ -27,6 +29,7 @@ from celery.signals import setup_logging
 from click.testing import CliRunner
 
 from reliable_tasks import ReliableWarning
+from reliable_tasks._broker.held import all_held
 from reliable_tasks._store.client import forget_clients
 from tests.docs.alike import matches, with_ids_of_now
 from tests.docs.fences import ROOT, Fence, fences_of, pages
@@ -179,7 +182,7 @@ def test_links_between_pages_lead_somewhere() -> None:
 def _run(code: str, fence: Fence, module: types.ModuleType, page: Path) -> str:
     """Run a block, and return what it printed."""
     # Empty lines in front, so that a traceback names the line of the page.
-    compiled = compile("\n" * (fence.line - 1) + code, str(page), "exec")
+    tree = ast.parse("\n" * (fence.line - 1) + code, str(page))
     printed = io.StringIO()
     with contextlib.ExitStack() as around:
         around.enter_context(contextlib.redirect_stdout(printed))
@@ -190,10 +193,25 @@ def _run(code: str, fence: Fence, module: types.ModuleType, page: Path) -> str:
             around.enter_context(pytest.warns(ReliableWarning))
         elif fence.note == "raises":
             caught = around.enter_context(pytest.raises(Exception))
-        exec(compiled, module.__dict__)  # noqa: S102 - our own pages
+        for statement in tree.body:
+            one = compile(ast.Module([statement], []), str(page), "exec")
+            exec(one, module.__dict__)  # noqa: S102 - our own pages
+            if fence.note == "worker":
+                _let_acknowledge()
     if fence.note == "raises":
         return f"{caught.type.__name__}: {caught.value}\n"
     return printed.getvalue()
+
+
+def _let_acknowledge() -> None:
+    """Wait a second at most until the worker has acknowledged what it ran.
+
+    Its loop does so a moment after the result is there, and in any order; dead letters have theirs
+    by that.
+    """
+    until = time.monotonic() + 1
+    while any(len(held) for held in all_held()) and time.monotonic() < until:
+        time.sleep(0.005)
 
 
 def _matches(printed: str, expected: str) -> bool:
