@@ -91,7 +91,7 @@ class StoreError(ReliableError):
 
 
 class StoreUnavailable(StoreError):
-    """The lock Redis could not be reached, or did not answer in time.
+    """The Redis of claims or dead letters could not be reached, or did not answer in time.
 
     Attributes:
         url: Where it was expected, without the password.
@@ -104,7 +104,7 @@ class StoreUnavailable(StoreError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"the lock Redis at {self.url} is not available: {self.reason}"
+        return f"the Redis at {self.url} is not available: {self.reason}"
 
 
 class ScriptError(StoreError):

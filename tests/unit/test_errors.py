@@ -18,7 +18,7 @@ from reliable_tasks._once.locks import BrokerUnavailable
         ),
         (
             errors.StoreUnavailable("redis://h/0", "refused"),
-            "the lock Redis at redis://h/0 is not available: refused",
+            "the Redis at redis://h/0 is not available: refused",
         ),
         (
             errors.ScriptError("claim_enter", "OOM"),

@@ -262,7 +262,7 @@ def test_without_the_lock_redis(
     monkeypatch.setattr(Claims, "reading", away)
     result = invoke(*command)
     assert result.exit_code == 1
-    assert "the lock Redis at redis://h is not available: away" in result.output
+    assert "the Redis at redis://h is not available: away" in result.output
     assert result.exc_info is not None
     assert result.exc_info[0] is SystemExit
 
