@@ -21,7 +21,7 @@ from redis.retry import Retry
 
 from reliable_tasks._broker.fetching import FetchingChannel
 from reliable_tasks._broker.held import Held, held_for
-from reliable_tasks._broker.purging import tell
+from reliable_tasks._broker.purging import tell_thrown
 from reliable_tasks._store.delivery import Layout
 from reliable_tasks._store.letters import Bounds
 from reliable_tasks._store.lines import Lines
@@ -166,7 +166,7 @@ class ReliableChannel(FetchingChannel):
     def _purge(self: Any, queue: str) -> int:
         with self.conn_or_acquire() as client:
             purge = self.held.messages.purge
-            purged = [purge(client, one, tell) for one in self._lists([queue])]
+            purged = [purge(client, one, tell_thrown) for one in self._lists([queue])]
         return sum(purged)
 
     def _replicas(self: Any) -> Replicas:

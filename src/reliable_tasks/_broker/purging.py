@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from reliable_tasks._store.delivery import Thrown
 
-__all__ = ["listen", "tell"]
+__all__ = ["listen", "tell_thrown"]
 
 _listeners: list[Callable[[list[Thrown]], None]] = []
 
@@ -16,7 +16,7 @@ def listen(listener: Callable[[list[Thrown]], None]) -> None:
     _listeners.append(listener)
 
 
-def tell(thrown: list[Thrown]) -> None:
+def tell_thrown(thrown: list[Thrown]) -> None:
     """Tell of them."""
     for listener in _listeners:
         listener(thrown)

@@ -10,9 +10,9 @@ from functools import partial
 import redis
 
 from reliable_tasks._broker.held import Held
-from reliable_tasks._broker.purging import tell
+from reliable_tasks._broker.purging import tell_thrown
 from reliable_tasks._broker.saying import say
-from reliable_tasks._broker.saying import tell as tell_later
+from reliable_tasks._broker.saying import tell
 from reliable_tasks._store.delivery import Delivery
 from reliable_tasks._store.scripts import execute
 from reliable_tasks.instrumentation.dropping import tell_pruned
@@ -58,7 +58,7 @@ def sweep(held: Held, server: redis.Redis, now: float, server_id: str) -> int:
             break
     if is_seldom:
         _forget_the_silent(held, server, now)
-        tell_later(partial(tell_pruned, held.messages.dead.prune(server)))
+        tell(partial(tell_pruned, held.messages.dead.prune(server)))
     return count
 
 
@@ -74,7 +74,7 @@ def _put_back(held: Held, server: redis.Redis, tags: list[str]) -> int:
             held.messages.drop(server, found)
         else:
             lapsed.append(found)
-    put_back = held.messages.requeue_lapsed(server, lapsed, _LONGEST_LEASE, tell)
+    put_back = held.messages.requeue_lapsed(server, lapsed, _LONGEST_LEASE, tell_thrown)
     for delivery in put_back:
         if delivery.was_aside:
             continue
