@@ -11,8 +11,7 @@ import redis
 
 from reliable_tasks._broker.held import Held
 from reliable_tasks._broker.purging import tell_thrown
-from reliable_tasks._broker.saying import say
-from reliable_tasks._broker.saying import tell
+from reliable_tasks._broker.saying import say, tell
 from reliable_tasks._store.delivery import Delivery
 from reliable_tasks._store.scripts import execute
 from reliable_tasks.instrumentation.dropping import tell_pruned
