@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, cast
-from uuid import uuid4
+from typing import Any, ClassVar, cast
 
-from celery import Celery, Task, chord, group
+from celery import Celery, chord, group
 from celery.exceptions import Ignore, Reject, Retry
 from celery.result import EagerResult
 from kombu.exceptions import OperationalError
 
+from reliable_tasks._asked import AskedTask
 from reliable_tasks._body import guarded
 from reliable_tasks._broker.beside import note_done
 from reliable_tasks._broker.continuing import check_held, continuing, note_continued
@@ -24,34 +24,24 @@ from reliable_tasks._celery.headers import FIRST_FAILED, OF_ONE_COPY, without_br
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._celery.settings import explicit
 from reliable_tasks._celery.versions import check_versions
-from reliable_tasks._dead.keeping import bury, keep_part, tell_buried, tell_crash
-from reliable_tasks._dead.letters import letter_of_request
-from reliable_tasks._dead.options import DeadLetterOption, Options, read_options
+from reliable_tasks._dead.options import DeadLetterOption, read_options
 from reliable_tasks._once.batch import publish_many, queue_many
 from reliable_tasks._once.call import Call
 from reliable_tasks._once.claim import CLAIM, OF_ONE_DELIVERY, Claim, Run
 from reliable_tasks._once.decorator import OPTIONS, once_options
-from reliable_tasks._once.following import is_follower, pause_of
+from reliable_tasks._once.following import is_follower
 from reliable_tasks._once.held import HeldClaim, held_claim
-from reliable_tasks._once.leaving import end_late, end_unrun, uncover
 from reliable_tasks._once.lineage import lineage_headers, note_end
 from reliable_tasks._once.locks import locks_of
 from reliable_tasks._once.once import Once
 from reliable_tasks._once.options import OnceOptions
 from reliable_tasks._once.publish import publish
 from reliable_tasks._once.purged import free_thrown
-from reliable_tasks._once.received import mark_copy
 from reliable_tasks._once.result import ReliableResult
 from reliable_tasks._places import read_config
 from reliable_tasks._retrying import Policy, Retrying
-from reliable_tasks._store.letters import Cause, Letter
 from reliable_tasks._store.publication import Superseded
 from reliable_tasks.errors import ConfigError, DuplicateTaskError, LockLost, StoreError
-
-if TYPE_CHECKING:
-    _Task = Task[..., Any]
-else:
-    _Task = Task
 
 __all__ = ["ReliableTask"]
 
@@ -75,7 +65,7 @@ _AFTER_FAILED_RETRY = (1.0, 30.0)
 listen(free_thrown)
 
 
-class ReliableTask(_Task):
+class ReliableTask(AskedTask):
     """A task that is not lost, not run twice at once and not stuck.
 
     Use it as ``@app.task(base=ReliableTask)``, for all tasks of an app with
@@ -112,10 +102,7 @@ class ReliableTask(_Task):
     max_crashes: ClassVar[int | None]
     max_requeues: ClassVar[int | None]
     dead_letter: ClassVar[DeadLetterOption]
-    reliable_once: ClassVar[Once | None] = None
     _policy: ClassVar[Policy | None] = None
-    _end_options: ClassVar[Options]
-    _visibility_margin: ClassVar[float] = 0.0
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -396,67 +383,6 @@ class ReliableTask(_Task):
     def _note_done(self) -> None:
         locks = locks_of(self.app)
         note_done(self, locks.claims, locks.config)
-
-    # -- what the worker's main process asks (GuardedTask) --------------------------------------
-
-    def _reliable_reserved(self, headers: dict[str, Any]) -> None:
-        if self.reliable_once is not None:
-            mark_copy(headers)
-
-    def _reliable_unfinished(
-        self, headers: dict[str, Any], *, requeued: bool, has_started: bool
-    ) -> None:
-        once = self.reliable_once
-        if once is not None:
-            end_unrun(self, once, headers, requeued=requeued, has_started=has_started)
-
-    def _reliable_uncovered(self, headers: dict[str, Any]) -> None:
-        if self.reliable_once is not None:
-            uncover(self, self.reliable_once, headers)
-
-    def _reliable_repeated(self, headers: dict[str, Any]) -> None:
-        once = self.reliable_once
-        if once is not None:
-            end_unrun(self, once, headers, requeued=False, has_started=True, is_routine=True)
-
-    def _reliable_heard_late(self, headers: dict[str, Any]) -> None:
-        if self.reliable_once is not None:
-            end_late(self, self.reliable_once, headers)
-
-    def _reliable_pause(self, headers: dict[str, Any]) -> SetAside | None:
-        once = self.reliable_once
-        return None if once is None else pause_of(self, once, headers)
-
-    def _reliable_budgets(self) -> tuple[int | None, int | None]:
-        return self._end_options.max_crashes, self._end_options.max_requeues
-
-    def _reliable_crashed(self, task_id: str, crashes: int | None, crash: dict[str, Any]) -> None:
-        tell_crash(self, task_id, crashes, self._end_options.max_crashes, crash)
-
-    def _reliable_letter(
-        self, request: Any, error: BaseException, traceback: str, *, is_expired: bool
-    ) -> Letter | None:
-        # An error here would end the worker, and lose the task.
-        try:
-            cause = Cause.EXPIRED if is_expired else None
-            return letter_of_request(request, error, traceback, self._end_options, cause)
-        except Exception:
-            logger.exception("Task %s[%s] has failed, and is not kept", self.name, request.id)
-            return None
-
-    def _reliable_bury(self, letter: Letter) -> bool:
-        return bury(self.app, self, letter, str(uuid4()))
-
-    def _reliable_buried(self, letter: Letter, id: str, count: int) -> None:  # noqa: A002
-        tell_buried(self.app, self, letter, id, count)
-
-    def _reliable_keep_part(self, request: Any) -> None:
-        if self._end_options.causes:
-            keep_part(self.app, request)
-
-    def _reliable_slack(self, visibility_timeout: float) -> float:
-        # One half of the margin is for waiting, the other for clocks that differ.
-        return min(self._visibility_margin, visibility_timeout) / 2
 
 
 def _as_reliable(result: Any) -> ReliableResult:
