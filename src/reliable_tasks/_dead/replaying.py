@@ -266,6 +266,7 @@ def _replay_chord(app: Celery, place: DeadPlace, letter: DeadLetter, original: O
     if is_in_doubt:
         for id_ in new_ids:
             _release(place, id_, token, Sent.SENT)
+        place.store.forget_parts(place.server, str(letter.chord_id))
         return new_ids[letter.id]
     with _releasing(place, letter, new_ids, token):
         header = [

@@ -664,6 +664,7 @@ def test_a_chord_that_may_have_been_sent_is_not_sent_again(
         assert run(app, message).state == "SUCCESS"
     assert dead_letters.replay(ids[0], whole_chord=True, app=app) == again[0].headers["id"]
     assert dead_letters.get(ids[1], app=app).replayed_as == again[1].headers["id"]
+    assert place.store.parts(place.server, group_id) == (0, {})
     assert [ended.value for ended in run_all(app)] == [30]
 
 
