@@ -28,7 +28,7 @@ _DELIVERY_COUNT = "x-delivery-count"
 _PROBATION = 3.0
 #: How soon one that waits for its turn looks again, at first and at last (s).
 _TURN = (0.05, 1.0)
-_MOST_LOOKS = 8
+_MOST_LOOKS = 60
 #: How soon it is asked again what nobody could say (s).
 _UNKNOWN = (0.05, 5.0)
 _OTHERS_TURN = "it was lost with its worker, and so was another task that runs here"
