@@ -47,5 +47,5 @@ nitpick_ignore_regex = [
         ),
     ),
     # Types of private parts that a public signature mentions.
-    (r"py:class", r"reliable_tasks\._(once|setup|store)\..*"),
+    (r"py:class", r"reliable_tasks\._(asked|once|setup|store)\..*"),
 ]
