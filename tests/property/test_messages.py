@@ -218,6 +218,9 @@ class Machine(RuleBasedStateMachine):
         held = self.held(pick)
         if held.is_current and not held.may_run:
             held.may_run = self.broker.hold(held.delivery).may_run
+            if held.may_run:
+                # Lest it be put back in the moment in which it starts.
+                held.lease_end = self.now + LEASE
 
     @precondition(lambda self: self.known)
     @rule(
