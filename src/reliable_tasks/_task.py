@@ -320,8 +320,7 @@ class ReliableTask(AskedTask):
             raise error
         claim = run.claim if run else Claim.from_headers(self.request.headers, self.request.id)
         given = options.get("headers", self.request.headers) or {}
-        kept = without_brokers_own(given)
-        headers = {k: v for k, v in kept.items() if k not in (*OF_ONE_DELIVERY, *OF_ONE_COPY)}
+        headers = without_brokers_own(given, *OF_ONE_DELIVERY, *OF_ONE_COPY)
         if claim is not None:
             # A message published by name has no claim in its headers, and a caller's own headers
             # replace those that it has.

@@ -53,6 +53,7 @@ _BROKERS_OWN = frozenset(
 )
 
 
-def without_brokers_own(headers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the headers of a message that is sent again: the new one begins at none."""
-    return {name: value for name, value in headers.items() if name not in _BROKERS_OWN}
+def without_brokers_own(headers: Mapping[str, Any], *others: str) -> dict[str, Any]:
+    """Return the headers of a message that is sent again, without the broker's and some others."""
+    left_out = _BROKERS_OWN.union(others)
+    return {name: value for name, value in headers.items() if name not in left_out}

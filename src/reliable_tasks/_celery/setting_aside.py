@@ -254,9 +254,8 @@ class PatientRequest(DeliveredRequest):
         copy = self.task.signature_from_request(
             request, countdown=max(round(pause), 1), retries=request.retries
         )
-        headers = without_brokers_own(copy.options.get("headers") or {})
-        for name in (DELIVERY, CONDEMNED, "crashes"):
-            headers.pop(name, None)
+        given = copy.options.get("headers") or {}
+        headers = without_brokers_own(given, DELIVERY, CONDEMNED, "crashes")
         if self._beside is not None:
             headers |= {
                 IS_COPY: self._delivery.is_copy,

@@ -150,8 +150,10 @@ class Original:
             "link_error": self._signatures("errbacks"),
             "headers": {
                 name: value
-                for name, value in without_brokers_own(self.headers).items()
-                if name not in (*_OF_ONE_MESSAGE, *stamped) and not name.startswith(_OURS)
+                for name, value in without_brokers_own(
+                    self.headers, *_OF_ONE_MESSAGE, *stamped
+                ).items()
+                if not name.startswith(_OURS)
             },
             "serializer": self.serializer,
             "priority": self.priority,

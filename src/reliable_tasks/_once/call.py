@@ -98,8 +98,7 @@ def ask(task: Task[..., Any], once: Once, call: Call) -> Asked:
     """Say what a call asks for."""
     locks = once.locks(task)
     given = call.options.get("headers") or {}
-    own = without_brokers_own(given)
-    headers = {k: v for k, v in own.items() if k not in (CLAIM, *OF_ONE_DELIVERY)}
+    headers = without_brokers_own(given, CLAIM, *OF_ONE_DELIVERY)
     owner = call.task_id or str(uuid4())
     retries = int(call.options.get("retries") or 0)
     if not once.options.is_claimed_by_calls:
