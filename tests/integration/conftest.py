@@ -12,11 +12,15 @@ import pytest
 import redis
 
 from reliable_tasks.demo._server import EmbeddedServer
-from tests.integration.apps import adverse
+from tests.integration.apps import adverse, poison
 from tests.integration.scene import Scene
 from tests.support import WorkerProcess, wait_until
 
 StartScene = Callable[..., Scene]
+
+#: What the `scene` can be on.
+BROKERS = ["our transport", "stock kombu", "RabbitMQ"]
+on_all_brokers = pytest.mark.parametrize("scene", BROKERS, indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +42,33 @@ def scenes(tmp_path: Path) -> Iterator[StartScene]:
     """Make scenes that last as long as the test."""
     with _scenes(lambda: Path(tempfile.mkdtemp(prefix="scene-", dir=tmp_path))) as start:
         yield start
+
+
+@pytest.fixture
+def transport_options() -> dict[str, Any]:
+    """Options of the `scene`'s transport where it is stock kombu's."""
+    return {}
+
+
+@pytest.fixture
+def scene(
+    request: pytest.FixtureRequest,
+    scenes: StartScene,
+    redis_server: EmbeddedServer,
+    transport_options: dict[str, Any],
+) -> Scene:
+    """The app of crashes and failures, on the broker that the test names.
+
+    Modules about something else have a scene of their own.
+    """
+    broker = getattr(request, "param", BROKERS[0])
+    url = redis_server.url
+    settings: dict[str, Any] = {}
+    if broker == "RabbitMQ":
+        url = request.getfixturevalue("rabbitmq_url")
+    elif broker == "stock kombu":
+        settings = {"reliable_broker": "stock", "broker_transport_options": transport_options}
+    return scenes(url, other_database(redis_server), module=poison, settings=settings)
 
 
 @contextmanager

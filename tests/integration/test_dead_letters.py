@@ -22,27 +22,16 @@ from reliable_tasks._celery.queues import dead_queue
 from reliable_tasks._places import dead_place
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.apps import poison
-from tests.integration.conftest import StartScene, other_database
+from tests.integration.conftest import BROKERS, StartScene, on_all_brokers, other_database
 from tests.integration.scene import Scene
 from tests.support import Proxy, wait_until
 
-BROKERS = ["our transport", "stock kombu", "RabbitMQ"]
-
 
 @pytest.fixture
-def scene(
-    request: pytest.FixtureRequest, scenes: StartScene, redis_server: EmbeddedServer
-) -> Scene:
-    """The app of failures with a worker, on the broker that the test names."""
-    broker = getattr(request, "param", BROKERS[0])
-    url = request.getfixturevalue("rabbitmq_url") if broker == "RabbitMQ" else redis_server.url
-    settings = {"reliable_broker": "stock"} if broker == "stock kombu" else {}
-    scene = scenes(url, other_database(redis_server), module=poison, settings=settings)
+def scene(scene: Scene) -> Scene:
+    """The app of failures with a worker."""
     scene.worker(concurrency=2)
     return scene
-
-
-on_all_brokers = pytest.mark.parametrize("scene", BROKERS, indirect=True)
 
 
 def wait_dead(scene: Scene, count: int = 1, **which: Any) -> list[dead_letters.DeadLetter]:

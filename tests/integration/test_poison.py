@@ -12,33 +12,20 @@ import pytest
 from billiard.exceptions import TimeLimitExceeded
 from celery import VERSION
 
-from reliable_tasks import DeadLetterError, PoisonPill, RequeuesExhausted, dead_letters
+from reliable_tasks import PoisonPill, RequeuesExhausted, dead_letters
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.apps import poison
-from tests.integration.conftest import StartScene, other_database
+from tests.integration.conftest import StartScene, on_all_brokers, other_database
 from tests.integration.scene import Scene
 from tests.support import wait_until
 
 CHILD = sorted(set(poison.CRASHES) - {"kill_worker"})
-BROKERS = ["our transport", "stock kombu", "RabbitMQ"]
 
 
 @pytest.fixture
-def scene(
-    request: pytest.FixtureRequest, scenes: StartScene, redis_server: EmbeddedServer
-) -> Scene:
-    """The app of crashes, on the broker that the test names."""
-    broker = getattr(request, "param", BROKERS[0])
-    url, settings = redis_server.url, {}
-    if broker == "RabbitMQ":
-        url = request.getfixturevalue("rabbitmq_url")
-    elif broker == "stock kombu":
-        # Short, for a killed worker's message comes back when it is over.
-        settings = {
-            "reliable_broker": "stock",
-            "broker_transport_options": {"visibility_timeout": 4},
-        }
-    return scenes(url, other_database(redis_server), module=poison, settings=settings)
+def transport_options() -> dict[str, Any]:
+    """A killed worker's message comes back when its visibility timeout is over."""
+    return {"visibility_timeout": 4}
 
 
 @contextmanager
@@ -95,7 +82,7 @@ def check_end(scene: Scene, result: object, name: str, *, starts: int = 3) -> No
     assert result.state == "FAILURE"  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("scene", BROKERS, indirect=True)
+@on_all_brokers
 @pytest.mark.parametrize("how", CHILD)
 def test_a_task_that_kills_its_child_stops_after_its_budget(scene: Scene, how: str) -> None:
     """Three starts, then a failure that says what is known of them, and its handlers run."""
@@ -105,7 +92,7 @@ def test_a_task_that_kills_its_child_stops_after_its_budget(scene: Scene, how: s
     assert all(letter.error for letter in dead_letters.list(app=scene.app))
 
 
-@pytest.mark.parametrize("scene", BROKERS, indirect=True)
+@on_all_brokers
 def test_a_task_that_kills_its_worker_stops_after_its_budget(scene: Scene) -> None:
     """The same, whichever worker a supervisor starts next."""
     with supervised(scene, concurrency=2):
@@ -152,7 +139,7 @@ def test_bystanders_of_a_task_that_kills_its_children_succeed(scene: Scene) -> N
     assert dead_letters.count(app=scene.app) == 1
 
 
-@pytest.mark.parametrize("scene", BROKERS, indirect=True)
+@on_all_brokers
 def test_bystanders_of_a_task_that_kills_its_worker_succeed(scene: Scene) -> None:
     """Three workers die with what they run, and no innocent task is condemned for it."""
     others = [scene.call("innocent", f"innocent {n}", 0.05) for n in range(100)]
@@ -197,7 +184,7 @@ def test_a_task_that_outlives_its_limit_without_end_is_stopped(scene: Scene) -> 
         result.get(timeout=10)
 
 
-@pytest.mark.parametrize("scene", BROKERS, indirect=True)
+@on_all_brokers
 def test_a_task_that_went_back_ends_as_its_last_run_does(scene: Scene) -> None:
     """Nothing of a run before is taken for its end, and what goes back by itself is no crash."""
     scene.worker(concurrency=4)
@@ -218,7 +205,7 @@ def test_a_task_that_went_back_ends_as_its_last_run_does(scene: Scene) -> None:
     assert [scene.starts(name) for name in ("crashed", "back")] == [5, 4]
 
 
-@pytest.mark.parametrize("scene", BROKERS, indirect=True)
+@on_all_brokers
 def test_in_threads_a_task_whose_ending_crashes_too_is_ended(scene: Scene) -> None:
     """Each crash is its worker's there; the fifth one ends the task without its handlers."""
     with supervised(scene, concurrency=2, pool="threads"):
@@ -229,107 +216,3 @@ def test_in_threads_a_task_whose_ending_crashes_too_is_ended(scene: Scene) -> No
     assert scene.starts("poison") == 3
     assert len(scene.journal.events("on_failure")) == 1
     assert len(scene.workers) == 5
-
-
-# -- RabbitMQ without a Redis ----------------------------------------------------------------
-
-
-@pytest.fixture
-def bare(scenes: StartScene, rabbitmq_url: str) -> Scene:
-    """The app of crashes on RabbitMQ alone."""
-    scene = scenes(rabbitmq_url, "rpc://", module=poison)
-    scene.worker(concurrency=1)
-    return scene
-
-
-def in_order(scene: Scene, count: int) -> list[dead_letters.DeadLetter]:
-    """Wait until so many letters are in the queue, and return them in its order."""
-    app = scene.app
-    wait_until(lambda: dead_letters.count(app=app) == count, 30, lambda: f"{count}\n{scene.logs}")
-    return list(dead_letters.list(app=app))
-
-
-def test_without_a_redis_the_brokers_count_is_the_cap(bare: Scene) -> None:
-    """It ends as a poison pill, and its message lies in a quorum queue."""
-    result = bare.call("crash", "poison", "sigkill")
-    with pytest.raises(PoisonPill):
-        result.get(timeout=40)
-    assert bare.starts("poison") == 3
-    (letter,) = in_order(bare, 1)
-    assert (letter.task_id, letter.cause) == (result.id, "poison")
-    queues = bare.app.amqp.queues["celery"].queue_arguments
-    assert queues["x-dead-letter-exchange"] == "reliable.dead"
-    assert queues["x-delivery-limit"] >= 30
-
-
-def test_without_a_redis_what_goes_back_is_no_crash(bare: Scene) -> None:
-    """The count of the one crash goes with the message, once."""
-    result = bare.call("waver", "order", "sigkill", "requeue", "requeue", "requeue")
-    assert result.get(timeout=40) == "order"
-    assert bare.starts("order") == 5
-
-
-def test_without_a_redis_letters_are_worked_off_in_order(bare: Scene) -> None:
-    """List, replay and purge work; what needs an index is refused with the reason."""
-    for name in ("a", "b", "c"):
-        bare.call("fail", name)
-        in_order(bare, "abc".index(name) + 1)
-    letters = in_order(bare, 3)
-    assert [one.argsrepr for one in letters] == ["('a',)", "('b',)", "('c',)"]
-    for refused in (
-        lambda: dead_letters.get(letters[0].id, app=bare.app),
-        lambda: dead_letters.replay(letters[0].id, app=bare.app),
-        lambda: dead_letters.discard(letters[0].id, app=bare.app),
-        lambda: dead_letters.count(task="fail", app=bare.app),
-        lambda: list(dead_letters.list(replayed=True, app=bare.app)),
-    ):
-        with pytest.raises(DeadLetterError, match="in its order alone"):
-            refused()
-    for name in ("a", "b"):
-        bare.journal.write("mended", name=name)
-    outcome = dead_letters.replay_all(limit=1, app=bare.app)
-    assert list(outcome.sent) == [letters[0].id]
-    assert [one.id for one in in_order(bare, 2)] == [letters[1].id, letters[2].id]
-    outcome = dead_letters.replay_all(lambda one: "b" in one.argsrepr, app=bare.app)
-    assert list(outcome.sent) == [letters[1].id]
-    wait_until(lambda: bare.starts("a") == bare.starts("b") == 2, 20, lambda: bare.logs)
-    assert dead_letters.purge(app=bare.app) == 1
-    assert in_order(bare, 0) == []
-
-
-def test_without_a_redis_what_no_worker_can_run_is_kept_once(bare: Scene) -> None:
-    """A message of an unknown task, one that cannot be decoded, and one that is rejected."""
-    gone = bare.send("shop.gone", 1)
-    with bare.app.connection_for_write() as connection:
-        queue = bare.app.amqp.queues["celery"]
-        connection.Producer().publish(
-            b"no JSON",
-            exchange=queue.exchange,
-            routing_key=queue.routing_key,
-            content_type="application/json",
-            content_encoding="utf-8",
-            headers={"id": "garbage", "task": "innocent"},
-        )
-    in_order(bare, 2)
-    rejected = bare.call("dropped", "order")
-    letters = in_order(bare, 3)
-    assert [(one.task_id, one.cause) for one in letters] == [
-        (gone.id, "unknown_task"),
-        ("garbage", "undecodable"),
-        (rejected.id, "rejected"),
-    ]
-
-
-def test_what_rabbitmq_drops_by_itself_is_kept(bare: Scene) -> None:
-    """A consumer of another kind rejects a message: it is there as it was, with the reason."""
-    bare.workers[0].stop()
-    bare.call("innocent", "order")
-    with bare.app.connection_for_read() as connection:
-        queue = bare.app.amqp.queues["celery"](connection.default_channel)
-        message = wait_until(lambda: queue.get(no_ack=False), 10)
-        message.reject(requeue=False)
-    (letter,) = in_order(bare, 1)
-    assert (letter.task, letter.cause, letter.queue) == ("innocent", "rejected", "celery")
-    bare.worker(concurrency=1)
-    (new_id,) = dead_letters.replay_all(app=bare.app).sent.values()
-    wait_until(lambda: bare.journal.events("start", id=new_id), 20, lambda: bare.logs)

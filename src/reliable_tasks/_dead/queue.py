@@ -100,7 +100,7 @@ class Queued:
         self._app = app
 
     def count(self) -> int:
-        """Count them, those that somebody looks at just now left out."""
+        """Count them, those left out that somebody looks at, or did a moment ago."""
         with self._app.connection_for_read() as connection:
             return _count(_declared(connection))
 
@@ -173,12 +173,14 @@ class Queued:
             taken: list[Any] = []
 
             def messages() -> Iterator[Any]:
-                for _ in range(_count(queue)):
-                    message = queue.get(no_ack=False)
-                    if message is None:
-                        return
+                message = queue.get(no_ack=False)
+                # The count alone lags by the disk's pace behind what came back to the queue just
+                # now; whoever has been given a message since is told of it.
+                more = _count(queue)
+                while message is not None:
                     taken.append(message)
                     yield message
+                    message = queue.get(no_ack=False) if len(taken) <= more else None
 
             rest = messages()
             try:

@@ -166,6 +166,24 @@ def test_what_another_one_takes_meanwhile_is_not_waited_for(rabbit: Celery) -> N
     assert list(looking) == []
 
 
+def test_what_came_back_just_now_is_not_overlooked(
+    rabbit: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RabbitMQ counts what is on its disk, and learns of it no later than it hands one out."""
+    buried = [bury(rabbit, n) for n in range(3)]
+    size, get = memory.Channel._size, memory.Channel._get
+    known: dict[str, int] = {}
+
+    def hand_out(channel: Any, queue: str, timeout: Any = None) -> Any:
+        message = get(channel, queue, timeout)
+        known[queue] = size(channel, queue)
+        return message
+
+    monkeypatch.setattr(memory.Channel, "_size", lambda channel, queue: known.get(queue, 0))
+    monkeypatch.setattr(memory.Channel, "_get", hand_out)
+    assert ids(rabbit) == buried
+
+
 def test_one_of_another_version_is_read(rabbit: Celery) -> None:
     """With fields that this one does not know."""
     bury(rabbit, 7)

@@ -1,0 +1,112 @@
+"""Dead letters of an app on RabbitMQ alone: real workers, and the queue that they are in."""
+
+from __future__ import annotations
+
+import pytest
+
+from reliable_tasks import DeadLetterError, PoisonPill, dead_letters
+from tests.integration.apps import poison
+from tests.integration.conftest import StartScene
+from tests.integration.scene import Scene
+from tests.support import wait_until
+
+
+@pytest.fixture
+def bare(scenes: StartScene, rabbitmq_url: str) -> Scene:
+    """The app of crashes on RabbitMQ alone."""
+    scene = scenes(rabbitmq_url, "rpc://", module=poison)
+    scene.worker(concurrency=1)
+    return scene
+
+
+def in_order(scene: Scene, count: int) -> list[dead_letters.DeadLetter]:
+    """Wait until so many letters are in the queue, and return them in its order."""
+    app = scene.app
+    wait_until(lambda: dead_letters.count(app=app) == count, 30, lambda: f"{count}\n{scene.logs}")
+    return list(dead_letters.list(app=app))
+
+
+def test_the_brokers_count_is_the_cap(bare: Scene) -> None:
+    """It ends as a poison pill, and its message lies in a quorum queue."""
+    result = bare.call("crash", "poison", "sigkill")
+    with pytest.raises(PoisonPill):
+        result.get(timeout=40)
+    assert bare.starts("poison") == 3
+    (letter,) = in_order(bare, 1)
+    assert (letter.task_id, letter.cause) == (result.id, "poison")
+    queues = bare.app.amqp.queues["celery"].queue_arguments
+    assert queues["x-dead-letter-exchange"] == "reliable.dead"
+    assert queues["x-delivery-limit"] >= 30
+
+
+def test_what_goes_back_is_no_crash(bare: Scene) -> None:
+    """The count of the one crash goes with the message, once."""
+    result = bare.call("waver", "order", "sigkill", "requeue", "requeue", "requeue")
+    assert result.get(timeout=40) == "order"
+    assert bare.starts("order") == 5
+
+
+def test_letters_are_worked_off_in_order(bare: Scene) -> None:
+    """List, replay and purge work; what needs an index is refused with the reason."""
+    for name in ("a", "b", "c"):
+        bare.call("fail", name)
+        in_order(bare, "abc".index(name) + 1)
+    letters = in_order(bare, 3)
+    assert [one.argsrepr for one in letters] == ["('a',)", "('b',)", "('c',)"]
+    for refused in (
+        lambda: dead_letters.get(letters[0].id, app=bare.app),
+        lambda: dead_letters.replay(letters[0].id, app=bare.app),
+        lambda: dead_letters.discard(letters[0].id, app=bare.app),
+        lambda: dead_letters.count(task="fail", app=bare.app),
+        lambda: list(dead_letters.list(replayed=True, app=bare.app)),
+    ):
+        with pytest.raises(DeadLetterError, match="in its order alone"):
+            refused()
+    for name in ("a", "b"):
+        bare.journal.write("mended", name=name)
+    outcome = dead_letters.replay_all(limit=1, app=bare.app)
+    assert list(outcome.sent) == [letters[0].id]
+    assert [one.id for one in in_order(bare, 2)] == [letters[1].id, letters[2].id]
+    outcome = dead_letters.replay_all(lambda one: "b" in one.argsrepr, app=bare.app)
+    assert list(outcome.sent) == [letters[1].id]
+    wait_until(lambda: bare.starts("a") == bare.starts("b") == 2, 20, lambda: bare.logs)
+    assert dead_letters.purge(app=bare.app) == 1
+    assert in_order(bare, 0) == []
+
+
+def test_what_no_worker_can_run_is_kept_once(bare: Scene) -> None:
+    """A message of an unknown task, one that cannot be decoded, and one that is rejected."""
+    gone = bare.send("shop.gone", 1)
+    with bare.app.connection_for_write() as connection:
+        queue = bare.app.amqp.queues["celery"]
+        connection.Producer().publish(
+            b"no JSON",
+            exchange=queue.exchange,
+            routing_key=queue.routing_key,
+            content_type="application/json",
+            content_encoding="utf-8",
+            headers={"id": "garbage", "task": "innocent"},
+        )
+    in_order(bare, 2)
+    rejected = bare.call("dropped", "order")
+    letters = in_order(bare, 3)
+    assert [(one.task_id, one.cause) for one in letters] == [
+        (gone.id, "unknown_task"),
+        ("garbage", "undecodable"),
+        (rejected.id, "rejected"),
+    ]
+
+
+def test_what_rabbitmq_drops_by_itself_is_kept(bare: Scene) -> None:
+    """A consumer of another kind rejects a message: it is there as it was, with the reason."""
+    bare.workers[0].stop()
+    bare.call("innocent", "order")
+    with bare.app.connection_for_read() as connection:
+        queue = bare.app.amqp.queues["celery"](connection.default_channel)
+        message = wait_until(lambda: queue.get(no_ack=False), 10)
+        message.reject(requeue=False)
+    (letter,) = in_order(bare, 1)
+    assert (letter.task, letter.cause, letter.queue) == ("innocent", "rejected", "celery")
+    bare.worker(concurrency=1)
+    (new_id,) = dead_letters.replay_all(app=bare.app).sent.values()
+    wait_until(lambda: bare.journal.events("start", id=new_id), 20, lambda: bare.logs)
