@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
+from contextvars import copy_context
 from typing import Any
 from uuid import uuid4
 
@@ -197,15 +199,28 @@ def _send(
     elif original.routing_key and app.conf.task_create_missing_queues:
         options["queue"] = original.routing_key
     task: Any = app.tasks.get(original.task)
+    called = (original.args, original.kwargs)
+
+    def send() -> Any:
+        if task is None:
+            return app.send_task(original.task, *called, task_id=new_id, **options)
+        return task.apply_async(*called, task_id=new_id, **options)
+
     token = f"replay:{letter.id}:{new_id}"
     with publishing(Publication(token=token), new_id):
-        if task is None:
-            app.send_task(original.task, original.args, original.kwargs, task_id=new_id, **options)
-            return
-        result = task.apply_async(original.args, original.kwargs, task_id=new_id, **options)
+        result = _apart(app, send)
     if getattr(result, "duplicate", False) and result.id != new_id:
         reason = f"task {result.id} has its @once key: replay it when that has ended"
         raise ReplayRefused(letter.id, reason)
+
+
+def _apart(app: Celery, send: Callable[[], Any]) -> Any:
+    """Send where no task is running: what a task sends is its child, and has its stamps."""
+    if app.current_worker_task is None:
+        return send()
+    with ThreadPoolExecutor(max_workers=1) as apart:
+        # What is wished for of the message is said in the context.
+        return apart.submit(copy_context().run, send).result()
 
 
 # -- a chord ---------------------------------------------------------------------------------
@@ -273,7 +288,8 @@ def _replay_chord(app: Celery, place: DeadPlace, letter: DeadLetter, original: O
             _called(app, part, None if one is None else (one.id, new_ids[one.id]))
             for part, one in sorted(parts.values(), key=lambda found: found[0].index)
         ]
-        chord(header, app=app)(_thawed(app, original.chord or {}))
+        body = _thawed(app, original.chord or {})
+        _apart(app, lambda: chord(header, app=app)(body))
     place.store.forget_parts(place.server, str(letter.chord_id))
     for one in dead:
         dead_letter_replayed.send(

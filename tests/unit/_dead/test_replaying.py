@@ -156,9 +156,12 @@ def test_it_keeps_its_place_in_the_canvas(app: Celery, pay: Any) -> None:
     assert run(app, take(app)).value == "noted (70,)"
 
 
-def test_a_replay_inside_of_a_task_is_no_child_of_that(app: Celery, pay: Any) -> None:
+@pytest.mark.parametrize("parent", ["p", None])
+def test_a_replay_inside_of_a_task_is_no_child_of_that(
+    app: Celery, pay: Any, parent: str | None
+) -> None:
     """Its root and its parent are those of the original, and nobody waits for it."""
-    pay.apply_async((7,), root_id="r", parent_id="p")
+    pay.apply_async((7,), root_id="r", parent_id=parent)
     id_ = die(app)
 
     @app.task(base=ReliableTask, name="shop.repair", bind=True)
@@ -169,7 +172,28 @@ def test_a_replay_inside_of_a_task_is_no_child_of_that(app: Celery, pay: Any) ->
     app.tasks["shop.repair"].delay()
     assert run(app, take(app)).value == 0
     (again,) = sent(app)
-    assert (again.headers["root_id"], again.headers["parent_id"]) == ("r", "p")
+    assert (again.headers["root_id"], again.headers["parent_id"]) == ("r", parent)
+    assert again.headers["reliable-replay-of"] == id_
+
+
+def test_a_chord_that_is_replayed_inside_of_a_task_is_no_child_of_that(
+    app: Celery, pay: Any
+) -> None:
+    """It begins by itself, as it does where an engineer replays it."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
+    first, second = sent(app)
+    succeed(app, first)
+    id_ = die(app, second, chord_id=group_id)
+
+    @app.task(base=ReliableTask, name="shop.repair")
+    def repair() -> None:
+        dead_letters.replay(id_, whole_chord=True, app=app)
+
+    app.tasks["shop.repair"].delay()
+    run(app, take(app))
+    again = sent(app)
+    assert [message.decode()[0] for message in again] == [[1], [2]]
+    assert [message.headers["parent_id"] for message in again] == [None, None]
 
 
 def test_times_begin_anew(app: Celery, pay: Any, clock: time_machine.Traveller) -> None:
