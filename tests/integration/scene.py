@@ -131,6 +131,19 @@ class Scene:
         """Queue a task by its name."""
         return self.app.send_task(task, args)
 
+    def send_garbage(self, task: str, task_id: str) -> None:
+        """Queue a message that says that it is JSON, and is not."""
+        with self.app.connection_for_write() as connection:
+            queue = self.app.amqp.queues["celery"]
+            connection.Producer().publish(
+                b"no JSON",
+                exchange=queue.exchange,
+                routing_key=queue.routing_key,
+                content_type="application/json",
+                content_encoding="utf-8",
+                headers={"id": task_id, "task": task},
+            )
+
     def revoked(self) -> set[str]:
         """Ask a worker which tasks it knows to be revoked."""
         known = self.app.control.inspect(timeout=2, limit=1).revoked() or {}

@@ -126,16 +126,7 @@ def test_a_message_of_an_unknown_task_is_kept(scene: Scene) -> None:
 @on_all_brokers
 def test_a_message_that_cannot_be_decoded_is_kept(scene: Scene) -> None:
     """Its body is kept as it is, and its replay is refused with the reason."""
-    with scene.app.connection_for_write() as connection:
-        queue = scene.app.amqp.queues["celery"]
-        connection.Producer().publish(
-            b"no JSON",
-            exchange=queue.exchange,
-            routing_key=queue.routing_key,
-            content_type="application/json",
-            content_encoding="utf-8",
-            headers={"id": "garbage", "task": "innocent"},
-        )
+    scene.send_garbage("innocent", "garbage")
     (letter,) = wait_dead(scene)
     assert letter.cause == "undecodable"
     with pytest.raises(ReplayRefused, match="cannot be read"):

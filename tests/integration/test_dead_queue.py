@@ -77,16 +77,7 @@ def test_letters_are_worked_off_in_order(bare: Scene) -> None:
 def test_what_no_worker_can_run_is_kept_once(bare: Scene) -> None:
     """A message of an unknown task, one that cannot be decoded, and one that is rejected."""
     gone = bare.send("shop.gone", 1)
-    with bare.app.connection_for_write() as connection:
-        queue = bare.app.amqp.queues["celery"]
-        connection.Producer().publish(
-            b"no JSON",
-            exchange=queue.exchange,
-            routing_key=queue.routing_key,
-            content_type="application/json",
-            content_encoding="utf-8",
-            headers={"id": "garbage", "task": "innocent"},
-        )
+    bare.send_garbage("innocent", "garbage")
     in_order(bare, 2)
     rejected = bare.call("dropped", "order")
     letters = in_order(bare, 3)

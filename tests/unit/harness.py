@@ -12,6 +12,9 @@ from kombu import Queue
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._once.locks import locks_of
 
+#: Of each signal that was received: its name, the sender, and the rest.
+Heard = list[tuple[str, Any, dict[str, Any]]]
+
 
 @dataclass(frozen=True)
 class Ended:

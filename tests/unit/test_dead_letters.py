@@ -8,12 +8,10 @@ from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
-import kombu.transport
 import pytest
 import redis
 import time_machine
 from celery import Celery, current_app
-from kombu.transport import memory
 
 from reliable_tasks import ReliableTask, dead_letters
 from reliable_tasks._dead.letters import raw_of
@@ -40,16 +38,6 @@ def clock() -> Iterator[time_machine.Traveller]:
     """The clock of the Redis."""
     with time_machine.travel(NOON, tick=False) as traveller:
         yield traveller
-
-
-@pytest.fixture
-def rabbit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]:
-    """An app with RabbitMQ alone, as far as it knows: its queues are in this process' memory."""
-    for scheme in ("amqp", "pyamqp"):
-        monkeypatch.setitem(kombu.transport.TRANSPORT_ALIASES, scheme, memory.Transport)
-        monkeypatch.setitem(kombu.transport._transport_cache, scheme, memory.Transport)
-    with Celery("shop", broker="amqp://rabbit//", set_as_current=False) as app:
-        yield app
 
 
 @pytest.fixture

@@ -37,6 +37,15 @@ def on_redis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stock, "visibility_timeout", lambda message: 3600.0)
 
 
+def send_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the broker be away for what is sent."""
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise OperationalError("away")
+
+    monkeypatch.setattr(setting_aside.Task, "apply_async", refuse)
+
+
 @pytest.mark.usefixtures("on_redis")
 def test_a_copy_that_is_set_aside_waits_without_a_slot(
     bench: Bench, app: Celery, send: Any
@@ -140,11 +149,7 @@ def test_a_copy_that_cannot_be_sent_again_waits(
     """Nothing is acknowledged that is not queued."""
     send.delay(7)
     request = bench.receive()
-
-    def refuse(*args: Any, **options: Any) -> None:
-        raise OperationalError("away")
-
-    monkeypatch.setattr(setting_aside.Task, "apply_async", refuse)
+    send_nothing(monkeypatch)
     request.on_failure(failure(BUSY), return_ok=True)
     assert bench.ended == []
     bench.timer.fire()
@@ -332,11 +337,7 @@ def test_what_cannot_be_sent_again_goes_back(
     """As without this library."""
     send.delay(7)
     request = bench.receive()
-
-    def refuse(*args: Any, **options: Any) -> None:
-        raise OperationalError("away")
-
-    monkeypatch.setattr(setting_aside.Task, "apply_async", refuse)
+    send_nothing(monkeypatch)
     put_back(request)
     assert bench.ended == ["requeue"]
 

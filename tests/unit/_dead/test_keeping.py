@@ -8,12 +8,10 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import kombu.transport
 import pytest
 import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
-from kombu.transport import memory
 
 from reliable_tasks._dead import keeping
 from reliable_tasks._dead.keeping import bury, keep_part, note_chord, tell_crash
@@ -21,7 +19,6 @@ from reliable_tasks._dead.queue import Queued
 from reliable_tasks._places import dead_place
 from reliable_tasks._store.dead import DeadStore
 from reliable_tasks._store.letters import Bounds, Cause, DeadLetter, Letter
-from reliable_tasks.instrumentation import signals
 
 
 class Sender:
@@ -41,37 +38,9 @@ def nothing_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def heard() -> Iterator[list[tuple[str, Any, dict[str, Any]]]]:
-    """What the receivers of all signals were told: name, sender, and the rest."""
-    heard: list[tuple[str, Any, dict[str, Any]]] = []
-    connected = []
-    for name in signals.__all__:
-
-        def receive(sender: Any = None, _name: str = name, **told: Any) -> None:
-            heard.append((_name, sender, {k: v for k, v in told.items() if k != "signal"}))
-
-        signal = getattr(signals, name)
-        signal.connect(receive, weak=False)
-        connected.append((signal, receive))
-    yield heard
-    for signal, receive in connected:
-        assert signal.disconnect(receive)
-
-
-@pytest.fixture
 def without_redis() -> Iterator[Celery]:
     """An app whose broker and backend keep nothing."""
     with Celery("shop", broker="memory://", set_as_current=False) as app:
-        yield app
-
-
-@pytest.fixture
-def rabbit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]:
-    """An app with RabbitMQ alone, as far as it knows: its queues are in this process' memory."""
-    for scheme in ("amqp", "pyamqp"):
-        monkeypatch.setitem(kombu.transport.TRANSPORT_ALIASES, scheme, memory.Transport)
-        monkeypatch.setitem(kombu.transport._transport_cache, scheme, memory.Transport)
-    with Celery("shop", broker="amqp://rabbit//", set_as_current=False) as app:
         yield app
 
 

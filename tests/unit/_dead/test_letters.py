@@ -16,10 +16,8 @@ import time_machine
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Celery, chain, chord
 from celery.exceptions import Reject
-from celery.worker import state as worker_state
 
 from reliable_tasks import DuplicateTaskError, ReliableTask, once
-from reliable_tasks._celery import delivery
 from reliable_tasks._dead.letters import cause_of, letter_of_message, letter_of_request, raw_of
 from reliable_tasks._dead.options import Options, read_options
 from reliable_tasks._dead.original import Original
@@ -40,16 +38,6 @@ def at_noon() -> Iterator[None]:
     """Stop the clock."""
     with time_machine.travel(NOON, tick=False):
         yield
-
-
-@pytest.fixture
-def bench(app: Celery, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    """A worker's main process."""
-    bench = Bench(app, monkeypatch)
-    bench.start_consumer()
-    yield bench
-    worker_state.reserved_requests.clear()
-    delivery._consumers.clear()
 
 
 @pytest.fixture

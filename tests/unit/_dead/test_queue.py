@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-import kombu.transport
 import pytest
 from celery import Celery, chord
 from kombu import Producer
@@ -26,18 +24,14 @@ Told = list[tuple[str, str | None, str]]
 
 
 @pytest.fixture
-def rabbit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]:
-    """An app with RabbitMQ alone, as far as it knows: its queues are in this process' memory."""
-    for scheme in ("amqp", "pyamqp"):
-        monkeypatch.setitem(kombu.transport.TRANSPORT_ALIASES, scheme, memory.Transport)
-        monkeypatch.setitem(kombu.transport._transport_cache, scheme, memory.Transport)
-    with Celery("shop", broker="amqp://rabbit//") as app:
+def rabbit(rabbit: Celery) -> Celery:
+    """The same with a task."""
 
-        @app.task(base=ReliableTask, name="shop.pay")
-        def pay(n: int) -> int:
-            return n
+    @rabbit.task(base=ReliableTask, name="shop.pay")
+    def pay(n: int) -> int:
+        return n
 
-        yield app
+    return rabbit
 
 
 def bury(app: Celery, n: int, *, max_body: int = 10_000, **about: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,27 +10,7 @@ from celery import Celery
 from reliable_tasks import DuplicateTaskError, ReliableTask, once
 from reliable_tasks._once.locks import locks_of
 from reliable_tasks.instrumentation import signals
-from tests.unit.harness import run, take
-
-Heard = list[tuple[str, Any, dict[str, Any]]]
-
-
-@pytest.fixture
-def heard() -> Iterator[Heard]:
-    """What the receivers of all signals were told: name, sender, and the rest."""
-    heard: Heard = []
-    connected = []
-    for name in signals.__all__:
-
-        def receive(sender: Any = None, _name: str = name, **told: Any) -> None:
-            heard.append((_name, sender, {k: v for k, v in told.items() if k != "signal"}))
-
-        signal = getattr(signals, name)
-        signal.connect(receive, weak=False)
-        connected.append((signal, receive))
-    yield heard
-    for signal, receive in connected:
-        assert signal.disconnect(receive)
+from tests.unit.harness import Heard, run, take
 
 
 def make(app: Celery, body: Any = None, **options: Any) -> Any:
