@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -16,16 +16,14 @@ import click
 from celery import Celery
 
 from reliable_tasks import dead_letters
+from reliable_tasks._cli import wording
 from reliable_tasks._cli.output import (
-    duration,
     errors_told,
     json_option,
-    moment,
     one_line,
     perhaps,
     plain,
     progress,
-    table,
     yes_option,
 )
 from reliable_tasks._store.letters import Cause, DeadLetter
@@ -37,9 +35,6 @@ from reliable_tasks.errors import (
 
 __all__ = ["dead"]
 
-_HEADINGS = ("id", "task", "cause", "age", "retries", "error", "arguments")
-#: So much of an error and of the arguments is in the list (characters).
-_WIDTH = 60
 #: So many dead letters are named in a question.
 _NAMED = 10
 #: One in this many seconds is as slow as a replay can be asked for.
@@ -143,8 +138,9 @@ def list_(
     app = _app(context)
     with errors_told():
         found = [*dead_letters.list(**filters, limit=limit, replayed=replayed, app=app)]
-        empty = _none(filters, replayed)
-        for line in map(_json, found) if as_json else _table(found, replayed, empty):
+        empty = wording.none(filters, replayed)
+        as_table = wording.listing(found, replayed, empty)
+        for line in map(wording.as_json, found) if as_json else as_table:
             click.echo(line)
         if len(found) < limit:
             return
@@ -173,7 +169,7 @@ def show(context: click.Context, id_: str, with_message: bool, as_json: bool) ->
         more = {} if message is None else {"message": message}
         click.echo(json.dumps({**letter.as_dict(), **more}))
         return
-    for name, value in _fields(letter).items():
+    for name, value in wording.fields(letter).items():
         click.echo(f"{name:<12}  {one_line(value)}".rstrip())
     if message:
         click.echo(f"\nmessage:\n{plain(message)}")
@@ -246,7 +242,7 @@ def replay(
             else:
                 _replay_each(app, ids, rate, outcomes, queue=queue, whole_chord=whole_chord)
     if is_all and not as_json:
-        outcomes.sum_up(_none(filters), dry_run)
+        outcomes.sum_up(wording.none(filters), dry_run)
     if outcomes.refused:
         context.exit(1)
 
@@ -296,9 +292,9 @@ def purge(
     with errors_told():
         chosen = _choose(app, filters, replayed)
         if not chosen.count:
-            click.echo(_none(filters, replayed))
+            click.echo(wording.none(filters, replayed))
             return
-        named = _named(chosen.count, filters, replayed=replayed)
+        named = wording.named(chosen.count, filters, replayed=replayed)
         if dry_run:
             click.echo(f"would remove {named}")
             return
@@ -312,7 +308,7 @@ def purge(
                 on_each=lambda letter: step(),
                 app=app,
             )
-    click.echo(f"removed {_plural(removed)}")
+    click.echo(f"removed {wording.plural(removed)}")
 
 
 # -- which ---------------------------------------------------------------------------------------
@@ -460,7 +456,7 @@ def _replay_all(
     if not count:
         return
     if not yes:
-        named = _named(count, filters, of=chosen.count)
+        named = wording.named(count, filters, of=chosen.count)
         click.confirm(f"Send {named} again?", abort=True, err=True)
     with progress(count, "Replaying", is_hidden=outcomes.as_json) as step:
 
@@ -476,105 +472,8 @@ def _replay_all(
 
 def _ask(letters: Sequence[DeadLetter]) -> None:
     for letter in letters[:_NAMED]:
-        about = f"{one_line(letter.task) or 'no task'}, {letter.cause} {_age(letter)} ago"
+        about = f"{one_line(letter.task) or 'no task'}, {letter.cause} {wording.age(letter)} ago"
         click.echo(f"{letter.id}: {about}", err=True)
     if len(letters) > _NAMED:
         click.echo(f"and {len(letters) - _NAMED} more", err=True)
-    click.confirm(f"Discard {_plural(len(letters))} for good?", abort=True, err=True)
-
-
-# -- saying --------------------------------------------------------------------------------------
-
-
-def _table(letters: Iterable[DeadLetter], replayed: bool, empty: str) -> Iterator[str]:
-    headings = (*_HEADINGS[:5], *(("replayed as",) if replayed else ()), *_HEADINGS[5:])
-    rows = (tuple(_row(letter)[name] for name in headings) for letter in letters)
-    return table(headings, rows, empty=empty)
-
-
-def _row(letter: DeadLetter) -> dict[str, str]:
-    return {
-        "id": one_line(letter.id),
-        "task": one_line(letter.task) or "-",
-        "cause": letter.cause,
-        "age": _age(letter),
-        "retries": str(letter.retries),
-        "replayed as": letter.replayed_as or "-",
-        "error": one_line(letter.error, _WIDTH) or "-",
-        "arguments": one_line(f"{letter.argsrepr} {letter.kwargsrepr}", _WIDTH),
-    }
-
-
-def _fields(letter: DeadLetter) -> dict[str, str]:
-    """Return what is known; what is not is left out."""
-    replayed = letter.replayed_as and f"{letter.replayed_as} (it was replayed as this task)"
-    found = {
-        "id": letter.id,
-        "task": letter.task,
-        "task id": letter.task_id,
-        "cause": letter.cause,
-        "error": letter.error,
-        "kept at": f"{moment(letter.at)} ({_age(letter)} ago)",
-        "first failed": moment(letter.first_at) if letter.first_at else "",
-        "replayed as": replayed,
-        "args": letter.argsrepr,
-        "kwargs": letter.kwargsrepr,
-        "retries": str(letter.retries),
-        "crashes": str(letter.crashes),
-        "redelivered": str(letter.deliveries),
-        "queue": letter.queue,
-        "priority": "" if letter.priority is None else str(letter.priority),
-        "worker": letter.worker,
-        "@once key": letter.claim,
-        "root": letter.root_id,
-        "parent": letter.parent_id,
-        "group": letter.group_id,
-        "chord": letter.chord_id,
-        "message": f"{letter.size} bytes" if letter.size else "not kept: it was too large",
-    }
-    return {name: value for name, value in found.items() if value}
-
-
-def _named(
-    count: int, filters: Mapping[str, Any], *, replayed: bool = False, of: int | None = None
-) -> str:
-    """Say which dead letters a question is about, and that it is all of them if it is."""
-    said = {
-        "task": "of task {}",
-        "cause": "with cause {}",
-        "since": "replayed since {}" if replayed else "kept since {}",
-        "before": "replayed before {}" if replayed else "kept before {}",
-    }
-    given = {name: value for name, value in filters.items() if value is not None}
-    for name in ("since", "before"):
-        if name in given:
-            given[name] = given[name].isoformat(sep=" ", timespec="seconds")
-    parts = [said[name].format(value) for name, value in given.items()]
-    if replayed and not {"since", "before"} & given.keys():
-        parts.append("that were replayed")
-    if of is not None and of > count:
-        start = f"the oldest {count} of {_plural(of)}"
-    elif given:
-        start = _plural(count)
-    else:
-        start = "the only dead letter" if count == 1 else f"all {_plural(count)}"
-    return " ".join([start, *parts])
-
-
-def _none(filters: Mapping[str, Any], replayed: bool = False) -> str:
-    such = any(value is not None for value in filters.values())
-    that = " that were replayed" if replayed else ""
-    return f"there are no {'such ' if such else ''}dead letters{that}"
-
-
-def _plural(count: int) -> str:
-    return f"{count} dead letter{'' if count == 1 else 's'}"
-
-
-def _age(letter: DeadLetter) -> str:
-    # Its time is that of Redis, which can be ahead.
-    return duration(max(time.time() - letter.at, 0.0))
-
-
-def _json(letter: DeadLetter) -> str:
-    return json.dumps(letter.as_dict())
+    click.confirm(f"Discard {wording.plural(len(letters))} for good?", abort=True, err=True)
