@@ -79,8 +79,8 @@ def test_a_pause_stays_a_number_however_often_it_comes(bench: Bench, send: Any) 
     """A lock Redis can be away for hours, and 2 ** 1100 is more than a float holds."""
     send.delay(7)
     request = bench.receive()
-    for _ in range(1100):
-        request.on_failure(failure(BUSY), return_ok=True)
+    request._times_set_aside = 1100
+    request.on_failure(failure(BUSY), return_ok=True)
     assert bench.timer.calls[-1][0] == 5.0
 
 
