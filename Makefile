@@ -11,9 +11,9 @@
 PYTHON ?= python3
 CELERY ?=
 ARGS   ?=
-# Real workers mostly wait: eight test processes do two cores no harm. Each process has
+# Real workers mostly wait: ten test processes do two cores no harm. Each process has
 # servers of its own, and tests that share workers run in one of them.
-WORKERS ?= -n 8 --dist loadgroup
+WORKERS ?= -n 10 --dist loadgroup
 
 VENV := .venv$(if $(CELERY),-$(CELERY))
 BIN  := $(VENV)/bin
