@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -142,6 +143,51 @@ class TestNothingIsRenewed:
         wait_until(lambda: time.monotonic() - hands.held.renewed_at > 2 * LEASE, 5 * LEASE)
         assert said("The keeper cannot reach the broker")
         assert not said(self.PATTERN)
+
+
+class TestTelling:
+    """Who is told of what has happened can take any time: no lease waits for it."""
+
+    def test_a_receiver_that_takes_long(self, hands: Hands, redis_proxy: Proxy) -> None:
+        """What could not be said while the broker was away is told when it is back, in order."""
+        own = hands.take("own")
+        told: list[str] = []
+        goes_on = threading.Event()
+        redis_proxy.refuse()
+        for name in ("first", "second"):
+            ended = hands.take(name)
+
+            def hear(name: str = name) -> None:
+                told.append(name)
+                goes_on.wait(30)
+
+            ended.when_heard_late = hear
+            hands.held.settle(ended.tag)
+        redis_proxy.heal()
+        hands.keeper.start()
+        wait_until(lambda: told, 10)
+        hands.wait_renewals(own, 3)
+        assert told == ["first"]
+        goes_on.set()
+        wait_until(lambda: told == ["first", "second"], 5)
+
+    def test_a_worker_that_stops_tells_the_rest(self, hands: Hands, redis_proxy: Proxy) -> None:
+        """Also what the keeper's thread was told of just before."""
+        told = threading.Event()
+        ended = hands.take("own")
+
+        def hear() -> None:
+            time.sleep(0.5)
+            told.set()
+
+        ended.when_heard_late = hear
+        redis_proxy.refuse()
+        hands.held.settle(ended.tag)
+        redis_proxy.heal()
+        hands.keeper.start()
+        wait_until(lambda: not hands.held.unsaid, 10)
+        hands.keeper.stop()
+        assert told.is_set()
 
 
 class TestMainLoop:

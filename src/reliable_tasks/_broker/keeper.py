@@ -16,7 +16,7 @@ import redis
 from reliable_tasks._broker.fence import note_renewal
 from reliable_tasks._broker.held import UNHEARD, Held
 from reliable_tasks._broker.mute import UNREACHABLE
-from reliable_tasks._broker.saying import say, say_what_waits, speak_later
+from reliable_tasks._broker.saying import finish_telling, say, say_what_waits, speak_later
 from reliable_tasks._broker.sweep import BEAT, ring, sweep
 from reliable_tasks._celery.threads import native_sleep, start_native_thread
 from reliable_tasks._store.scripts import execute
@@ -100,6 +100,7 @@ class Keeper:
                     held.unsaid,
                     error,
                 )
+        finish_telling()
 
     def main_loop_turns(self) -> None:
         """Note that the worker's main loop is alive; from the first call on it is expected."""

@@ -73,7 +73,9 @@ def _put_back(held: Held, server: redis.Redis, tags: list[str]) -> int:
             held.messages.drop(server, found)
         else:
             lapsed.append(found)
-    put_back = held.messages.requeue_lapsed(server, lapsed, _LONGEST_LEASE, tell_thrown)
+    put_back = held.messages.requeue_lapsed(
+        server, lapsed, _LONGEST_LEASE, lambda thrown: tell(partial(tell_thrown, thrown))
+    )
     for delivery in put_back:
         if delivery.was_aside:
             continue
