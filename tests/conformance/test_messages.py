@@ -1656,6 +1656,20 @@ def test_a_message_that_is_laid_aside_comes_back_in_time(broker: Broker) -> None
     assert (again.copy.may_run, again.copy.crashes) == (True, 0)
 
 
+def test_a_copy_that_was_continued_is_not_laid_aside(broker: Broker) -> None:
+    """Its retry runs in its place, and it would be a second one."""
+    put(broker, "one")
+    delivery = broker.fetch_one()
+    broker.start(delivery)
+    broker.publish("one", publication=continuing(delivery))
+    broker.messages.note_continued(broker.server, "one", delivery.tag)
+    assert broker.messages.lay_aside(broker.server, delivery, 0.3)
+    assert not broker.messages.lay_aside(broker.server, delivery, 0.3)
+    assert (broker.leases, broker.unacked, broker.index) == ({}, {}, {})
+    again = broker.fetch_one()
+    assert (again.copy.may_run, again.copy.crashes) == (True, 0)
+
+
 def test_another_copy_runs_while_one_is_laid_aside(broker: Broker) -> None:
     """It is not alive; and when it comes back its other copy is."""
     put(broker, "one", "one")

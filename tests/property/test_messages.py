@@ -55,6 +55,7 @@ class Held:
         may_run: What the guard said last.
         was_silent: Whether its lease ever ended.
         is_continued: Whether it published its task's continuation.
+        is_aside: Whether its worker has let go of it for a while.
     """
 
     delivery: Delivery
@@ -63,6 +64,7 @@ class Held:
     may_run: bool
     was_silent: bool = False
     is_continued: bool = False
+    is_aside: bool = False
 
     @property
     def is_current(self) -> bool:
@@ -187,6 +189,8 @@ class Machine(RuleBasedStateMachine):
     def settle(self, pick: int) -> None:
         """A task has ended, at whatever time."""
         held = self.held(pick)
+        if held.is_aside:
+            return
         assert self.broker.settle(held.delivery) is held.is_current
         if held.is_current:
             held.message.tag, held.message.is_over = None, True
@@ -196,12 +200,31 @@ class Machine(RuleBasedStateMachine):
     def requeue(self, pick: int, how: str) -> None:
         """A worker gives back, or a sweeper puts back."""
         held = self.held(pick)
+        if held.is_aside:
+            return
         lapsed = held.lease_end <= self.now
         answer = self.broker.requeue(held.delivery, to_back=how == "back", if_lapsed=how == "sweep")
         if held.is_current and (lapsed or how != "sweep"):
             assert answer is self.gone_back(held)
         else:
             assert answer is False
+
+    @precondition(lambda self: self.known)
+    @rule(pick=picks, seconds=st.sampled_from([1, 14]), replies_lost=st.integers(0, 1))
+    def lay_aside(self, pick: int, seconds: int, replies_lost: int) -> None:
+        """A worker lets go of a copy for a while; it comes back, unless it was continued."""
+        held = self.held(pick)
+        if held.is_aside:
+            return
+        lay_aside = self.broker.messages.lay_aside
+        assert lay_aside(self.broker.server, held.delivery, seconds) is held.is_current
+        if not held.is_current:
+            return
+        held.is_aside, held.may_run, held.lease_end = True, False, self.now + seconds
+        if held.is_continued:
+            held.message.tag, held.message.is_over = None, True
+        for _ in range(replies_lost):
+            assert lay_aside(self.broker.server, held.delivery, seconds) is held.is_current
 
     @precondition(lambda self: self.known)
     @rule(pick=picks)
@@ -216,7 +239,7 @@ class Machine(RuleBasedStateMachine):
     def ask(self, pick: int) -> None:
         """A copy that waits asks again."""
         held = self.held(pick)
-        if held.is_current and not held.may_run:
+        if held.is_current and not held.may_run and not held.is_aside:
             held.may_run = self.broker.hold(held.delivery).may_run
             if held.may_run:
                 # Lest it be put back in the moment in which it starts.
@@ -256,7 +279,11 @@ class Machine(RuleBasedStateMachine):
     @rule(worker=workers)
     def renew(self, worker: str) -> None:
         """A keeper renews all that its worker thinks it holds."""
-        theirs = [held for held in self.known if held.delivery.tag.startswith(f"{worker}:")]
+        theirs = [
+            held
+            for held in self.known
+            if held.delivery.tag.startswith(f"{worker}:") and not held.is_aside
+        ]
         over = self.broker.messages.renew(
             self.broker.server, [held.delivery.tag for held in theirs], LEASE
         )

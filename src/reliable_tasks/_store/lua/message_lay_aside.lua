@@ -8,15 +8,23 @@
 -- ARGV[2]  pause, ms
 -- ARGV[3]  started: '1' to take back the crash that was counted ahead
 -- ARGV[4]  entry of the message in unacked, as it shall wait from now on, or ''
--- Returns: 1, or 0 if the delivery is over already
+-- Returns: 1  let go of
+--          2  over: the copy had published a continuation of its task
+--          0  the delivery is over already
 -- Uses: release_run admit_writes
--- Commands: TIME HEXISTS HGET HSET ZADD
+-- Commands: TIME HEXISTS HGET HSET ZADD HDEL ZREM
 if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then
     return 0
 end
 admit_writes(KEYS[3])
-if redis.call('HGET', KEYS[4], 'tag') == ARGV[1] then
-    release_run(KEYS[4], ARGV[1], ARGV[3], false, 0)
+local holds = redis.call('HGET', KEYS[4], 'tag') == ARGV[1]
+if release_run(KEYS[4], ARGV[1], ARGV[3], false, 0) then
+    redis.call('ZREM', KEYS[3], ARGV[1])
+    redis.call('ZREM', KEYS[2], ARGV[1])
+    redis.call('HDEL', KEYS[1], ARGV[1])
+    return 2
+end
+if holds then
     redis.call('HSET', KEYS[4], 'tag', 'aside:' .. ARGV[1])
 end
 if ARGV[4] ~= '' then
