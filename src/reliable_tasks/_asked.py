@@ -10,7 +10,7 @@ from celery import Task
 
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._dead.keeping import bury, keep_part, tell_buried, tell_crash
-from reliable_tasks._dead.letters import letter_of_request
+from reliable_tasks._dead.letters import bare_letter, letter_of_request
 from reliable_tasks._dead.options import Options
 from reliable_tasks._once.following import pause_of
 from reliable_tasks._once.leaving import end_late, end_unrun, uncover
@@ -83,8 +83,8 @@ class AskedTask(_Task):
             cause = Cause.EXPIRED if is_expired else None
             return letter_of_request(request, error, traceback, self._end_options, cause)
         except Exception:
-            logger.exception("Task %s[%s] has failed, and is not kept", self.name, request.id)
-            return None
+            logger.exception("Task %s[%s] has failed, and little is kept", self.name, request.id)
+            return bare_letter(request, error, self._end_options)
 
     def _reliable_bury(self, letter: Letter) -> bool:
         return bury(self.app, self, letter, str(uuid4()))

@@ -14,9 +14,9 @@ from kombu.exceptions import OperationalError
 
 from reliable_tasks._asked import AskedTask
 from reliable_tasks._body import guarded
+from reliable_tasks._broker import listeners
 from reliable_tasks._broker.beside import note_done
 from reliable_tasks._broker.continuing import check_held, continuing, note_continued
-from reliable_tasks._broker.purging import listen
 from reliable_tasks._celery.budgets import condemned
 from reliable_tasks._celery.delays import with_short_delay
 from reliable_tasks._celery.delivery import remember_consumer
@@ -24,6 +24,7 @@ from reliable_tasks._celery.headers import FIRST_FAILED, OF_ONE_COPY, without_br
 from reliable_tasks._celery.setting_aside import SetAside
 from reliable_tasks._celery.settings import explicit
 from reliable_tasks._celery.versions import check_versions
+from reliable_tasks._dead.keeping import tell_set_apart
 from reliable_tasks._dead.options import DeadLetterOption, read_options
 from reliable_tasks._once.batch import publish_many, queue_many
 from reliable_tasks._once.call import Call
@@ -62,7 +63,8 @@ _CANVAS = ("chain", "chord", "group_id")
 #: A task whose retry could not be published runs again after a pause: the first, the longest (s).
 _AFTER_FAILED_RETRY = (1.0, 30.0)
 
-listen(free_thrown)
+listeners.thrown.add(free_thrown)
+listeners.set_apart.add(tell_set_apart)
 
 
 class ReliableTask(AskedTask):

@@ -1033,6 +1033,14 @@ def test_a_chord_with_a_dead_part_is_kept_whole(broker: Broker, place: int) -> N
     assert parts(broker) == (0, {})
 
 
+def test_a_part_that_has_died_stays_dead(broker: Broker) -> None:
+    """Whatever a late copy of its message says."""
+    broker.dead_store.note_chord(broker.server, "g1", 2, 60)
+    broker.keep(letter("p0", chord_id="g1"))
+    assert keep_part(broker, "p0") == 1
+    assert parts(broker) == (2, {"p0": b"@p0"})
+
+
 def test_a_chord_whose_size_comes_after_a_death_is_kept(broker: Broker) -> None:
     """It is the caller that is late."""
     broker.keep(letter("p0", chord_id="g1"))

@@ -14,6 +14,7 @@ from kombu.transport.redis import PrefixedStrictRedis
 from reliable_tasks._store.claims import Claims
 from reliable_tasks._store.client import ServerAddress
 from reliable_tasks._store.delivery import Delivery, Guard, Thrown
+from reliable_tasks._store.messages import Messages
 from reliable_tasks._store.publication import (
     ClaimTaken,
     Publication,
@@ -24,7 +25,7 @@ from reliable_tasks._store.publication import (
     publishing,
 )
 from reliable_tasks._store.scripts import load
-from tests.conformance.broker import Broker, list_of, message, task_ids
+from tests.conformance.broker import BOUNDS, Broker, list_of, message, task_ids
 
 FullBroker = tuple[Broker, Callable[[], None]]
 #: What redis-py calls a refusal for want of memory.
@@ -1355,6 +1356,24 @@ def test_a_message_that_nobody_can_read_is_set_apart(broker: Broker) -> None:
     assert broker.dead_message(letter) == b"no JSON"
     assert broker.server.hlen("unacked") == 0
     assert broker.index == broker.leases == {}
+
+
+def test_who_listens_is_told_of_a_message_that_is_set_apart(broker: Broker) -> None:
+    """Who tells logs, and sends a signal."""
+    told: list[Any] = []
+    messages = Messages(
+        broker.messages.layout,
+        "reliable:",
+        bounds=BOUNDS,
+        when_set_apart=lambda letter, buried: told.append(
+            (letter.message, buried.id, buried.count)
+        ),
+    )
+    broker.publish(raw="no JSON")
+    delivery = broker.fetch_one()
+    messages.set_apart(broker.server, delivery.tag, delivery.raw)
+    (letter,) = broker.dead
+    assert told == [(b"no JSON", letter.id, 1)]
 
 
 @pytest.mark.parametrize("raw", ["no JSON", '"a text"', "[1]", "\\"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from typing import Any
 from uuid import uuid4
@@ -19,9 +20,10 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError
 from redis.retry import Retry
 
+from reliable_tasks._broker import listeners
 from reliable_tasks._broker.fetching import FetchingChannel
 from reliable_tasks._broker.held import Held, held_for
-from reliable_tasks._broker.purging import tell_thrown
+from reliable_tasks._broker.saying import tell
 from reliable_tasks._store.delivery import Layout
 from reliable_tasks._store.letters import Bounds
 from reliable_tasks._store.lines import Lines
@@ -166,7 +168,7 @@ class ReliableChannel(FetchingChannel):
     def _purge(self: Any, queue: str) -> int:
         with self.conn_or_acquire() as client:
             purge = self.held.messages.purge
-            purged = [purge(client, one, tell_thrown) for one in self._lists([queue])]
+            purged = [purge(client, one, listeners.thrown.tell) for one in self._lists([queue])]
         return sum(purged)
 
     def _replicas(self: Any) -> Replicas:
@@ -227,6 +229,7 @@ class ReliableChannel(FetchingChannel):
             layout,
             str(self.reliable.get("key_prefix") or "reliable:"),
             bounds=Bounds(**kept) if kept else None,
+            when_set_apart=lambda *what: tell(partial(listeners.set_apart.tell, *what)),
         )
 
         def client() -> redis.Redis:

@@ -214,11 +214,7 @@ class FetchingChannel:
                 delivery.describe(decoded)
                 self.Message(decoded, channel=self)
             except UNREADABLE:
-                logger.error(
-                    "A message in %s cannot be read, and becomes a dead letter: %r",
-                    list_,
-                    message[:200],
-                )
+                logger.error("A message in %s cannot be read: %r", list_, message[:200])
                 # Should that fail, it stays on lease, and the sweeper does it.
                 with suppress(*self.connection_errors, ResponseError):
                     self.held.messages.set_apart(self.held.server, tag, message)

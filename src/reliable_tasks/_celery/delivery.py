@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol, cast
@@ -151,7 +152,9 @@ class DeliveredRequest(Request):
         self._is_cancelled = False
         self._is_requeued = False
         self._was_told_to_end = False
-        self._keeps_ack = self._owes_ack = False
+        self._keeps_end = False
+        #: What ends the message when its task's end is stored.
+        self._owed_end: Callable[[], None] | None = None
         self._is_accepted = False
         self._times_set_aside = 0
         self._waits_for = ""

@@ -150,13 +150,13 @@ class ReliableRequest(BuriedRequest):
             self._settle(requeued=self._is_cancelled)
 
     def _ends_in_order(self, end: Callable[[], None], again: Callable[[], None]) -> bool:
-        """End a task whose end the main process stores, and acknowledge when that is done.
+        """End a task whose end the main process stores, and its message when that is done.
 
         Returns:
             Whether it is stored; if not, it is tried again.
         """
         # It is afterwards, unless it is refused: in the course of it the same copy may begin anew.
-        self._keeps_ack = self._is_end_stored = True
+        self._keeps_end = self._is_end_stored = True
         try:
             with self._waiting():
                 end()
@@ -177,12 +177,12 @@ class ReliableRequest(BuriedRequest):
             self._call_in(pause, lambda: None if self._is_end_stored else again())
             return False
         finally:
-            self._keeps_ack = False
+            self._keeps_end = False
         if not self.task.acks_late:
             self._bury()
-        if self._owes_ack:
-            self._owes_ack = False
-            self.acknowledge()
+        end_message, self._owed_end = self._owed_end, None
+        if end_message is not None:
+            end_message()
         return True
 
     def on_accepted(self, pid: Any, time_accepted: float) -> None:
@@ -220,8 +220,8 @@ class ReliableRequest(BuriedRequest):
 
     def acknowledge(self) -> None:
         """Acknowledge the message, unless it went back already."""
-        if self._keeps_ack:
-            self._owes_ack = True
+        if self._keeps_end:
+            self._owed_end = self.acknowledge
             return
         if should_terminate() and not self._is_green:
             # A child that is killed acknowledges nothing: this one ended in the time that a soft
@@ -271,6 +271,9 @@ class ReliableRequest(BuriedRequest):
 
     def reject(self, requeue: bool = False) -> None:
         """Reject the message; a requeued one finds its claim free to enter."""
+        if self._keeps_end and not requeue:
+            self._owed_end = self.reject
+            return
         failed_with, _ = self._failure or (None, "")
         is_timeout = isinstance(failed_with, TimeLimitExceeded)
         if requeue and self._ends_here and not self.acknowledged:

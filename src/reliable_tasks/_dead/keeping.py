@@ -15,14 +15,14 @@ from reliable_tasks._dead.letters import raw_of_request
 from reliable_tasks._dead.queue import bury_in_queue
 from reliable_tasks._places import DeadPlace, dead_place, is_amqp_url
 from reliable_tasks._store.client import as_text
-from reliable_tasks._store.letters import Letter
+from reliable_tasks._store.letters import Buried, Letter
 from reliable_tasks.instrumentation.dropping import tell_pruned
 from reliable_tasks.instrumentation.signals import (
     dead_letter_kept,
     task_crashed,
 )
 
-__all__ = ["bury", "keep_part", "note_chord", "tell_buried", "tell_crash"]
+__all__ = ["bury", "keep_part", "note_chord", "tell_buried", "tell_crash", "tell_set_apart"]
 
 logger = logging.getLogger("reliable_tasks")
 
@@ -131,8 +131,21 @@ def bury(app: Celery, task: Any, letter: Letter, event: str) -> bool:
     return True
 
 
-def tell_buried(app: Celery, task: Any, letter: Letter, id_: str, count: int) -> None:
-    """Tell of a letter that is kept, and of it if there are many by now."""
+def tell_set_apart(letter: Letter, buried: Buried) -> None:
+    """Tell of a message that nobody can read, and that the broker's side has kept."""
+    tell_buried(None, None, letter, buried.id, buried.count)
+
+
+def tell_buried(app: Celery | None, task: Any, letter: Letter, id_: str, count: int) -> None:
+    """Tell of a letter that is kept, and of it if there are many by now.
+
+    Args:
+        app: The app, to drop some if there are too many; without it that is left to the sweeper.
+        task: The task, or ``None``.
+        letter: What is kept.
+        id_: The id that it is kept under.
+        count: How many there are.
+    """
     about = letter.about
     logger.error(
         "Task %s[%s] will not run again by itself (%s: %s); it is dead letter %s",
@@ -151,7 +164,7 @@ def tell_buried(app: Celery, task: Any, letter: Letter, id_: str, count: int) ->
             letter.bounds.max_body,
         )
     dead_letter_kept.send(sender=task, letter=letter.kept_as(id_))
-    if count > letter.bounds.max_count:
+    if app is not None and count > letter.bounds.max_count:
         _prune(app)
     _warn_of_many(count, letter.bounds.max_count)
 

@@ -20,12 +20,21 @@ from reliable_tasks._dead.options import Options
 from reliable_tasks._store.letters import Cause, DeadLetter, Letter
 from reliable_tasks.errors import DuplicateTaskError, PoisonPill, RequeuesExhausted
 
-__all__ = ["cause_of", "letter_of_message", "letter_of_request", "raw_of", "raw_of_request"]
+__all__ = [
+    "bare_letter",
+    "cause_of",
+    "letter_of_message",
+    "letter_of_request",
+    "raw_of",
+    "raw_of_request",
+]
 
 logger = logging.getLogger("reliable_tasks")
 
 #: So much of an error, and of its traceback, is kept (characters).
 _LONGEST_ERROR, _LONGEST_TRACEBACK = 1_000, 20_000
+#: What can hold what must not be read, and nothing is found by.
+_READABLE = ("argsrepr", "kwargsrepr", "error", "traceback", "claim")
 _OF_ERRORS: tuple[tuple[type[BaseException], Cause], ...] = (
     (PoisonPill, Cause.POISON),
     (RequeuesExhausted, Cause.REQUEUES),
@@ -55,20 +64,22 @@ def letter_of_request(
     if not is_verdict and isinstance(error, (DuplicateTaskError, *request.task.throws)):
         return None
     headers = request.request_dict
-    retries = int(headers.get("retries") or 0)
+    retries = _number(headers.get("retries"))
     cause = cause or cause_of(error, retries)
     if cause not in options.causes:
         return None
     message = request.message
-    crashes = int(headers.get("crashes") or 0)
+    crashes = _number(headers.get("crashes"))
     history = error.history if isinstance(error, PoisonPill) else ()
     first = headers.get(FIRST_FAILED) or (history[0]["at"] if history else None)
+    if not isinstance(first, (int, float)):
+        first = time.time()
     about = DeadLetter(
         id=str(request.id),
         task=request.name,
         task_id=str(request.id),
         cause=cause,
-        error=f"{type(error).__name__}: {error}"[:_LONGEST_ERROR],
+        error=_said(error),
         traceback=traceback[-_LONGEST_TRACEBACK:],
         worker=request.hostname,
         queue=queue_of(message),
@@ -76,16 +87,31 @@ def letter_of_request(
         retries=retries,
         crashes=max(crashes, getattr(error, "crashes", 0)),
         deliveries=_number(headers.get("x-delivery-count")),
-        first_at=float(first or time.time()),
+        first_at=float(first),
         argsrepr=str(headers.get("argsrepr") or ""),
         kwargsrepr=str(headers.get("kwargsrepr") or ""),
         claim=_claim_of(headers),
         root_id=str(headers.get("root_id") or request.id),
-        parent_id=headers.get("parent_id"),
-        group_id=headers.get("group"),
+        parent_id=_text(headers.get("parent_id")),
+        group_id=_text(headers.get("group")),
         chord_id=_chord_of(request),
     )
     return Letter(_redacted(about, options), raw_of_request(request), options.bounds)
+
+
+def bare_letter(request: Any, error: BaseException, options: Options) -> Letter:
+    """Return the dead letter of a failed task of which no more can be told than its message."""
+    about = DeadLetter(
+        id=str(request.id),
+        task=request.name,
+        task_id=str(request.id),
+        cause=cause_of(error, 0),
+        error=f"{type(error).__name__} (more could not be told: see the worker's log)",
+        worker=request.hostname,
+        first_at=time.time(),
+        root_id=str(request.id),
+    )
+    return Letter(about, raw_of_request(request), options.bounds)
 
 
 def letter_of_message(
@@ -118,7 +144,7 @@ def letter_of_message(
         task=str(headers.get("task") or ""),
         task_id=task_id,
         cause=cause,
-        error=f"{type(error).__name__}: {error}"[:_LONGEST_ERROR] if error else "no task's message",
+        error=_said(error) if error else "no task's message",
         worker=worker,
         queue=queue_of(message),
         priority=message.properties.get("priority"),
@@ -135,16 +161,24 @@ def letter_of_message(
     return Letter(_redacted(about, options), raw, options.bounds)
 
 
-def raw_of(message: Any, sent_to: Mapping[str, Any] | None = None) -> bytes:
+def raw_of(
+    message: Any,
+    sent_to: Mapping[str, Any] | None = None,
+    headers: Mapping[str, Any] | None = None,
+) -> bytes:
     """Return a message of any broker as kombu's Redis transport would write it.
 
     Args:
         message: The message.
         sent_to: The exchange and the routing key, if not those that it came by.
+        headers: Its headers, if not all of them.
     """
     info = message.delivery_info if sent_to is None else sent_to
     body = message.body
-    encoded = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else bytes(body or b"")
+    if not isinstance(body, (str, bytes, bytearray, memoryview)):
+        # Not of kombu's making, with a body that JSON has unpacked.
+        body = "" if body is None else dumps(body)
+    encoded = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else bytes(body)
     properties = {
         name: value
         for name, value in message.properties.items()
@@ -152,13 +186,15 @@ def raw_of(message: Any, sent_to: Mapping[str, Any] | None = None) -> bytes:
     }
     properties["body_encoding"] = "base64"
     properties["delivery_info"] = {name: info.get(name) for name in ("exchange", "routing_key")}
+    shown = _jsonable(message.headers if headers is None else headers)
+    # Its body was unpacked when it came.
+    shown.pop("compression", None)
     return dumps(
         {
             "body": base64.b64encode(encoded).decode(),
             "content-type": message.content_type,
             "content-encoding": message.content_encoding,
-            # Its body was unpacked when it came.
-            "headers": {k: v for k, v in _jsonable(message.headers).items() if k != "compression"},
+            "headers": shown,
             "properties": _jsonable(properties),
         }
     ).encode()
@@ -173,7 +209,7 @@ def raw_of_request(request: Any) -> bytes:
 def _jsonable(values: Any) -> dict[str, Any]:
     """Return what can be written as JSON of headers; producers of all kinds write them."""
     found = {}
-    for name, value in dict(values or {}).items():
+    for name, value in (values if isinstance(values, Mapping) else {}).items():
         try:
             json.dumps(value)
         except (TypeError, ValueError):
@@ -186,14 +222,16 @@ def _redacted(about: DeadLetter, options: Options) -> DeadLetter:
     if options.redact is None:
         return about
     try:
-        return options.redact(about)
+        redacted = options.redact(about)
+        texts: dict[str, Any] = {name: getattr(redacted, name) for name in _READABLE}
+        if wrong := [name for name, value in texts.items() if not isinstance(value, str)]:
+            raise TypeError(f"{wrong[0]} is no text: {texts[wrong[0]]!r}")
+        return replace(about, **texts)
     except Exception:
         # Rather nothing to read than what must not be read.
         logger.exception("reliable_dead_letter_redact failed for task %s", about.task_id)
-        hidden = "(not redacted)"
-        return replace(
-            about, argsrepr=hidden, kwargsrepr=hidden, error=hidden, traceback=hidden, claim=""
-        )
+        hidden: dict[str, Any] = dict.fromkeys(_READABLE, "(not redacted)")
+        return replace(about, **{**hidden, "claim": ""})
 
 
 def _claim_of(headers: Mapping[str, Any]) -> str:
@@ -206,10 +244,18 @@ def _chord_of(request: Any) -> str | None:
     if request.chord:
         return _text(request.request_dict.get("group"))
     for step in request._context.chain or ():  # noqa: SLF001 - its public parts do not have it
-        options = step.get("options") or {}
-        if options.get("chord"):
+        options = step.get("options") if isinstance(step, Mapping) else None
+        if isinstance(options, Mapping) and options.get("chord"):
             return _text(options.get("group_id"))
     return None
+
+
+def _said(error: BaseException) -> str:
+    try:
+        said = str(error)
+    except Exception as another:  # noqa: BLE001 - of the user's own class
+        said = f"(it cannot be shown: {type(another).__name__})"
+    return f"{type(error).__name__}: {said}"[:_LONGEST_ERROR]
 
 
 def _number(value: Any) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from celery import Celery
 
 from reliable_tasks._celery.channels import held_by
+from reliable_tasks._celery.headers import without_brokers_own
 from reliable_tasks._dead.keeping import bury, tell_buried
 from reliable_tasks._dead.letters import letter_of_message, raw_of
 from reliable_tasks._dead.options import read_options
@@ -43,11 +45,18 @@ class Rejected:
         Returns:
             Whether it is; if not, it is to be rejected.
         """
+        # What is wrong with it can be wrong here, too, and an error would end worker after worker.
+        try:
+            return self._keep(message, error, is_unknown=is_unknown)
+        except Exception:
+            logger.critical("A message cannot be kept: %r", message, exc_info=True)
+            return False
+
+    def _keep(self, message: Any, error: BaseException | None, *, is_unknown: bool) -> bool:
         held = held_by(message.channel)
         delivery = held.get(message.delivery_tag) if held is not None else None
         raw = raw_of(message) if delivery is None else delivery.raw
-        # RabbitMQ counts its tags anew on each connection; the same message is the same event.
-        event = hashlib.sha256(raw if delivery is None else delivery.tag.encode()).hexdigest()[:32]
+        event = _event_of(message)
         letter = letter_of_message(
             message,
             error,
@@ -64,3 +73,14 @@ class Rejected:
         delivery.letter = letter
         delivery.when_buried = partial(tell_buried, self._app, None, letter)
         return True
+
+
+def _event_of(message: Any) -> str:
+    """Return what is the same when the same message comes again, for nobody acknowledged it."""
+    tag = message.delivery_tag
+    if not isinstance(tag, str):
+        # RabbitMQ counts its tags anew on each connection.
+        headers = message.headers if isinstance(message.headers, Mapping) else {}
+        raw = raw_of(message, headers=without_brokers_own(headers, "redelivered"))
+        return hashlib.sha256(raw).hexdigest()[:32]
+    return hashlib.sha256(tag.encode()).hexdigest()[:32]

@@ -26,7 +26,7 @@ from reliable_tasks._store.delivery import (
     redelivered,
 )
 from reliable_tasks._store.keys import Keys
-from reliable_tasks._store.letters import Bounds, Buried, undecodable
+from reliable_tasks._store.letters import Bounds, Buried, Letter, undecodable
 from reliable_tasks._store.publication import Publication, Published, Queued
 from reliable_tasks._store.scripts import (
     NO_REPLICAS,
@@ -76,6 +76,7 @@ class Messages:
         key_prefix: What our keys begin with, behind kombu's prefix.
         dead: The dead letters, where those have other keys.
         bounds: How much is kept of messages that nobody can read; ``None`` to discard them.
+        when_set_apart: Called with the letter of one that was kept, and what is `Buried`.
     """
 
     def __init__(
@@ -85,11 +86,13 @@ class Messages:
         *,
         dead: DeadStore | None = None,
         bounds: Bounds | None = None,
+        when_set_apart: Callable[[Letter, Buried], object] = lambda *_: None,
     ) -> None:
         self.layout = layout
         self.keys = Keys(layout.prefix + key_prefix)
         self.dead = dead or DeadStore(self.keys)
         self._bounds = bounds
+        self._when_set_apart = when_set_apart
         self._held = [layout.prefix + layout.unacked, layout.prefix + layout.index]
 
     def plan_fetch(
@@ -448,7 +451,9 @@ class Messages:
             self.settle(server, delivery)
             return
         delivery.letter = undecodable(raw, event=tag, queue=queue, bounds=self._bounds)
-        self.bury(server, delivery)
+        buried = self.bury(server, delivery)
+        if buried.id:
+            self._when_set_apart(delivery.letter, buried)
 
     def crashes(self, server: redis.Redis, delivery: Delivery) -> list[Crash]:
         """Return what is known of the latest crashes of a task; the last of them is the latest."""

@@ -175,6 +175,30 @@ def test_a_limit_that_was_told_before_is_one_letter(bench: Bench, app: Celery, p
     assert causes(app) == ["time_limit"]
 
 
+@pytest.mark.parametrize("acks", [True, False])
+def test_a_task_whose_end_is_stored_at_a_later_try_is_one_letter(
+    bench: Bench, app: Celery, pay: Any, acks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is its message ended before."""
+    pay.reject_on_worker_lost = False
+    # The second is the name that Celery 5.7 goes by.
+    pay.acks_on_failure_or_timeout = pay.acks_on_failure = acks
+    pay.delay(7)
+    request = bench.receive()
+    stored = type(pay.backend).mark_as_failure
+
+    def away(*args: Any, **options: Any) -> None:
+        raise ConnectionError("away")
+
+    monkeypatch.setattr(type(pay.backend), "mark_as_failure", away)
+    request.on_failure(failure(WorkerLostError("gone")))
+    bench.timer.fire()
+    assert (bench.ended, causes(app)) == ([], [])
+    monkeypatch.setattr(type(pay.backend), "mark_as_failure", stored)
+    bench.timer.fire()
+    assert (bench.ended, causes(app)) == (["ack" if acks else "reject"], ["lost"])
+
+
 def test_an_early_ack_is_kept_after_it(bench: Bench, app: Celery, pay: Any) -> None:
     """Its message is gone, its letter is not."""
     pay.acks_late = False
@@ -228,18 +252,20 @@ def test_a_task_that_is_not_to_be_kept_is_not(bench: Bench, app: Celery) -> None
 def test_an_error_about_the_letter_does_not_end_the_worker(
     bench: Bench, app: Celery, pay: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is logged, and the message is ended as always."""
-
-    class Unspeakable(Exception):
-        def __str__(self) -> str:
-            raise RuntimeError("unspeakable")
-
+    """It is logged, and the message is kept all the same, and ended as always."""
     pay.delay(7)
     request = bench.receive()
-    request._note_failure(Unspeakable(), None)
+    pay.throws = ("no class",)
+    request._note_failure(ValueError("no"), None)
     request.acknowledge()
     assert bench.ended == ["ack"]
-    assert f"Task shop.pay[{request.id}] has failed, and is not kept" in caplog.text
+    assert f"Task shop.pay[{request.id}] has failed, and little is kept" in caplog.text
+    (letter,) = dead_letters.list(app=app)
+    assert (letter.id, letter.cause, letter.task) == (request.id, "failed", "shop.pay")
+    assert letter.error.startswith("ValueError (more could not be told")
+    pay.throws = ()
+    assert dead_letters.replay(letter.id, app=app)
+    assert bench.receive().args == [7]
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), Reject("no", requeue=False)], ids=repr)
@@ -336,9 +362,18 @@ def kept_parts(request: ReliableRequest) -> list[str]:
 def test_a_part_of_a_chord_that_succeeds_is_kept(bench: Bench, pay: Any) -> None:
     """Another part may die: then all are replayed."""
     request = part(bench, pay)
+    request.on_accepted(os.getpid(), time.time())
     request.on_success((False, 7, 0.1))
     assert bench.ended == ["ack"]
     assert kept_parts(request) == [request.id]
+
+
+def test_a_copy_of_a_part_that_does_not_run_is_not_kept(bench: Bench, pay: Any) -> None:
+    """Its task goes on elsewhere, and may die yet."""
+    request = part(bench, pay)
+    request.acknowledge()
+    assert bench.ended == ["ack"]
+    assert kept_parts(request) == []
 
 
 def test_a_part_that_fails_is_kept_as_a_letter(bench: Bench, app: Celery, pay: Any) -> None:

@@ -411,10 +411,13 @@ def test_a_body_that_was_unpacked_is_not_called_packed() -> None:
         ("täxt", "täxt".encode()),
         ("\ud800", b"\xed\xa0\x80"),
         (None, b""),
+        ([[7], {}, {}], b"[[7], {}, {}]"),
+        ({"a": 1}, b'{"a": 1}'),
+        (10**12, b"1000000000000"),
     ],
 )
 def test_a_body_of_any_kind_is_kept(body: Any, kept: bytes) -> None:
-    """Transports hand it over as bytes or as text."""
+    """Transports hand it over as bytes or as text; one that is not of kombu's making is JSON."""
     assert read_raw(amqp_message({}, body))[1] == kept
 
 
@@ -468,14 +471,24 @@ def test_what_must_not_be_read_is_taken_out(bench: Bench, app: Celery, pay: Any)
     assert other.about.argsrepr == "(...)"
 
 
+def refuse(letter: DeadLetter) -> DeadLetter:
+    """Fail to redact."""
+    raise RuntimeError("cannot redact")
+
+
+@pytest.mark.parametrize(
+    ("redact", "why"),
+    [
+        (refuse, "cannot redact"),
+        (lambda letter: None, "'NoneType' object has no attribute"),
+        (lambda letter: replace(letter, error=None), "error is no text: None"),
+    ],
+    ids=["raises", "returns nothing", "returns no text"],
+)
 def test_where_redaction_fails_nothing_can_be_read(
-    bench: Bench, app: Celery, pay: Any, caplog: pytest.LogCaptureFixture
+    bench: Bench, app: Celery, pay: Any, caplog: pytest.LogCaptureFixture, redact: Any, why: str
 ) -> None:
     """The task is kept all the same, and the log says why it shows nothing."""
-
-    def redact(letter: DeadLetter) -> DeadLetter:
-        raise RuntimeError("cannot redact")
-
     app.conf.reliable_dead_letter_redact = redact
     pay.delay(4111, to="me")
     request = bench.receive()
@@ -487,4 +500,45 @@ def test_where_redaction_fails_nothing_can_be_read(
     assert (letter.about.error, letter.about.traceback) == (hidden, hidden)
     assert (letter.about.task, letter.about.cause) == ("shop.pay", "failed")
     assert "reliable_dead_letter_redact failed for task" in caplog.text
-    assert "cannot redact" in caplog.text
+    assert why in caplog.text
+    assert letter.arguments("event")
+
+
+def test_redaction_changes_nothing_that_letters_are_found_by(
+    bench: Bench, app: Celery, pay: Any
+) -> None:
+    """It is about what can be read."""
+
+    def redact(letter: DeadLetter) -> DeadLetter:
+        return replace(letter, id="", task="hidden", claim="", chord_id="x", error="")
+
+    app.conf.reliable_dead_letter_redact = redact
+    pay.delay(4111)
+    request = bench.receive()
+    letter = letter_of(request, ValueError("4111"), redact=redact)
+    assert (letter.about.id, letter.about.task) == (request.id, "shop.pay")
+    assert (letter.about.error, letter.about.chord_id) == ("", None)
+
+
+def test_an_error_that_cannot_be_shown_is_kept_by_its_kind(bench: Bench, pay: Any) -> None:
+    """Its class is the user's."""
+
+    class Unspeakable(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("unspeakable")
+
+    pay.delay()
+    error = about(bench.receive(), Unspeakable()).error
+    assert error == "Unspeakable: (it cannot be shown: RuntimeError)"
+
+
+@pytest.mark.parametrize("strange", ["x", None, [], {}], ids=repr)
+def test_headers_that_are_no_numbers_are_left_out(bench: Bench, pay: Any, strange: Any) -> None:
+    """Anybody can have written them."""
+    pay.delay()
+    request = bench.receive()
+    for name in ("retries", "crashes", "reliable_first_failed", "x-delivery-count"):
+        request.request_dict[name] = strange
+    letter = about(request, ValueError("no"))
+    assert (letter.retries, letter.crashes, letter.deliveries) == (0, 0, 0)
+    assert letter.first_at == NOON

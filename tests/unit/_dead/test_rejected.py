@@ -52,9 +52,28 @@ def test_a_message_that_is_no_tasks_is_kept_as_such(app: Celery) -> None:
 def test_the_same_message_that_comes_back_is_one_letter(app: Celery) -> None:
     """RabbitMQ counts its tags anew on each connection; another message is another letter."""
     for tag in (1, 2, 3):
-        assert keep(app, message(tag=tag), None)
+        assert keep(app, message(tag=tag, **{"x-delivery-count": tag}), None)
     assert keep(app, message(tag=1, body=b"{}"), None)
     assert dead_letters.count(app=app) == 2
+
+
+def test_the_same_message_of_kombus_redis_transport_is_one_letter(app: Celery) -> None:
+    """It has a tag of its own, and says when it comes again; another one may say the same."""
+    for headers in ({}, {"redelivered": True}):
+        assert keep(app, message(tag="t1", **headers), None)
+    assert keep(app, message(tag="t2"), None)
+    assert dead_letters.count(app=app) == 2
+
+
+def test_a_message_of_which_nothing_can_be_made_is_rejected(
+    app: Celery, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error would end its worker, and the next one; the log has what there is."""
+    strange = message()
+    del strange.properties
+    assert not keep(app, strange, None)
+    assert "A message cannot be kept" in caplog.text
+    assert dead_letters.count(app=app) == 0
 
 
 def test_with_this_librarys_transport_it_is_kept_when_it_ends(

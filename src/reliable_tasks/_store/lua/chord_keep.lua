@@ -9,7 +9,11 @@
 -- Uses: admit_writes
 -- Commands: HSET HGET HLEN HEXISTS DEL PEXPIRE
 admit_writes(KEYS[1])
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+local known = redis.call('HGET', KEYS[1], ARGV[1])
+-- One that has died is not alive again because a copy of its message was acknowledged later.
+if not known or string.sub(known, 1, 1) ~= '@' then
+    redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+end
 if redis.call('HEXISTS', KEYS[1], '@') == 1 then
     return 1
 end
