@@ -212,7 +212,8 @@ def replay(
 
     Args:
         id: As in `get`.
-        queue: The queue to send it to; by default the one that it came by.
+        queue: The queue to send it to; by default the one that it came by. With ``whole_chord`` it
+            is that of all parts of the header; by default each goes to its own.
         whole_chord: Send the whole chord anew that it is a part of, under a new group id: the parts
             that have succeeded, too, and those that are dead letters.
         app: As in `count`.

@@ -181,6 +181,27 @@ class Original:
         }
         return {name: value for name, value in options.items() if value is not None}
 
+    def destination(self, app: Celery, came_by: str, asked_for: str | None) -> dict[str, Any]:
+        """Return which way it is sent again: the queue, or the exchange and the routing key.
+
+        Args:
+            app: The app.
+            came_by: The queue that it came by, or ``""`` if that is not known.
+            asked_for: The queue that it is to go to instead.
+        """
+        if asked_for:
+            return {"queue": asked_for}
+        queues = app.amqp.queues
+        if came_by and came_by in queues:
+            return {"queue": came_by}
+        if self.exchange:
+            return {"exchange": self.exchange, "routing_key": self.routing_key}
+        # Without an exchange it is the queue's name.
+        makes_any = bool(app.conf.task_create_missing_queues)
+        if self.routing_key and (makes_any or self.routing_key in queues):
+            return {"queue": self.routing_key}
+        return {}
+
     def signature(self, app: Celery) -> Signature[Any]:
         """Return what was called, to be called anew in a canvas."""
         made: Signature[Any] = app.signature(self.task, self.args, self.kwargs)

@@ -58,7 +58,7 @@ def replay(
             raise
         return found.replayed_as
     if whole_chord:
-        return _replay_chord(app, place, letter, original)
+        return _replay_chord(app, place, letter, original, queue=queue)
     token = str(uuid4())
     code, new_id = _reserve(place, letter.id, token)
     if code is not Reservation.SENT:
@@ -191,13 +191,7 @@ def _send(
     # a copy is not run when another one has ended.
     ours = {REPLAY_OF: letter.id, IS_COPY: True}
     options["headers"] = {**(options.get("headers") or {}), **ours}
-    where = queue or letter.queue
-    if where and (queue or where in app.amqp.queues):
-        options["queue"] = where
-    elif original.exchange:
-        options |= {"exchange": original.exchange, "routing_key": original.routing_key}
-    elif original.routing_key and app.conf.task_create_missing_queues:
-        options["queue"] = original.routing_key
+    options |= original.destination(app, letter.queue, queue)
     task: Any = app.tasks.get(original.task)
     called = (original.args, original.kwargs)
 
@@ -256,7 +250,14 @@ def _parts(
     return found
 
 
-def _replay_chord(app: Celery, place: DeadPlace, letter: DeadLetter, original: Original) -> str:
+def _replay_chord(
+    app: Celery,
+    place: DeadPlace,
+    letter: DeadLetter,
+    original: Original,
+    *,
+    queue: str | None,
+) -> str:
     parts = _parts(app, place, letter, original)
     # In one order, so that two who replay parts of the same chord meet at the first one.
     dead = sorted((one for _, one in parts.values() if one is not None), key=lambda one: one.id)
@@ -285,7 +286,7 @@ def _replay_chord(app: Celery, place: DeadPlace, letter: DeadLetter, original: O
         return new_ids[letter.id]
     with _releasing(place, letter, new_ids, token):
         header = [
-            _called(app, part, None if one is None else (one.id, new_ids[one.id]))
+            _called(app, part, one, None if one is None else new_ids[one.id], queue)
             for part, one in sorted(parts.values(), key=lambda found: found[0].index)
         ]
         body = _thawed(app, original.chord or {})
@@ -303,13 +304,19 @@ def _is_begun(app: Celery, ids: Iterable[str]) -> bool:
     return any(app.AsyncResult(id_).state != states.PENDING for id_ in ids)
 
 
-def _called(app: Celery, part: Original, dead: tuple[str, str] | None) -> Signature[Any]:
+def _called(
+    app: Celery,
+    part: Original,
+    letter: DeadLetter | None,
+    new_id: str | None,
+    queue: str | None,
+) -> Signature[Any]:
     """Return a part of a chord's header to be called anew; of a dead letter under its new id."""
     first = part.signature(app)
-    if dead is not None:
-        id_, new_id = dead
-        headers = {**(first.options.get("headers") or {}), REPLAY_OF: id_}
+    if letter is not None:
+        headers = {**(first.options.get("headers") or {}), REPLAY_OF: letter.id}
         first.set(task_id=new_id, headers=headers)
+    first.set(**part.destination(app, "" if letter is None else letter.queue, queue))
     steps = [_thawed(app, step) for step in reversed(part.embed.get("chain") or ())]
     called: Signature[Any] = chain(first, *steps) if steps else first
     return called

@@ -535,6 +535,61 @@ def test_two_who_replay_two_parts_of_a_chord_send_it_once(
     assert [message.headers["id"] for message in sent(app)] == [*other, new_id]
 
 
+@pytest.mark.parametrize(("asked_for", "goes_to"), [(None, "orders"), ("audit", "audit")])
+def test_the_parts_of_a_chord_go_to_the_queue_that_they_came_by(
+    app: Celery, pay: Any, asked_for: str | None, goes_to: str
+) -> None:
+    """The dead ones, and those that have succeeded; or to the one that is asked for."""
+    header: list[Any] = [pay.s(n).set(queue="orders") for n in (1, 2)]
+    header.append(chain(pay.s(3).set(queue="orders"), pay.s()))
+    group_id = start_chord(app, header, app.tasks["shop.total"].s())
+    first, second, third = sent(app, "orders")
+    succeed(app, first)
+    id_ = die(app, second, queue="orders", chord_id=group_id)
+    die(app, third, queue="", chord_id=group_id)
+    dead_letters.replay(id_, whole_chord=True, queue=asked_for, app=app)
+    assert [message.decode()[0] for message in sent(app, goes_to)] == [[1], [2], [3]]
+    assert sent(app) == []
+
+
+@pytest.mark.parametrize("creates", [True, False])
+def test_a_part_that_has_succeeded_goes_where_it_was_sent(
+    app: Celery, pay: Any, creates: bool
+) -> None:
+    """By the exchange and the routing key in its message, or the queue that is named there."""
+    with app.connection_for_write() as connection:
+        elsewhere = Queue("audit", Exchange("events"), routing_key="paid")
+        elsewhere(connection.default_channel).declare()
+    app.conf.task_queues = [Queue("celery"), Queue("orders")]
+    app.conf.task_create_missing_queues = creates
+    there = {"exchange": "events", "routing_key": "paid"}
+    header = [pay.s(1).set(**there), pay.s(2).set(queue="orders"), pay.s(3)]
+    group_id = start_chord(app, header, app.tasks["shop.total"].s())
+    succeed(app, *sent(app, "audit"))
+    succeed(app, *sent(app, "orders"))
+    id_ = die(app, chord_id=group_id)
+    dead_letters.replay(id_, whole_chord=True, app=app)
+    queues = ("audit", "orders", "celery")
+    assert [[one.decode()[0] for one in sent(app, queue)] for queue in queues] == [
+        [[1]],
+        [[2]],
+        [[3]],
+    ]
+
+
+def test_a_chord_is_not_sent_to_a_queue_that_the_app_does_not_make(app: Celery, pay: Any) -> None:
+    """Where it makes none by itself; none of its dead parts is replayed then."""
+    app.conf.task_queues = [Queue("celery")]
+    app.conf.task_create_missing_queues = False
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
+    ids = [die(app, message, chord_id=group_id) for message in sent(app)]
+    with pytest.raises(ReplayRefused, match=r"it cannot be called any more: .*other"):
+        dead_letters.replay(ids[0], whole_chord=True, queue="other", app=app)
+    assert sent(app) == []
+    assert dead_letters.replay(ids[0], whole_chord=True, app=app)
+    assert len(sent(app)) == 2
+
+
 def test_chains_in_its_header_and_its_body_are_sent_whole(app: Celery, pay: Any) -> None:
     """From their first step, although the dead one was a later one's first or last."""
     note, total = app.tasks["shop.note"], app.tasks["shop.total"]
