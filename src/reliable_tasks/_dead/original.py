@@ -19,12 +19,12 @@ from kombu.utils.json import loads
 from reliable_tasks._celery.headers import without_brokers_own
 from reliable_tasks.errors import ReplayRefused
 
-__all__ = ["Original", "text_of"]
+__all__ = ["UNREADABLE", "Original", "text_of"]
 
 _registry: Any = serialization.registry  # type: ignore[attr-defined]
 
 #: What reading a message raises that is none; `RecursionError` where it is nested too deeply.
-_UNREADABLE = (KombuError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+UNREADABLE = (KombuError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 #: Headers that are made anew for each message, or are of one delivery.
 _OF_ONE_MESSAGE = frozenset(
@@ -105,7 +105,7 @@ class Original:
             )
             # Whoever wrote it may have put anything there.
             original.options(), original.place(), original.chord, original.index
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise ReplayRefused(id_, f"its message cannot be read: {error!r}") from error
         return original
 
@@ -219,5 +219,5 @@ def text_of(raw: bytes) -> str:
         body = base64.b64decode(found["body"])
         found["body"] = json.loads(body) if found["content-type"] == "application/json" else body
         return json.dumps(found, indent=2, default=repr)
-    except _UNREADABLE:
+    except UNREADABLE:
         return raw.decode("utf-8", "backslashreplace")

@@ -16,7 +16,8 @@ from celery.canvas import Signature
 
 from reliable_tasks._celery.chords import counts_any_part
 from reliable_tasks._celery.headers import IS_COPY, REPLAY_OF
-from reliable_tasks._dead.original import Original
+from reliable_tasks._dead.canvas import thawed
+from reliable_tasks._dead.original import UNREADABLE, Original
 from reliable_tasks._places import DeadPlace
 from reliable_tasks._store.dead import Reservation, Sent
 from reliable_tasks._store.letters import Cause, DeadLetter
@@ -34,8 +35,6 @@ __all__ = ["check", "replay", "send_from_queue"]
 _LOOK = 0.05
 #: How soon it is noted again that it was sent, where Redis does not answer (s).
 _AGAIN = (0.1, 0.5)
-#: Of a canvas that was called: its own ids, and who was to be told.
-_FROZEN = ("task_id", "group_id", "group_index", "root_id", "parent_id", "reply_to")
 
 
 def replay(
@@ -100,7 +99,8 @@ def check(app: Celery, place: DeadPlace, letter: DeadLetter, *, whole_chord: boo
     if whole_chord:
         if letter.chord_id is None:
             raise ReplayRefused(letter.id, "it is no part of a chord: leave out whole_chord")
-        _parts(app, place, letter, original)
+        parts = _parts(app, place, letter, original)
+        _canvas(app, letter, original, parts, queue=None)
     elif letter.chord_id is not None:
         raise ReplayRefused(
             letter.id,
@@ -225,8 +225,9 @@ def _parts(
 ) -> dict[str, tuple[Original, DeadLetter | None]]:
     """Return the parts of a chord's header by their ids, with the dead letters of the dead."""
     assert letter.chord_id is not None
-    options = (original.chord or {}).get("options") or {}
-    if options.get("chord"):
+    with _reading(letter):
+        is_in_chord = bool((original.chord or {})["options"].get("chord"))
+    if is_in_chord:
         reason = f"chord {letter.chord_id} is itself a part of a chord, which has counted its end"
         raise ReplayRefused(letter.id, reason)
     found: dict[str, tuple[Original, DeadLetter | None]] = {}
@@ -259,6 +260,7 @@ def _replay_chord(
     queue: str | None,
 ) -> str:
     parts = _parts(app, place, letter, original)
+    header, body = _canvas(app, letter, original, parts, queue=queue)
     # In one order, so that two who replay parts of the same chord meet at the first one.
     dead = sorted((one for _, one in parts.values() if one is not None), key=lambda one: one.id)
     token = str(uuid4())
@@ -285,12 +287,11 @@ def _replay_chord(
         place.store.forget_parts(place.server, str(letter.chord_id))
         return new_ids[letter.id]
     with _releasing(place, letter, new_ids, token):
-        header = [
-            _called(app, part, one, None if one is None else new_ids[one.id], queue)
-            for part, one in sorted(parts.values(), key=lambda found: found[0].index)
-        ]
-        body = _thawed(app, original.chord or {})
-        _apart(app, lambda: chord(header, app=app)(body))
+        for steps, died in header:
+            if died is not None:
+                steps[0].set(task_id=new_ids[died.id])
+        called = [chain(*steps) if len(steps) > 1 else steps[0] for steps, _ in header]
+        _apart(app, lambda: chord(called, app=app)(body))
     place.store.forget_parts(place.server, str(letter.chord_id))
     for one in dead:
         dead_letter_replayed.send(
@@ -304,37 +305,41 @@ def _is_begun(app: Celery, ids: Iterable[str]) -> bool:
     return any(app.AsyncResult(id_).state != states.PENDING for id_ in ids)
 
 
-def _called(
+@contextmanager
+def _reading(letter: DeadLetter) -> Iterator[None]:
+    """Say in other words that a canvas is none; whoever wrote it may have put anything there."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise ReplayRefused(letter.id, f"it cannot be called any more: {error!r}") from error
+
+
+def _canvas(
     app: Celery,
-    part: Original,
-    letter: DeadLetter | None,
-    new_id: str | None,
+    letter: DeadLetter,
+    original: Original,
+    parts: Mapping[str, tuple[Original, DeadLetter | None]],
+    *,
     queue: str | None,
-) -> Signature[Any]:
-    """Return a part of a chord's header to be called anew; of a dead letter under its new id."""
+) -> tuple[list[tuple[list[Signature[Any]], DeadLetter | None]], Signature[Any]]:
+    """Return a chord to be called anew: the steps of each part of its header, and its body."""
+    with _reading(letter):
+        header = [
+            (_steps(app, part, one, queue), one)
+            for part, one in sorted(parts.values(), key=lambda found: found[0].index)
+        ]
+        return header, thawed(app, original.chord or {})
+
+
+def _steps(
+    app: Celery, part: Original, letter: DeadLetter | None, queue: str | None
+) -> list[Signature[Any]]:
+    """Return a part of a chord's header to be called anew, and the rest of its chain."""
     first = part.signature(app)
+    for name in ("link", "link_error"):
+        if name in first.options:
+            first.options[name] = [thawed(app, one) for one in first.options[name]]
     if letter is not None:
-        headers = {**(first.options.get("headers") or {}), REPLAY_OF: letter.id}
-        first.set(task_id=new_id, headers=headers)
+        first.set(headers={**(first.options.get("headers") or {}), REPLAY_OF: letter.id})
     first.set(**part.destination(app, "" if letter is None else letter.queue, queue))
-    steps = [_thawed(app, step) for step in reversed(part.embed.get("chain") or ())]
-    called: Signature[Any] = chain(first, *steps) if steps else first
-    return called
-
-
-def _thawed(app: Celery, called: Mapping[str, Any]) -> Signature[Any]:
-    """Return a part of a canvas that was called, without the ids that it had."""
-    made: Signature[Any] = app.signature(_without_ids(called))
-    return made
-
-
-def _without_ids(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        if "task" in value and "options" in value:
-            options = {k: v for k, v in value["options"].items() if k not in (*_FROZEN, "chord")}
-            rest = {k: v for k, v in value.items() if k != "options"}
-            return {**{k: _without_ids(v) for k, v in rest.items()}, "options": options}
-        return {k: _without_ids(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_ids(one) for one in value]
-    return value
+    return [first, *(thawed(app, step) for step in reversed(part.embed.get("chain") or ()))]

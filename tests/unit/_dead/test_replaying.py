@@ -622,8 +622,10 @@ def ids_in(value: Any) -> set[str]:
 def test_nothing_that_is_sent_anew_has_an_id_that_it_had(app: Celery, pay: Any) -> None:
     """Results of both calls would be mixed, and a chord would be called too early."""
     note, total = app.tasks["shop.note"], app.tasks["shop.total"]
-    header = [chain(pay.s(1), pay.s()), pay.s(2)]
-    group_id = start_chord(app, header, chain(total.s(), group(note.s("a"), note.s("b"))))
+    after = note.s("after").set(task_id="of the callback")
+    header = [chain(pay.s(1), pay.s()), pay.s(2).set(link=after)]
+    body = chain(total.s().set(link=after), group(note.s("a"), note.s("b")))
+    group_id = start_chord(app, header, body)
     before = sent(app)
     for message in before:
         die(app, message, chord_id=group_id)
@@ -704,6 +706,52 @@ def test_a_chord_that_cannot_be_called_any_more_is_refused(
     assert dead_letters.count(app=app) == 2
     assert dead_letters.replay(ids[1], whole_chord=True, app=app)
     assert len(sent(app)) == 2
+
+
+@pytest.mark.parametrize(
+    "options", [["fast"], {"task_id": "mine", "parent_id": 7, "chord": "C major", "width": 1}]
+)
+def test_what_a_chord_gives_its_tasks_stays_as_it_is(app: Celery, pay: Any, options: Any) -> None:
+    """Though it looks like a part of a canvas that was called."""
+    job = {"task": "resize", "options": options}
+    note = app.tasks["shop.note"]
+    header = [chain(note.s(job), note.s(job)), note.s([job])]
+    group_id = start_chord(app, header, note.s(job, job=job))
+    before = sent(app)
+    ids = [die(app, message, chord_id=group_id) for message in before]
+    dead_letters.replay(ids[0], whole_chord=True, app=app)
+    again = sorted(sent(app), key=lambda one: str(one.decode()[0]))
+    assert [one.decode()[0] for one in again] == [[[job]], [job]]
+    embed = again[1].decode()[2]
+    assert [step["args"] for step in embed["chain"]] == [[job]]
+    body = again[0].decode()[2]["chord"]
+    assert (body["args"], body["kwargs"]) == ([job], {"job": job})
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"options": ["fast"]},
+        {"kwargs": None},
+        {"subtask_type": "unknown"},
+        {"subtask_type": "chain", "kwargs": {"tasks": [{"task": "a", "options": ["fast"]}]}},
+    ],
+)
+def test_a_chord_whose_body_is_none_is_refused(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
+) -> None:
+    """Whoever wrote its messages may have put anything there; none of its parts is reserved."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
+    ids = []
+    for message in sent(app):
+        args, kwargs, embed = message.decode()
+        embed["chord"] |= changed
+        ids.append(die(app, replace_body(message, [args, kwargs, embed]), chord_id=group_id))
+    monkeypatch.delattr(DeadStore, "reserve")
+    for ask in (dead_letters.check, dead_letters.replay):
+        with pytest.raises(ReplayRefused, match="it cannot be called any more: ") as caught:
+            ask(ids[0], whole_chord=True, app=app)
+        assert caught.value.id == ids[0]
 
 
 def test_a_letter_that_was_replayed_is_left_alone(app: Celery, pay: Any) -> None:
