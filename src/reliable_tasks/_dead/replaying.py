@@ -248,6 +248,12 @@ def _parts(
             "are known: the others have not ended, or are no late-ack ReliableTask; or it was "
             "called by an app without apply_reliable_config",
         )
+    if letter.id not in (one.id for _, one in found.values() if one is not None):
+        raise ReplayRefused(
+            letter.id,
+            f"chord {letter.chord_id} has noted another end of task {letter.task_id} since: look "
+            "for its result, and call the chord anew yourself",
+        )
     return found
 
 

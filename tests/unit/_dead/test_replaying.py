@@ -676,6 +676,26 @@ def test_a_chord_of_which_parts_are_missing_is_refused(
         dead_letters.check(id_, whole_chord=True, app=app)
 
 
+def test_a_letter_that_its_chord_does_not_know_is_refused(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of its task has ended otherwise since, say; nothing is reserved, nor forgotten."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
+    first, second = sent(app)
+    other, id_ = (die(app, message, chord_id=group_id) for message in (first, second))
+    place = place_of(app)
+    place.store.keep_part(place.server, group_id, id_, raw_of(second), 60)
+    kept = place.store.parts(place.server, group_id)
+    with monkeypatch.context() as patch:
+        patch.delattr(DeadStore, "reserve")
+        for ask in (dead_letters.check, dead_letters.replay):
+            with pytest.raises(ReplayRefused, match=f"chord {group_id} has noted another end of"):
+                ask(id_, whole_chord=True, app=app)
+    assert sent(app) == []
+    assert place.store.parts(place.server, group_id) == kept
+    assert dead_letters.replay(other, whole_chord=True, app=app)
+
+
 def test_a_chord_in_a_chord_is_refused(app: Celery, pay: Any) -> None:
     """The outer one has counted the end of the inner one."""
     total = app.tasks["shop.total"]
