@@ -270,24 +270,24 @@ def _replay_chord(
     # In one order, so that two who replay parts of the same chord meet at the first one.
     dead = sorted((one for _, one in parts.values() if one is not None), key=lambda one: one.id)
     token = str(uuid4())
-    new_ids: dict[str, str] = {}
-    is_in_doubt = False
-    for one in dead:
-        code, new_ids[one.id] = _reserve(place, one.id, token)
-        if code is Reservation.SENT:
-            # Whoever has sent this one has sent all.
-            return _reserve(place, letter.id, token)[1]
-        is_in_doubt = is_in_doubt or code is Reservation.IN_DOUBT
-    if is_in_doubt and not _is_begun(app, new_ids.values()):
-        for id_ in new_ids:
-            _release(place, id_, token, Sent.IN_DOUBT)
-        raise ReplayRefused(
-            letter.id,
-            f"chord {letter.chord_id} may have been sent already, and none of "
-            f"{', '.join(new_ids.values())} has ended yet: look for them, and when you know that "
-            "none of them runs or waits, call the chord anew yourself",
-        )
-    if is_in_doubt:
+    answers = _reserve_each(place, dead, token)
+    new_ids = {id_: new_id for id_, (_, new_id) in answers.items()}
+    codes = {code for code, _ in answers.values()}
+    # Whoever has sent one of them has sent all.
+    is_sent = Reservation.SENT in codes
+    # All are reserved before any is sent: where one was not yet, nothing was sent.
+    if codes == {Reservation.IN_DOUBT}:
+        is_sent = _is_begun(app, new_ids.values())
+        if not is_sent:
+            for id_ in new_ids:
+                _release(place, id_, token, Sent.IN_DOUBT)
+            raise ReplayRefused(
+                letter.id,
+                f"chord {letter.chord_id} may have been sent already, and none of "
+                f"{', '.join(new_ids.values())} has ended yet: look for them, and when you know "
+                "that none of them runs or waits, call the chord anew yourself",
+            )
+    if is_sent:
         for id_ in new_ids:
             _release(place, id_, token, Sent.SENT)
         place.store.forget_parts(place.server, str(letter.chord_id))
@@ -304,6 +304,25 @@ def _replay_chord(
             sender=app.tasks.get(one.task), letter=one, task_id=new_ids[one.id]
         )
     return new_ids[letter.id]
+
+
+def _reserve_each(
+    place: DeadPlace, letters: Iterable[DeadLetter], token: str
+) -> dict[str, tuple[Reservation, str]]:
+    """Ask to replay some letters; none of them stays reserved if that fails."""
+    answers: dict[str, tuple[Reservation, str]] = {}
+    asked: list[str] = []
+    try:
+        for one in letters:
+            asked.append(one.id)
+            answers[one.id] = _reserve(place, one.id, token)
+    except BaseException:
+        # What failed is what the caller has to know. The last answer may have been lost.
+        with suppress(Exception):
+            for id_ in asked:
+                _release(place, id_, token, Sent.REFUSED)
+        raise
+    return answers
 
 
 def _is_begun(app: Celery, ids: Iterable[str]) -> bool:

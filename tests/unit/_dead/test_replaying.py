@@ -782,6 +782,99 @@ def test_a_letter_that_was_replayed_is_left_alone(app: Celery, pay: Any) -> None
     assert sent(app) == []
 
 
+@pytest.mark.parametrize("reply_is_lost", [False, True])
+def test_a_chord_of_which_some_are_reserved_and_none_is_sent_is_not_in_doubt(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch, reply_is_lost: bool
+) -> None:
+    """Redis was away in between: when it answers again all of it is sent, by whoever asks."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2, 3)], app.tasks["shop.total"].s())
+    ids = [die(app, message, chord_id=group_id) for message in sent(app)]
+    reserve, last = DeadStore.reserve, max(ids)
+
+    def away_at_last(self: DeadStore, server: Any, id_: str, *args: Any) -> Any:
+        if id_ != last or reply_is_lost:
+            answer = reserve(self, server, id_, *args)
+        if id_ == last:
+            raise redis.ConnectionError("away")
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DeadStore, "reserve", away_at_last)
+        with pytest.raises(StoreUnavailable):
+            dead_letters.replay(ids[0], whole_chord=True, app=app)
+    assert sent(app) == []
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits"))
+    assert dead_letters.replay(ids[0], whole_chord=True, app=app)
+    assert [message.decode()[0] for message in sent(app)] == [[1], [2], [3]]
+
+
+def test_a_chord_of_which_a_part_is_discarded_meanwhile_reserves_none(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was reserved before it is as it was."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
+    ids = [die(app, message, chord_id=group_id) for message in sent(app)]
+    place = place_of(app)
+    before = [place.server.hgetall(f"{place.store.keys.dead}letter:{id_}") for id_ in ids]
+    reserve, last = DeadStore.reserve, max(ids)
+
+    def discard_and_reserve(self: DeadStore, server: Any, id_: str, *args: Any) -> Any:
+        if id_ == last:
+            dead_letters.discard(id_, app=app)
+        return reserve(self, server, id_, *args)
+
+    monkeypatch.setattr(DeadStore, "reserve", discard_and_reserve)
+    with pytest.raises(DeadLetterNotFound) as caught:
+        dead_letters.replay(min(ids), whole_chord=True, app=app)
+    assert caught.value.id == last
+    assert sent(app) == []
+    after = [place.server.hgetall(f"{place.store.keys.dead}letter:{id_}") for id_ in ids]
+    assert [one for one in after if one] == [before[ids.index(min(ids))]]
+
+
+def test_a_chord_of_which_not_all_were_reserved_was_not_sent(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch, clock: time_machine.Traveller
+) -> None:
+    """Who has died in between, or was cut off, had sent nothing: all of it is sent after that."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
+    ids = [die(app, message, chord_id=group_id) for message in sent(app)]
+    place = place_of(app)
+    _, others = place.store.reserve(place.server, min(ids), "another")
+    monkeypatch.setattr(time, "sleep", clock.shift)
+    new_id = dead_letters.replay(min(ids), whole_chord=True, app=app)
+    assert time.time() - NOON >= 15
+    assert new_id == others
+    assert [message.decode()[0] for message in sent(app)] == [[1], [2]]
+    assert dead_letters.count(app=app) == 0
+
+
+def test_a_chord_whose_replay_was_noted_in_part_is_noted_by_who_asks_next(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch, clock: time_machine.Traveller
+) -> None:
+    """Who has sent one of its parts has sent all."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
+    ids = [die(app, message, chord_id=group_id) for message in sent(app)]
+    release, first = DeadStore.release, min(ids)
+
+    def away_after_one(self: DeadStore, server: Any, id_: str, *args: Any) -> None:
+        if id_ != first:
+            raise redis.ConnectionError("away")
+        release(self, server, id_, *args)
+
+    monkeypatch.setattr(time, "sleep", clock.shift)
+    with monkeypatch.context() as patch:
+        patch.setattr(DeadStore, "release", away_after_one)
+        with pytest.raises(StoreUnavailable):
+            dead_letters.replay(first, whole_chord=True, app=app)
+    again = {message.headers["reliable-replay-of"]: message.headers["id"] for message in sent(app)}
+    assert dead_letters.count(app=app) == 1
+    assert [dead_letters.replay(id_, whole_chord=True, app=app) for id_ in ids] == [
+        again[id_] for id_ in ids
+    ]
+    assert sent(app) == []
+    assert dead_letters.count(app=app) == 0
+
+
 def test_a_chord_that_may_have_been_sent_is_not_sent_again(
     app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
