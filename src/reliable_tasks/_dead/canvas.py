@@ -1,14 +1,16 @@
-"""A part of a canvas that was called, to be called anew."""
+"""What was called in a canvas, to be called anew: without its ids, and as nobody's child."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any
 
 from celery import Celery
 from celery.canvas import Signature
 
-__all__ = ["thawed"]
+__all__ = ["apart", "thawed"]
 
 #: Options of what was called: its own ids, who was to be told, and the chord that waited for it.
 _OF_ONE_CALL = frozenset(
@@ -22,6 +24,15 @@ _CALLED_AFTER = ("link", "link_error", "chain")
 #: Arguments that are signatures, by the kind of canvas. All others are the user's: they can look
 #: like signatures, or be some, and stay as they are.
 _MEMBERS = {"chain": ("tasks",), "group": ("tasks",), "chord": ("header", "body")}
+
+
+def apart(app: Celery, send: Callable[[], Any]) -> Any:
+    """Send where no task is running: what a task sends is its child, and has its stamps."""
+    if app.current_worker_task is None:
+        return send()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        # What is wished for of the message is said in the context.
+        return thread.submit(copy_context().run, send).result()
 
 
 def thawed(app: Celery, called: Mapping[str, Any]) -> Signature[Any]:

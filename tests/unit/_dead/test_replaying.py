@@ -508,7 +508,10 @@ def test_the_other_dead_parts_are_replayed_with_it(app: Celery, pay: Any) -> Non
     """Whoever asks for one of them is told its new id, and nothing is sent again."""
     group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
     ids = [die(app, message, chord_id=group_id) for message in sent(app)]
+    before = dead_letters.get(ids[1], app=app)
     new_ids = [dead_letters.replay(id_, whole_chord=True, app=app) for id_ in ids]
+    # Also who has looked at it before.
+    assert replay(app, place_of(app), before, whole_chord=True) == new_ids[1]
     assert [one.headers["id"] for one in sent(app)] == new_ids
     assert dead_letters.count(app=app) == 0
     assert [

@@ -1,0 +1,192 @@
+"""Sending the whole chord anew of which a dead letter is a part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from celery import Celery, chain, chord, states
+from celery.canvas import Signature
+
+from reliable_tasks._celery.headers import REPLAY_OF
+from reliable_tasks._dead.canvas import apart, thawed
+from reliable_tasks._dead.original import UNREADABLE, Original
+from reliable_tasks._dead.reserving import release_each, releasing, reserve_each
+from reliable_tasks._places import DeadPlace
+from reliable_tasks._store.dead import Reservation, Sent
+from reliable_tasks._store.letters import DeadLetter
+from reliable_tasks.errors import ReplayRefused
+from reliable_tasks.instrumentation.signals import dead_letter_replayed
+
+__all__ = ["check_chord", "replay_chord"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of a chord's header.
+
+    Attributes:
+        original: Its message.
+        letter: Its dead letter, ``None`` if it has succeeded.
+    """
+
+    original: Original
+    letter: DeadLetter | None
+
+    def steps(self, app: Celery, queue: str | None) -> list[Signature[Any]]:
+        """Return it and the rest of its chain, to be called anew."""
+        first = self.original.signature(app)
+        for name in ("link", "link_error"):
+            if name in first.options:
+                first.options[name] = [thawed(app, one) for one in first.options[name]]
+        came_by = ""
+        if self.letter is not None:
+            first.set(headers={**(first.options.get("headers") or {}), REPLAY_OF: self.letter.id})
+            came_by = self.letter.queue
+        first.set(**self.original.destination(app, came_by, queue))
+        rest = reversed(self.original.embed.get("chain") or ())
+        return [first, *(thawed(app, step) for step in rest)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chord:
+    """A chord to be called anew.
+
+    Attributes:
+        header: Its parts, each with its steps.
+        body: What is called with their results.
+    """
+
+    header: list[tuple[_Part, list[Signature[Any]]]]
+    body: Signature[Any]
+
+    @property
+    def dead(self) -> list[DeadLetter]:
+        """The dead letters of its parts, in one order for all that replay one of them."""
+        letters = (part.letter for part, _ in self.header if part.letter is not None)
+        return sorted(letters, key=lambda one: one.id)
+
+    def call(self, app: Celery, new_ids: dict[str, str]) -> None:
+        """Call it, its dead parts under their new ids."""
+        for part, steps in self.header:
+            if part.letter is not None:
+                steps[0].set(task_id=new_ids[part.letter.id])
+        header = [chain(*steps) if len(steps) > 1 else steps[0] for _, steps in self.header]
+        apart(app, lambda: chord(header, app=app)(self.body))
+
+
+def check_chord(app: Celery, place: DeadPlace, letter: DeadLetter, original: Original) -> None:
+    """Check that the chord of a dead letter can be replayed.
+
+    Raises:
+        ReplayRefused: It cannot.
+    """
+    _read(app, place, letter, original, queue=None)
+
+
+def replay_chord(
+    app: Celery, place: DeadPlace, letter: DeadLetter, original: Original, *, queue: str | None
+) -> str:
+    """Send the chord of a dead letter, unless somebody has; return the new id of that part.
+
+    Raises:
+        ReplayRefused: It cannot be replayed.
+        DeadLetterNotFound: One of its dead parts was removed meanwhile.
+    """
+    found = _read(app, place, letter, original, queue=queue)
+    token = str(uuid4())
+    answers = reserve_each(place, (one.id for one in found.dead), token)
+    new_ids = {id_: new_id for id_, (_, new_id) in answers.items()}
+    if _is_sent(app, answers.values()):
+        release_each(place, new_ids, token, Sent.SENT)
+        place.store.forget_parts(place.server, str(letter.chord_id))
+        return new_ids[letter.id]
+    # All are reserved before any is sent: where one was not yet, nothing was sent.
+    if all(code is Reservation.IN_DOUBT for code, _ in answers.values()):
+        release_each(place, new_ids, token, Sent.IN_DOUBT)
+        raise ReplayRefused(
+            letter.id,
+            f"chord {letter.chord_id} may have been sent already, and none of "
+            f"{', '.join(new_ids.values())} has ended yet: look for them, and when you know that "
+            "none of them runs or waits, call the chord anew yourself",
+        )
+    with releasing(place, letter, new_ids, token):
+        found.call(app, new_ids)
+    place.store.forget_parts(place.server, str(letter.chord_id))
+    for one in found.dead:
+        dead_letter_replayed.send(
+            sender=app.tasks.get(one.task), letter=one, task_id=new_ids[one.id]
+        )
+    return new_ids[letter.id]
+
+
+def _is_sent(app: Celery, answers: Iterable[tuple[Reservation, str]]) -> bool:
+    """Say whether somebody has sent a chord before: it is noted of a part, or one has ended."""
+    return any(
+        code is Reservation.SENT
+        or (code is Reservation.IN_DOUBT and app.AsyncResult(new_id).state != states.PENDING)
+        for code, new_id in answers
+    )
+
+
+def _read(
+    app: Celery, place: DeadPlace, letter: DeadLetter, original: Original, *, queue: str | None
+) -> _Chord:
+    """Return the chord of a dead letter; all of it is made before anything is reserved.
+
+    Raises:
+        ReplayRefused: It cannot be replayed.
+    """
+    if letter.chord_id is None:
+        raise ReplayRefused(letter.id, "it is no part of a chord: leave out whole_chord")
+    called = original.chord or {}
+    with _reading(letter):
+        is_in_chord = bool(called["options"].get("chord"))
+    if is_in_chord:
+        reason = f"chord {letter.chord_id} is itself a part of a chord, which has counted its end"
+        raise ReplayRefused(letter.id, reason)
+    parts = sorted(_parts(app, place, letter), key=lambda part: part.original.index)
+    with _reading(letter):
+        header = [(part, part.steps(app, queue)) for part in parts]
+        return _Chord(header, thawed(app, called))
+
+
+@contextmanager
+def _reading(letter: DeadLetter) -> Iterator[None]:
+    """Say in other words that a canvas is none; whoever wrote it may have put anything there."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise ReplayRefused(letter.id, f"it cannot be called any more: {error!r}") from error
+
+
+def _parts(app: Celery, place: DeadPlace, letter: DeadLetter) -> list[_Part]:
+    """Return the parts of the header, as their ends were noted."""
+    found: list[_Part] = []
+    size, parts = place.store.parts(place.server, str(letter.chord_id))
+    for kept in parts.values():
+        if not kept.startswith(b"@"):
+            found.append(_Part(Original.read(app, letter.id, kept), None))
+            continue
+        id_ = kept[1:].decode()
+        other = place.store.get(place.server, id_)
+        raw = place.store.message(place.server, id_)
+        if other is not None:
+            found.append(_Part(Original.read(app, letter.id, raw), other))
+    if not size or len(found) < size:
+        raise ReplayRefused(
+            letter.id,
+            f"of {size or 'nobody knows how many'} parts of chord {letter.chord_id} {len(found)} "
+            "are known: the others have not ended, or are no late-ack ReliableTask; or it was "
+            "called by an app without apply_reliable_config",
+        )
+    if letter.id not in (part.letter.id for part in found if part.letter is not None):
+        raise ReplayRefused(
+            letter.id,
+            f"chord {letter.chord_id} has noted another end of task {letter.task_id} since: look "
+            "for its result, and call the chord anew yourself",
+        )
+    return found
