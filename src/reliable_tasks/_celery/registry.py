@@ -8,6 +8,7 @@ from celery import Celery
 
 __all__ = [
     "behind_proxy",
+    "check_arguments",
     "hard_limit",
     "is_configured",
     "is_finalized",
@@ -47,6 +48,17 @@ def wire_arguments(task: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Return a call's arguments as a worker receives them: models of pydantic as plain data."""
     dump = getattr(task, "_dump_pydantic_arguments", None)  # since 5.7, with pydantic=True
     return dump(args, kwargs) if dump is not None else (args, kwargs)
+
+
+def check_arguments(task: Any, args: Any, kwargs: Any) -> None:
+    """Check a call's arguments as ``apply_async`` does, which asks no task without ``typing``.
+
+    Raises:
+        TypeError: They do not fit the task.
+    """
+    check = getattr(task, "__header__", None)
+    if task.typing and check is not None:
+        check(*args, **kwargs)
 
 
 def hard_limit(task: Any, of_call: Any = None) -> float:

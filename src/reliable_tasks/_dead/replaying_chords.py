@@ -12,6 +12,7 @@ from celery import Celery, chain, chord, states
 from celery.canvas import Signature
 
 from reliable_tasks._celery.headers import REPLAY_OF
+from reliable_tasks._celery.registry import check_arguments
 from reliable_tasks._dead.canvas import apart, thawed
 from reliable_tasks._dead.original import UNREADABLE, Original
 from reliable_tasks._dead.reserving import release_each, releasing, reserve_each
@@ -38,6 +39,10 @@ class _Part:
 
     def steps(self, app: Celery, queue: str | None) -> list[Signature[Any]]:
         """Return it and the rest of its chain, to be called anew."""
+        task = app.tasks.get(self.original.task)
+        if task is not None:
+            # When it is called, those before it are sent.
+            check_arguments(task, self.original.args, self.original.kwargs)
         first = self.original.signature(app)
         for name in ("link", "link_error"):
             if name in first.options:

@@ -5,9 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from celery import Celery
+from celery import Celery, Task
 
-from reliable_tasks._celery.registry import hard_limit, is_configured, is_finalized, known_tasks
+from reliable_tasks._celery.registry import (
+    check_arguments,
+    hard_limit,
+    is_configured,
+    is_finalized,
+    known_tasks,
+)
 
 
 def body() -> None:
@@ -31,6 +37,20 @@ def test_a_run_is_killed_at_the_later_of_its_limits(
     with Celery("limits", set_as_current=False) as app:
         task = app.task(shared=False, **options)(body)
         assert hard_limit(task, of_call) == seconds
+
+
+def test_arguments_are_checked_as_a_call_does() -> None:
+    """A task without ``typing`` is not asked, nor one that is a class."""
+
+    class Loose(Task):  # type: ignore[type-arg]
+        name = "loose"
+
+    with Celery("arguments", set_as_current=False) as app:
+        check_arguments(app.task(shared=False)(body), (), {})
+        with pytest.raises(TypeError):
+            check_arguments(app.task(shared=False, name="strict")(body), (1,), {})
+        check_arguments(app.task(shared=False, name="untyped", typing=False)(body), (1,), {})
+        check_arguments(app.register_task(Loose()), (1,), {})
 
 
 def test_looking_changes_nothing() -> None:

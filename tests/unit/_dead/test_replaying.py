@@ -777,6 +777,28 @@ def test_a_chord_whose_body_is_none_is_refused(
         assert caught.value.id == ids[0]
 
 
+def test_a_chord_one_of_whose_parts_has_changed_is_refused(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the parts that come before it are sent; a task that is unknown here is not asked."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2, 3)], app.tasks["shop.total"].s())
+    first, second, third = sent(app)
+    first.headers["task"] = "shop.elsewhere"
+    ids = [
+        die(app, message, chord_id=group_id)
+        for message in (first, second, replace_body(third, [[7, 8], *third.decode()[1:]]))
+    ]
+    with monkeypatch.context() as patch:
+        patch.delattr(DeadStore, "reserve")
+        for ask in (dead_letters.check, dead_letters.replay):
+            with pytest.raises(ReplayRefused, match=r"it cannot be called any more: TypeError\("):
+                ask(ids[0], whole_chord=True, app=app)
+    assert sent(app) == []
+    pay.typing = False
+    assert dead_letters.replay(ids[0], whole_chord=True, app=app)
+    assert len(sent(app)) == 3
+
+
 def test_a_letter_that_was_replayed_is_left_alone(app: Celery, pay: Any) -> None:
     """Its id alone is said, though nothing of it could be read any more."""
     pay.delay(7)
