@@ -682,12 +682,13 @@ def test_a_chord_of_which_parts_are_missing_is_refused(
 def test_a_letter_that_its_chord_does_not_know_is_refused(
     app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A copy of its task has ended otherwise since, say; nothing is reserved, nor forgotten."""
+    """Its task has died once more since; nothing is reserved, nor forgotten."""
     group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
     first, second = sent(app)
     other, id_ = (die(app, message, chord_id=group_id) for message in (first, second))
     place = place_of(app)
-    place.store.keep_part(place.server, group_id, id_, raw_of(second), 60)
+    later = die(app, second, chord_id=group_id)
+    assert later != id_
     kept = place.store.parts(place.server, group_id)
     with monkeypatch.context() as patch:
         patch.delattr(DeadStore, "reserve")
@@ -696,7 +697,9 @@ def test_a_letter_that_its_chord_does_not_know_is_refused(
                 ask(id_, whole_chord=True, app=app)
     assert sent(app) == []
     assert place.store.parts(place.server, group_id) == kept
-    assert dead_letters.replay(other, whole_chord=True, app=app)
+    new_id = dead_letters.replay(later, whole_chord=True, app=app)
+    assert dead_letters.replay(later, app=app) == new_id
+    assert dead_letters.get(other, app=app).replayed_as
 
 
 def test_a_chord_in_a_chord_is_refused(app: Celery, pay: Any) -> None:
