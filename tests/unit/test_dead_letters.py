@@ -217,6 +217,21 @@ def test_all_are_removed(both: Celery, bury: Any) -> None:
     assert ids(both) == []
 
 
+@pytest.mark.parametrize("function", ["list", "replay_all", "purge"])
+def test_a_cause_of_a_newer_version_is_its_name(both: Celery, bury: Any, function: str) -> None:
+    """While a fleet is upgraded; it is shown, replayed and removed as all others are."""
+    bury(both, "one", cause="of the future")
+    bury(both, "two")
+    if function == "list":
+        found = {one.id: one.cause for one in dead_letters.list(app=both)}
+        assert found == {"one": "of the future", "two": "failed"}
+        assert found["two"] is Cause.FAILED
+        assert ids(both, cause="failed") == ["two"]
+    else:
+        getattr(dead_letters, function)(app=both)
+        assert ids(both) == []
+
+
 # -- with a Redis --------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ def _row(letter: DeadLetter) -> dict[str, str]:
     return {
         "id": one_line(letter.id),
         "task": one_line(letter.task) or "-",
-        "cause": letter.cause,
+        "cause": one_line(letter.cause),
         "age": age(letter),
         "retries": str(letter.retries),
         "replayed as": letter.replayed_as or "-",

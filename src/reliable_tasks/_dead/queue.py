@@ -22,7 +22,7 @@ from reliable_tasks._dead.original import Original
 from reliable_tasks._dead.replaying import send_from_queue
 from reliable_tasks._places import dead_place, is_amqp_url
 from reliable_tasks._store.client import as_text
-from reliable_tasks._store.letters import Cause, DeadLetter, Letter
+from reliable_tasks._store.letters import Cause, DeadLetter, Letter, as_cause
 from reliable_tasks.errors import ReplayRefused
 
 __all__ = ["IN_ORDER", "Pace", "Queued", "bury_in_queue", "is_in_queue"]
@@ -210,7 +210,7 @@ def _read(message: Any) -> Found:
         body = json.loads(message.body)
         raw = str(body["message"]).encode("utf-8", "surrogateescape")
         known = {k: v for k, v in body["about"].items() if k in _KNOWN}
-        known |= {"cause": Cause(known["cause"]), "size": len(raw)}
+        known |= {"cause": as_cause(known["cause"]), "size": len(raw)}
         return DeadLetter(**known), raw
     deaths = headers.get("x-death") or [{}]
     death = deaths[0]

@@ -19,6 +19,7 @@ __all__ = [
     "Cause",
     "DeadLetter",
     "Letter",
+    "as_cause",
     "as_message",
     "read_letter",
     "undecodable",
@@ -41,6 +42,14 @@ class Cause(StrEnum):
     EXPIRED = "expired"
     UNKNOWN_TASK = "unknown_task"
     UNDECODABLE = "undecodable"
+
+
+def as_cause(name: str) -> Cause | str:
+    """Return a cause by its name; one that a newer version knows stays that name."""
+    try:
+        return Cause(name)
+    except ValueError:
+        return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +76,7 @@ class DeadLetter:
             of a message without an id has that of its delivery.
         task: The task's name, or ``""``.
         task_id: The task's id, or ``""``.
-        cause: Why it is here.
+        cause: Why it is here; a text that is no `Cause` where a newer version has kept it.
         error: The error's type and text.
         traceback: Its traceback, or ``""``.
         worker: Name of the worker that kept it.
@@ -92,7 +101,7 @@ class DeadLetter:
     id: str
     task: str
     task_id: str
-    cause: Cause
+    cause: Cause | str
     error: str
     traceback: str = ""
     worker: str = ""
@@ -226,7 +235,7 @@ class Buried:
 def read_letter(id_: str, row: Sequence[Any], size: int) -> DeadLetter:
     about, at, replay_id, replayed = row
     known = {k: v for k, v in json.loads(text(about)).items() if k in _KNOWN}
-    known["cause"] = Cause(known["cause"])
+    known["cause"] = as_cause(known["cause"])
     size = known.pop("size", size)
     return DeadLetter(
         **{"task": "", "task_id": "", "error": "", **known},
