@@ -5,45 +5,31 @@ What RabbitMQ dropped by itself is there, too, as it was: it knows no more than 
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 from celery import Celery
 
 from reliable_tasks._celery.queues import DEAD, dead_queue
-from reliable_tasks._dead.letters import raw_of
+from reliable_tasks._dead.found import LETTER, read
 from reliable_tasks._dead.original import Original
 from reliable_tasks._dead.replaying import send_from_queue
 from reliable_tasks._places import dead_place, is_amqp_url
 from reliable_tasks._store.client import as_text
-from reliable_tasks._store.letters import Cause, DeadLetter, Letter, as_cause
+from reliable_tasks._store.letters import DeadLetter, Letter
 from reliable_tasks.errors import ReplayRefused
 
 __all__ = ["IN_ORDER", "Pace", "Queued", "bury_in_queue", "is_in_queue"]
-
-#: Header: the message is a dead letter of ours, and has this id.
-_LETTER = "reliable-dead-letter"
-#: Why RabbitMQ dropped a message.
-_REASONS = {
-    "delivery_limit": Cause.POISON,
-    "rejected": Cause.REJECTED,
-    "expired": Cause.EXPIRED,
-}
-_KNOWN = frozenset(one.name for one in fields(DeadLetter))
 
 #: What is said where there is no Redis.
 IN_ORDER = (
     f"without a Redis dead letters are kept in the queue {DEAD}, which can be read and worked "
     "off in its order alone (list, replay_all, purge)"
 )
-#: A dead letter, and the message that it was.
-Found = tuple[DeadLetter, bytes]
 
 
 def bury_in_queue(app: Celery, letter: Letter) -> None:
@@ -61,7 +47,7 @@ def bury_in_queue(app: Celery, letter: Letter) -> None:
             serializer="json",
             exchange=queue.exchange,
             routing_key=DEAD,
-            headers={_LETTER: letter.about.id},
+            headers={LETTER: letter.about.id},
             declare=[queue],
             delivery_mode="persistent",
             retry=True,
@@ -108,7 +94,7 @@ class Queued:
         """Yield them in their order, and leave them where they are."""
         with self._taking() as messages:
             for message in messages:
-                yield _read(message)[0]
+                yield read(message).letter
 
     def replay(
         self,
@@ -133,15 +119,17 @@ class Queued:
         tried = 0
         with self._taking() as messages:
             while (limit is None or tried < limit) and (message := next(messages, None)):
-                letter, raw = _read(message)
+                found = read(message)
+                letter = found.letter
                 if not matches(letter):
                     continue
                 tried += 1
                 # The same for the same letter, should it not be taken away now.
                 new_id = str(uuid.uuid5(uuid.NAMESPACE_OID, letter.id))
                 try:
+                    found.check()
                     if letter.id not in sent:
-                        original = Original.read(self._app, letter.id, raw)
+                        original = Original.read(self._app, letter.id, found.raw)
                         pace.wait()
                         send_from_queue(self._app, letter, original, new_id, queue=queue)
                 except ReplayRefused as refusal:
@@ -158,7 +146,7 @@ class Queued:
         removed = 0
         with self._taking() as messages:
             for message in messages:
-                letter, _ = _read(message)
+                letter = read(message).letter
                 if matches(letter):
                     message.ack()
                     removed += 1
@@ -173,14 +161,14 @@ class Queued:
             taken: list[Any] = []
 
             def messages() -> Iterator[Any]:
-                message = queue.get(no_ack=False)
+                message = _take(queue)
                 # The count alone lags by the disk's pace behind what came back to the queue just
                 # now; whoever has been given a message since is told of it.
                 more = _count(queue)
                 while message is not None:
                     taken.append(message)
                     yield message
-                    message = queue.get(no_ack=False) if len(taken) <= more else None
+                    message = _take(queue) if len(taken) <= more else None
 
             rest = messages()
             try:
@@ -204,36 +192,7 @@ def _count(queue: Any) -> int:
     return int(queue.queue_declare(passive=True).message_count)
 
 
-def _read(message: Any) -> Found:
-    headers = message.headers or {}
-    if _LETTER in headers:
-        body = json.loads(message.body)
-        raw = str(body["message"]).encode("utf-8", "surrogateescape")
-        known = {k: v for k, v in body["about"].items() if k in _KNOWN}
-        known |= {"cause": as_cause(known["cause"]), "size": len(raw)}
-        return DeadLetter(**known), raw
-    deaths = headers.get("x-death") or [{}]
-    death = deaths[0]
-    # Where it was sent first, and not by whom it came here.
-    first_keys = death.get("routing-keys") or [""]
-    raw = raw_of(message, {"exchange": death.get("exchange"), "routing_key": first_keys[0]})
-    died_at = death.get("time")
-    task_id = str(headers.get("id") or "")
-    return (
-        DeadLetter(
-            id=task_id or str(uuid.uuid5(uuid.NAMESPACE_OID, repr(raw))),
-            task=str(headers.get("task") or ""),
-            task_id=task_id,
-            cause=_REASONS.get(str(death.get("reason")), Cause.REJECTED),
-            error=f"dropped by RabbitMQ: {death.get('reason')}",
-            queue=str(death.get("queue") or ""),
-            retries=int(headers.get("retries") or 0),
-            deliveries=int(headers.get("x-delivery-count") or 0),
-            at=died_at.timestamp() if died_at is not None else 0.0,
-            argsrepr=str(headers.get("argsrepr") or ""),
-            kwargsrepr=str(headers.get("kwargsrepr") or ""),
-            root_id=str(headers.get("root_id") or ""),
-            size=len(raw),
-        ),
-        raw,
-    )
+def _take(queue: Any) -> Any:
+    """Take the next message, with what kombu finds wrong with it, which `Queue.get` would raise."""
+    found = queue.channel.basic_get(queue=queue.name, no_ack=False)
+    return None if found is None else queue.channel.message_to_python(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from datetime import UTC, datetime
 from typing import Any
@@ -53,12 +54,13 @@ def bury(app: Celery, n: int, *, max_body: int = 10_000, **about: Any) -> str:
     return str(known["task_id"])
 
 
-def drop(app: Celery, headers: dict[str, Any], body: Any = ([7], {}, {})) -> None:
+def drop(app: Celery, headers: Any, body: Any = ([7], {}, {})) -> None:
     """Have RabbitMQ drop a message."""
+    how = {"content_type": "application/json", "content_encoding": "utf-8"}
     with app.connection_for_write() as connection:
         Producer(connection).publish(
             body,
-            serializer="json",
+            **(how if isinstance(body, bytes) else {"serializer": "json"}),
             exchange=dead_queue().exchange,
             routing_key="celery",
             headers=headers,
@@ -244,6 +246,153 @@ def test_what_is_no_tasks_has_an_id_all_the_same(rabbit: Celery) -> None:
     assert ids(rabbit) == [first, second]
     letter = next(Queued(rabbit).walk())
     assert (letter.task, letter.cause, letter.at) == ("", "rejected", 0.0)
+
+
+def test_the_id_of_what_is_no_tasks_stays_when_it_is_looked_at(rabbit: Celery) -> None:
+    """RabbitMQ counts each look."""
+    drop(rabbit, {"x-delivery-count": 1}, {"no": "task"})
+    drop(rabbit, {"x-delivery-count": 2}, {"no": "task"})
+    drop(rabbit, {"of": "another"}, {"no": "task"})
+    first, second, third = ids(rabbit)
+    assert first == second != third
+
+
+def test_rabbitmqs_time_is_that_of_no_place(
+    rabbit: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """py-amqp reads it without a time zone, and whoever looks is in one."""
+    died = datetime(2026, 3, 1, 12)  # noqa: DTZ001
+    drop(rabbit, {"id": "one", "task": "shop.pay", "x-death": [{"time": died}]})
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        (letter,) = Queued(rabbit).walk()
+    time.tzset()
+    assert letter.at == 1_772_366_400.0
+
+
+# -- strange messages ----------------------------------------------------------------------------
+
+OURS: dict[str, Any] = {
+    "id": "one",
+    "task": "shop.pay",
+    "task_id": "one",
+    "cause": "failed",
+    "error": "ValueError: no",
+    "at": 1.0,
+}
+
+
+def kept(about: Any, message: Any = "{}") -> bytes:
+    """The body of a letter of ours, or nearly."""
+    return json.dumps({"about": about, "message": message}).encode()
+
+
+ODD_HEADERS = [
+    {"retries": "many"},
+    {"retries": [1]},
+    {"retries": 1e400},
+    {"x-delivery-count": "x"},
+    {"x-death": "yesterday"},
+    {"x-death": {"reason": "rejected"}},
+    {"x-death": ["rejected"]},
+    {"x-death": [{"routing-keys": 5, "reason": ["rejected"], "time": "noon", "queue": {}}]},
+    {"x-death": [{"routing-keys": [{}], "time": 5, "exchange": 7}]},
+    {"argsrepr": [7], "kwargsrepr": 7, "root_id": {"r": 1}},
+]
+
+
+@pytest.mark.parametrize("odd", ODD_HEADERS, ids=repr)
+def test_headers_of_strange_types_are_left_out(rabbit: Celery, odd: dict[str, Any]) -> None:
+    """Whoever published it may have put anything there; its task can be called all the same."""
+    drop(rabbit, {"id": "one", "task": "shop.pay", **odd})
+    (letter,) = Queued(rabbit).walk()
+    assert (letter.id, letter.task, letter.cause) == ("one", "shop.pay", Cause.REJECTED)
+    assert (letter.retries, letter.deliveries, letter.at) == (0, 0, 0.0)
+    json.dumps(letter.as_dict())
+    ((id_, new_id, _),) = replay(rabbit)
+    assert id_ == "one"
+    assert new_id is not None
+
+
+UNREADABLE = [
+    ({"reliable-dead-letter": "x"}, b"hello", "JSONDecodeError"),
+    ({"reliable-dead-letter": "x"}, b"[]", "TypeError"),
+    ({"reliable-dead-letter": "x"}, b"\xff", "UnicodeDecodeError"),
+    ({"reliable-dead-letter": "x"}, b'{"about": {}}', "KeyError"),
+    ({"reliable-dead-letter": "x"}, kept({}), "KeyError"),
+    ({"reliable-dead-letter": "x"}, kept([]), "AttributeError"),
+    ({"reliable-dead-letter": "x"}, kept({"cause": "failed"}), "TypeError"),
+    ({"reliable-dead-letter": "x"}, kept({**OURS, "at": "noon"}), "TypeError: at is 'noon'"),
+    ({"reliable-dead-letter": "x"}, kept({**OURS, "at": float("nan")}), "TypeError: at is nan"),
+    ({"reliable-dead-letter": "x"}, kept({**OURS, "cause": 7}), "TypeError: cause is 7"),
+    ({"reliable-dead-letter": "x"}, kept({**OURS, "error": None}), "TypeError: error is None"),
+    ({"reliable-dead-letter": "x"}, b"[" * 20_000, "RecursionError"),
+]
+
+
+@pytest.mark.parametrize(("headers", "body", "why"), UNREADABLE, ids=lambda one: repr(one)[-50:])
+def test_what_cannot_be_read_hides_nothing(
+    rabbit: Celery, headers: Any, body: bytes, why: str
+) -> None:
+    """It is listed and removed as all others; it cannot be replayed, and the reason is told."""
+    first = bury(rabbit, 1)
+    drop(rabbit, headers, body)
+    last = bury(rabbit, 2)
+    _, odd, _ = letters = list(Queued(rabbit).walk())
+    assert [letter.id for letter in letters] == [first, odd.id, last] == ids(rabbit)
+    assert (odd.cause, odd.at, odd.size) == (Cause.UNDECODABLE, 0.0, 0)
+    assert odd.id
+    assert odd.error.startswith("its message cannot be read: ")
+    assert why in odd.error
+    assert len(odd.error) <= 1_000
+    told = replay(rabbit)
+    assert [(id_, new_id is None) for id_, new_id, _ in told] == [
+        (first, False),
+        (odd.id, True),
+        (last, False),
+    ]
+    assert told[1][2] == odd.error
+    assert ids(rabbit) == [odd.id]
+    assert Queued(rabbit).purge(lambda _: True, lambda _: None) == 1
+    assert ids(rabbit) == []
+
+
+def test_what_kombu_cannot_unpack_hides_nothing(rabbit: Celery) -> None:
+    """Its headers can be read, and say whose message it is."""
+    death = {"reason": "rejected", "queue": "slow", "routing-keys": ["slow"]}
+    headers = {"id": "one", "task": "shop.pay", "x-death": [death], "compression": "zlib"}
+
+    def between() -> tuple[str, str]:
+        """Put it between two others."""
+        first = bury(rabbit, 1)
+        drop(rabbit, headers, b"not packed")
+        return first, bury(rabbit, 2)
+
+    between()
+    _, odd, _ = Queued(rabbit).walk()
+    assert (odd.id, odd.task, odd.queue, odd.cause) == ("one", "shop.pay", "slow", "undecodable")
+    assert odd.error.startswith("its message cannot be read: error: ")
+    # kombu's own queues in memory, and not RabbitMQ, forget that what comes back is packed.
+    Queued(rabbit).purge(lambda _: True, lambda _: None)
+    first, last = between()
+    told = replay(rabbit)
+    assert [(id_, new_id is None) for id_, new_id, _ in told] == [
+        (first, False),
+        ("one", True),
+        (last, False),
+    ]
+    assert told[1][2] == odd.error
+    between()
+    assert Queued(rabbit).purge(lambda _: True, lambda _: None) == 4
+
+
+def test_an_unreadable_one_is_not_taken_for_its_namesake(rabbit: Celery) -> None:
+    """The same id twice is the same letter, but not if nobody knows what is in it."""
+    drop(rabbit, {"id": "one", "task": "shop.pay"})
+    drop(rabbit, {"id": "one", "task": "shop.pay", "compression": "no such"}, b"[]")
+    assert [new_id is None for _, new_id, _ in replay(rabbit)] == [False, True]
+    assert ids(rabbit) == ["one"]
 
 
 # -- replaying -----------------------------------------------------------------------------------
