@@ -57,11 +57,17 @@ def is_amqp_url(url: str) -> bool:
     return scheme_of(url) in ("amqp", "amqps", "pyamqp", "pyamqps", "librabbitmq")
 
 
-def broker_redis(app: Celery, config: ReliableConfig) -> ServerAddress:
-    """Return the address of a broker that is a Redis."""
+def broker_redis(
+    app: Celery, config: ReliableConfig, *, is_for_reading: bool = False
+) -> ServerAddress:
+    """Return the address of a broker that is a Redis: where tasks are sent, or where workers read.
+
+    They are two where the one is ``broker_write_url`` and the other ``broker_read_url``.
+    """
     conf = app.conf
+    url = conf.broker_read_url if is_for_reading else conf.broker_write_url
     options = _options(conf.broker_transport_options, conf.broker_use_ssl)
-    return ServerAddress(as_text(conf.broker_write_url), config.store_timeout, options)
+    return ServerAddress(as_text(url), config.store_timeout, options)
 
 
 def lock_redis(app: Celery, config: ReliableConfig) -> ServerAddress:
@@ -124,8 +130,8 @@ _dead_places: WeakKeyDictionary[Celery, tuple[Any, DeadPlace | None]] = WeakKeyD
 def dead_place(app: Celery) -> DeadPlace | None:
     """Return the Redis of an app's dead letters, ``None`` where it has none.
 
-    With this library's transport it is the broker, which ends a delivery and keeps its message in
-    one step; else the Redis of the claims.
+    With this library's transport it is the broker that workers read, which ends a delivery and
+    keeps its message in one step; else the Redis of the claims.
     """
     known = _dead_places.get(app)
     if known is None or known[0] is not app.conf:
@@ -136,7 +142,7 @@ def dead_place(app: Celery) -> DeadPlace | None:
 def _find_dead_place(app: Celery) -> DeadPlace | None:
     config = read_config(app)
     if has_own_transport(config, as_text(app.conf.broker_read_url)):
-        address = broker_redis(app, config)
+        address = broker_redis(app, config, is_for_reading=True)
     else:
         try:
             address = lock_redis(app, config)

@@ -26,6 +26,18 @@ def test_with_this_librarys_transport_it_is_the_broker() -> None:
     assert place.address.url == "redis://broker/1"
 
 
+def test_it_is_the_broker_that_workers_read() -> None:
+    """They keep letters where they end deliveries, and that need not be where tasks are sent."""
+    place = place_of(
+        "redis://broker/1",
+        broker_read_url="redis://read/1",
+        broker_write_url="redis://write/1",
+        broker_transport_options={"global_keyprefix": "shop:"},
+    )
+    assert place.address.url == "redis://read/1"
+    assert place.store.keys.dead.startswith("shop:")
+
+
 @pytest.mark.parametrize(
     ("broker", "backend", "settings", "url"),
     [
