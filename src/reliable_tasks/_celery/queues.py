@@ -79,7 +79,7 @@ def check_queues(app: Celery) -> None:
     Raises:
         ConfigError: A queue or its exchange exists with other arguments.
     """
-    with app.connection_for_write() as connection:
+    with app.connection_for_read() as connection:
         try:
             connection.ensure_connection(max_retries=1, timeout=5)
         except OperationalError:

@@ -114,7 +114,7 @@ def bury(app: Celery, task: Any, letter: Letter, event: str) -> bool:
     try:
         if place is not None:
             id_, count = place.store.bury(place.server, letter, event)
-        elif is_amqp_url(as_text(app.conf.broker_write_url)):
+        elif is_amqp_url(as_text(app.conf.broker_read_url)):
             bury_in_queue(app, letter)
         else:
             raise LookupError("no Redis is configured")

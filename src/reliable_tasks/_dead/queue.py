@@ -41,7 +41,7 @@ def bury_in_queue(app: Celery, letter: Letter) -> None:
     about = {**letter.about.as_dict(), "at": time.time()}
     message = b"" if letter.is_too_large else letter.message
     queue = dead_queue()
-    with app.producer_or_acquire() as producer:
+    with _producer(app) as producer:
         producer.publish(
             {"about": about, "message": message.decode("utf-8", "surrogateescape")},
             serializer="json",
@@ -52,6 +52,18 @@ def bury_in_queue(app: Celery, letter: Letter) -> None:
             delivery_mode="persistent",
             retry=True,
         )
+
+
+@contextmanager
+def _producer(app: Celery) -> Iterator[Any]:
+    """Yield what publishes at the broker that workers read."""
+    if app.conf.broker_read_url == app.conf.broker_write_url:
+        with app.producer_or_acquire() as producer:
+            yield producer
+        return
+    # Celery has a pool of connections to the other one alone.
+    with app.connection_for_read() as connection:
+        yield connection.Producer()
 
 
 def is_in_queue(app: Celery) -> bool:

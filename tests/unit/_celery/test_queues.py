@@ -48,7 +48,7 @@ class Broker:
         self.closed = 0
         self.amqp = SimpleNamespace(queues={"celery": self})
 
-    def connection_for_write(self) -> AbstractContextManager[Any]:
+    def connection_for_read(self) -> AbstractContextManager[Any]:
         """Connect."""
         return nullcontext(self)
 

@@ -105,6 +105,22 @@ def test_a_redis_is_preferred() -> None:
         assert not is_in_queue(app)
 
 
+def test_they_are_kept_where_workers_read(rabbit: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks may be sent to another broker than that whose queues RabbitMQ drops messages of."""
+    rabbit.conf.broker_write_url = "amqp://write//"
+    used: list[str] = []
+    publish = Producer.publish
+
+    def note(producer: Any, *args: Any, **options: Any) -> Any:
+        used.append(producer.connection.hostname)
+        return publish(producer, *args, **options)
+
+    monkeypatch.setattr(Producer, "publish", note)
+    id_ = bury(rabbit, 1)
+    assert used == ["write", "rabbit"]
+    assert ids(rabbit) == [id_]
+
+
 # -- reading -------------------------------------------------------------------------------------
 
 
