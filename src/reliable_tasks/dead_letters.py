@@ -379,13 +379,26 @@ def _both(which: Which, where: Callable[[DeadLetter], bool] | None) -> Callable[
     return lambda letter: which.has(letter) and (where is None or where(letter))
 
 
-def _until_now(app: Celery, which: Which) -> Which:
-    """Leave out those that come later; by the clock that those are kept by."""
-    if which.before is not None or is_in_queue(app):
-        return which
+def now_of(app: Celery) -> float | None:
+    """Return the time by the clock that dead letters are kept by (s since the epoch).
+
+    It is not public, and for the commands.
+
+    Returns:
+        The time of their Redis; ``None`` without one, where each bears that of another host.
+    """
+    if is_in_queue(app):
+        return None
     with _place(app) as place:
-        # That of this millisecond, too.
-        return replace(which, before=place.store.now(place.server) + 0.001)
+        return place.store.now(place.server)
+
+
+def _until_now(app: Celery, which: Which) -> Which:
+    """Leave out those that come later."""
+    if which.before is not None or (now := now_of(app)) is None:
+        return which
+    # That of this millisecond, too.
+    return replace(which, before=now + 0.001)
 
 
 def _refuse_replayed(replayed: bool) -> None:

@@ -328,10 +328,12 @@ class _Chosen:
 
 
 def _choose(app: Celery, filters: Mapping[str, Any], replayed: bool = False) -> _Chosen:
-    if replayed:
-        ids = {one.id for one in dead_letters.list(**filters, replayed=True, app=app)}
-        return _Chosen(len(ids), lambda letter: letter.id in ids)
-    asked_at = time.time()
+    asked_at = dead_letters.now_of(app)
+    if replayed or asked_at is None:
+        # No one clock says which were there.
+        found = [one.id for one in dead_letters.list(**filters, replayed=replayed, app=app)]
+        ids = frozenset(found)
+        return _Chosen(len(found), lambda letter: letter.id in ids)
     return _Chosen(_count(app, filters), lambda letter: letter.at <= asked_at)
 
 

@@ -24,6 +24,7 @@ from kombu.exceptions import OperationalError
 from reliable_tasks import ReliableTask, dead_letters, once
 from reliable_tasks._cli import output, reliable
 from reliable_tasks._cli.dead import _moment
+from reliable_tasks._dead.queue import bury_in_queue
 from reliable_tasks._places import dead_place
 from reliable_tasks._store.dead import DeadStore
 from reliable_tasks._store.letters import Bounds, Cause, DeadLetter, Letter
@@ -42,8 +43,7 @@ BOUNDS = Bounds(max_age=90 * 86400.0, max_count=10_000, max_body=10_000)
 TOO_LARGE = "its message was too large to be kept (reliable_dead_letter_max_body)"
 
 
-@pytest.fixture
-def invoke(app: Celery) -> Invoke:
+def invoke_on(app: Celery) -> Invoke:
     """Run the command as Celery does, which puts the app into click's context."""
 
     def invoke(*args: str, answer: str | None = None) -> Result:
@@ -51,6 +51,12 @@ def invoke(app: Celery) -> Invoke:
         return CliRunner().invoke(reliable, ["dead", *args], obj=context, input=answer)
 
     return invoke
+
+
+@pytest.fixture
+def invoke(app: Celery) -> Invoke:
+    """Run the command for an app with a Redis."""
+    return invoke_on(app)
 
 
 @pytest.fixture
@@ -83,6 +89,14 @@ def bury(app: Celery, clock: time_machine.Traveller) -> Bury:
         return store.bury(server, letter, uuid4().hex)[0]
 
     return bury
+
+
+def die(app: Celery, id_: str, **about: Any) -> str:
+    """Keep a dead letter of an app with RabbitMQ alone; its id is returned."""
+    known = {"task": "shop.pay", "task_id": id_, "cause": Cause.FAILED, "error": "", **about}
+    raw = message(id_, task=known["task"]).encode()
+    bury_in_queue(app, Letter(DeadLetter(id=id_, **known), raw, BOUNDS))
+    return id_
 
 
 def store_of(app: Celery) -> tuple[DeadStore, redis.Redis]:
@@ -591,6 +605,59 @@ def test_what_came_during_the_question_stays(
     monkeypatch.setattr(click, "confirm", confirm)
     assert invoke(*command).exit_code == 0
     assert ids(app) == ["two"]
+
+
+@pytest.mark.parametrize("command", [("replay", "--all", "--yes"), ("purge", "--yes")])
+def test_the_clock_of_the_redis_counts(
+    app: Celery,
+    invoke: Invoke,
+    bury: Bury,
+    clock: time_machine.Traveller,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+) -> None:
+    """That of the host may be behind it: what was kept just now is asked about, too."""
+    bury("one")
+    clock.shift(-5)
+    monkeypatch.setattr(DeadStore, "now", lambda *args: time.time() + 5)
+    assert invoke(*command).exit_code == 0
+    assert ids(app) == []
+
+
+@pytest.mark.parametrize("command", [("replay", "--all"), ("purge",)])
+def test_in_rabbitmq_those_are_meant_that_were_there(
+    rabbit: Celery,
+    clock: time_machine.Traveller,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+) -> None:
+    """Each bears the clock of the host that has kept it, which may be before this one or behind."""
+    for ahead in (3600, -3600):
+        clock.shift(ahead)
+        die(rabbit, f"{ahead} s ahead")
+        clock.shift(-ahead)
+
+    def confirm(question: str, **options: Any) -> bool:
+        assert "all 2 dead letters" in question
+        for ahead in (3600, -3600):
+            clock.shift(ahead)
+            die(rabbit, f"{ahead} s ahead, too late")
+            clock.shift(-ahead)
+        return True
+
+    monkeypatch.setattr(click, "confirm", confirm)
+    assert invoke_on(rabbit)(*command).exit_code == 0
+    assert ids(rabbit) == ["3600 s ahead, too late", "-3600 s ahead, too late"]
+
+
+def test_in_rabbitmq_each_counts(rabbit: Celery) -> None:
+    """The same twice is one that was kept, and not acknowledged: both are in the queue."""
+    for id_ in ("one", "one", "two"):
+        die(rabbit, id_, task="shop.other" if id_ == "two" else "shop.pay")
+    result = invoke_on(rabbit)("purge", "--task", "shop.pay", answer="y\n")
+    assert "Remove 2 dead letters of task shop.pay for good?" in result.stderr
+    assert "removed 2 dead letters" in result.stdout
+    assert ids(rabbit) == ["two"]
 
 
 def test_what_would_be_replayed(app: Celery, invoke: Invoke, bury: Bury) -> None:
