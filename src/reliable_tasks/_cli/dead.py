@@ -26,6 +26,8 @@ from reliable_tasks._cli.output import (
     progress,
     yes_option,
 )
+from reliable_tasks._dead.queue import Queued, is_in_queue
+from reliable_tasks._dead.which import Which
 from reliable_tasks._store.letters import Cause, DeadLetter
 from reliable_tasks.errors import (
     DeadLetterError,
@@ -229,10 +231,10 @@ def replay(
     app = _app(context)
     outcomes = _Outcomes(app, as_json)
     with errors_told():
-        if dry_run:
-            oldest = dead_letters.list(**filters, limit=limit, oldest_first=True, app=app)
-            chosen = (letter.id for letter in oldest) if is_all else iter(dict.fromkeys(ids))
-            _check_each(app, chosen, whole_chord, outcomes)
+        if dry_run and is_all:
+            _check_all(app, filters, limit, outcomes)
+        elif dry_run:
+            _check_each(app, dict.fromkeys(ids), outcomes, whole_chord=whole_chord)
         else:
             # A task that is not imported would be sent by its name, past its @once.
             app.loader.import_default_modules()
@@ -419,7 +421,27 @@ class _Outcomes:
         click.echo(f"{self.sent} {would}sent, {self.refused} {would}refused", err=True)
 
 
-def _check_each(app: Celery, ids: Iterable[str], whole_chord: bool, outcomes: _Outcomes) -> None:
+def _check_all(
+    app: Celery, filters: Mapping[str, Any], limit: int | None, outcomes: _Outcomes
+) -> None:
+    if not is_in_queue(app):
+        oldest = dead_letters.list(**filters, limit=limit, oldest_first=True, app=app)
+        _check_each(app, (letter.id for letter in oldest), outcomes)
+        return
+
+    def tell(letter: DeadLetter, reason: str) -> None:
+        if reason:
+            outcomes.refuse(ReplayRefused(letter.id, reason))
+        else:
+            outcomes.would_send(letter)
+
+    # None is found there by its id.
+    Queued(app).check(Which.of(**filters).has, tell, limit=limit)
+
+
+def _check_each(
+    app: Celery, ids: Iterable[str], outcomes: _Outcomes, *, whole_chord: bool = False
+) -> None:
     for id_ in ids:
         try:
             letter = dead_letters.get(id_, app=app)

@@ -10,14 +10,15 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 from celery import Celery
 
 from reliable_tasks._celery.queues import DEAD, dead_queue
-from reliable_tasks._dead.found import LETTER, read
+from reliable_tasks._dead.found import LETTER, Found, read
 from reliable_tasks._dead.original import Original
-from reliable_tasks._dead.replaying import send_from_queue
+from reliable_tasks._dead.replaying import check_from_queue, send_from_queue
 from reliable_tasks._places import dead_place, is_amqp_url
 from reliable_tasks._store.client import as_text
 from reliable_tasks._store.letters import DeadLetter, Letter
@@ -128,20 +129,14 @@ class Queued:
         """
         # The same twice is one that was kept, and not acknowledged: its worker died in between.
         sent: dict[str, str] = {}
-        tried = 0
-        with self._taking() as messages:
-            while (limit is None or tried < limit) and (message := next(messages, None)):
-                found = read(message)
+        with self._asked(matches, limit) as asked:
+            for message, found in asked:
                 letter = found.letter
-                if not matches(letter):
-                    continue
-                tried += 1
                 # The same for the same letter, should it not be taken away now.
                 new_id = str(uuid.uuid5(uuid.NAMESPACE_OID, letter.id))
                 try:
-                    found.check()
+                    original = self._check(found)
                     if letter.id not in sent:
-                        original = Original.read(self._app, letter.id, found.raw)
                         pace.wait()
                         send_from_queue(self._app, letter, original, new_id, queue=queue)
                 except ReplayRefused as refusal:
@@ -151,19 +146,53 @@ class Queued:
                 message.ack()
                 tell(letter, new_id, "")
 
+    def check(
+        self,
+        matches: Callable[[DeadLetter], bool],
+        tell: Callable[[DeadLetter, str], None],
+        *,
+        limit: int | None,
+    ) -> None:
+        """Say in their order which of them can be replayed; nothing is sent.
+
+        Args:
+            matches: As in `replay`.
+            tell: Called with each, and why it would be refused or ``""``.
+            limit: As in `replay`.
+        """
+        with self._asked(matches, limit) as asked:
+            for _, found in asked:
+                reason = ""
+                try:
+                    self._check(found)
+                except ReplayRefused as refusal:
+                    reason = refusal.reason
+                tell(found.letter, reason)
+
     def purge(
         self, matches: Callable[[DeadLetter], bool], tell: Callable[[DeadLetter], None]
     ) -> int:
         """Remove some for good; return how many."""
         removed = 0
-        with self._taking() as messages:
-            for message in messages:
-                letter = read(message).letter
-                if matches(letter):
-                    message.ack()
-                    removed += 1
-                    tell(letter)
+        with self._asked(matches) as asked:
+            for message, found in asked:
+                message.ack()
+                removed += 1
+                tell(found.letter)
         return removed
+
+    def _check(self, found: Found) -> Original:
+        found.check()
+        return check_from_queue(self._app, found.letter, found.raw)
+
+    @contextmanager
+    def _asked(
+        self, matches: Callable[[DeadLetter], bool], limit: int | None = None
+    ) -> Iterator[Iterator[tuple[Any, Found]]]:
+        """Take those that are asked for, at most so many, with their messages."""
+        with self._taking() as messages:
+            all_found = ((message, read(message)) for message in messages)
+            yield islice((one for one in all_found if matches(one[1].letter)), limit)
 
     @contextmanager
     def _taking(self) -> Iterator[Iterator[Any]]:

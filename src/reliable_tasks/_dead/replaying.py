@@ -20,7 +20,7 @@ from reliable_tasks._store.publication import Publication, publishing
 from reliable_tasks.errors import DeadLetterNotFound, ReplayRefused
 from reliable_tasks.instrumentation.signals import dead_letter_replayed
 
-__all__ = ["check", "replay", "send_from_queue"]
+__all__ = ["check", "check_from_queue", "replay", "send_from_queue"]
 
 
 def replay(
@@ -54,6 +54,21 @@ def replay(
     return new_id
 
 
+def check_from_queue(app: Celery, letter: DeadLetter, raw: bytes) -> Original:
+    """Say whether a dead letter that was kept without a Redis can be replayed; return its message.
+
+    Raises:
+        ReplayRefused: It cannot.
+    """
+    original = Original.read(app, letter.id, raw)
+    # What RabbitMQ dropped for another reason no chord has counted.
+    may_be_counted = original.chord is not None and letter.cause is Cause.REJECTED
+    if letter.chord_id is not None or may_be_counted:
+        raise ReplayRefused(letter.id, "its chord has counted its failure")
+    _check_part(app, letter, original)
+    return original
+
+
 def send_from_queue(
     app: Celery, letter: DeadLetter, original: Original, new_id: str, *, queue: str | None
 ) -> None:
@@ -62,11 +77,6 @@ def send_from_queue(
     Raises:
         ReplayRefused: It cannot be replayed.
     """
-    # What RabbitMQ dropped for another reason no chord has counted.
-    may_be_counted = original.chord is not None and letter.cause is Cause.REJECTED
-    if letter.chord_id is not None or may_be_counted:
-        raise ReplayRefused(letter.id, "its chord has counted its failure")
-    _check_part(app, letter, original)
     with refusing(letter):
         _send(app, letter, original, new_id, queue=queue)
     dead_letter_replayed.send(sender=app.tasks.get(letter.task), letter=letter, task_id=new_id)

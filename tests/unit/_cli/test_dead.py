@@ -689,6 +689,32 @@ def test_what_would_be_replayed(app: Celery, invoke: Invoke, bury: Bury) -> None
     assert ids(app) == ["large", "one"]
 
 
+def test_what_would_be_replayed_of_rabbitmqs_queue(rabbit: Celery) -> None:
+    """It is read in its order, as by a replay; ids are not found there."""
+    die(rabbit, "one")
+    die(rabbit, "two", task="shop.other")
+    die(rabbit, "part", chord_id="c")
+    invoke = invoke_on(rabbit)
+    result = invoke("replay", "--all", "--dry-run")
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == [
+        "one would be sent again: shop.pay",
+        "two would be sent again: shop.other",
+    ]
+    assert result.stderr.splitlines() == [
+        "dead letter part is not replayed: its chord has counted its failure",
+        "2 would be sent, 1 would be refused",
+    ]
+    result = invoke("replay", "--all", "--dry-run", "--task", "shop.pay", "--limit", "1")
+    assert result.stdout == "one would be sent again: shop.pay\n"
+    assert lines(invoke("replay", "--all", "--dry-run", "--json", "--task", "shop.other")) == [
+        {"id": "two", "replayed_as": None}
+    ]
+    assert invoke("replay", "--dry-run", "one").stderr.startswith("Error: without a Redis")
+    assert sent(rabbit) == []
+    assert ids(rabbit) == ["one", "two", "part"]
+
+
 def test_a_task_is_imported_before_it_is_replayed(app: Celery, invoke: Invoke, bury: Bury) -> None:
     """Else its @once key would not be claimed; Celery imports tasks for its workers alone."""
 

@@ -598,6 +598,52 @@ def test_after_a_pause_no_more_are_sent_at_once(monkeypatch: pytest.MonkeyPatch)
     assert waits == [0.0, 0.0, 0.5]
 
 
+# -- only saying what would be sent --------------------------------------------------------------
+
+
+def check(app: Celery, matches: Any = lambda letter: True, limit: int | None = None) -> Told:
+    """Check letters; return what was told of each."""
+    told: Told = []
+    Queued(app).check(matches, lambda letter, why: told.append((letter.id, None, why)), limit=limit)
+    return told
+
+
+def test_it_is_said_what_would_be_replayed(rabbit: Celery) -> None:
+    """With the reasons for which others would not; nothing is sent, and all stay."""
+    rabbit.conf.result_backend = "cache+memory://"
+    pay = rabbit.tasks["shop.pay"]
+    buried = [bury(rabbit, 1), bury(rabbit, 2, max_body=0), bury(rabbit, 3, chord_id="c")]
+    chord([pay.si(1)], pay.si(2)).apply_async()
+    message = take(rabbit)
+    drop(rabbit, {**message.headers, "id": "part", "x-death": [{"reason": "expired"}]}, b"no JSON")
+    drop(rabbit, {**message.headers, "id": "whole"}, message.decode())
+    expired = {**message.headers, "id": "expired", "x-death": [{"reason": "expired"}]}
+    drop(rabbit, expired, message.decode())
+    checked = check(rabbit)
+    assert [id_ for id_, _, _ in checked] == [*buried, "part", "whole", "expired"] == ids(rabbit)
+    assert take(rabbit) is None
+    assert checked[0][2] == ""
+    assert all(why for _, _, why in checked[1:])
+    told = replay(rabbit)
+    assert [(id_, why) for id_, _, why in told] == [(id_, why) for id_, _, why in checked]
+
+
+def test_only_those_are_checked_that_are_asked_for(rabbit: Celery) -> None:
+    """And only so many."""
+    one, two, three = (bury(rabbit, n, argsrepr="(7,)" if n else "") for n in range(3))
+    assert check(rabbit, is_7) == [(two, None, ""), (three, None, "")]
+    assert check(rabbit, is_7, limit=1) == [(two, None, "")]
+    assert check(rabbit, limit=0) == []
+    assert ids(rabbit) == [one, two, three]
+
+
+def test_the_same_letter_twice_would_be_sent_once(rabbit: Celery) -> None:
+    """Both would be gone."""
+    id_ = bury(rabbit, 1)
+    bury(rabbit, 1, task_id=id_)
+    assert check(rabbit) == [(id_, None, ""), (id_, None, "")]
+
+
 # -- removing ------------------------------------------------------------------------------------
 
 
