@@ -88,7 +88,8 @@ class BuriedRequest(GuardedRequest):
 
     def _reject_for_good(self) -> None:
         """Reject the message, unless RabbitMQ would keep it beside the letter."""
-        is_kept_twice = self._is_kept and is_kept_by_rabbitmq(self.app, queue_of(self.message))
+        queue = queue_of(self.app, self.message)
+        is_kept_twice = self._is_kept and is_kept_by_rabbitmq(self.app, queue)
         if not is_kept_twice:
             Request.reject(self, requeue=False)
         elif not self.acknowledged:

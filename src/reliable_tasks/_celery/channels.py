@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
+
+from reliable_tasks._celery.queues import find_queue
 
 __all__ = ["held_by", "is_lost", "queue_of"]
 
@@ -18,13 +19,11 @@ def is_lost(channel: Any) -> bool:
     return getattr(channel, "connection", None) is None
 
 
-def queue_of(message: Any) -> str:
-    """Return the queue that a message came by, as far as its transport says."""
+def queue_of(app: Any, message: Any) -> str:
+    """Return the queue that a message came by, as far as its transport and the app say."""
     held = held_by(message.channel)
     delivery = held.get(message.delivery_tag) if held is not None else None
     if delivery is not None:
         return str(delivery.queue)
     info = message.delivery_info or {}
-    routing_key = str(info.get("routing_key") or "")
-    # Behind a delay of RabbitMQ's the queue is what is left of the digits.
-    return re.sub(r"^(?:[01]\.)+", "", routing_key)
+    return find_queue(app, str(info.get("exchange") or ""), str(info.get("routing_key") or ""))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from celery import Celery
@@ -11,7 +13,14 @@ from kombu.exceptions import OperationalError
 
 from reliable_tasks.errors import ConfigError
 
-__all__ = ["DEAD", "check_queues", "dead_queue", "is_kept_by_rabbitmq", "keep_what_is_dropped"]
+__all__ = [
+    "DEAD",
+    "check_queues",
+    "dead_queue",
+    "find_queue",
+    "is_kept_by_rabbitmq",
+    "keep_what_is_dropped",
+]
 
 #: The exchange, and the quorum queue behind it, of what RabbitMQ would drop.
 DEAD = "reliable.dead"
@@ -19,6 +28,8 @@ DEAD = "reliable.dead"
 #: merely fetched, too: so often that the crash budget comes first. RabbitMQ 4 has 20 by default.
 _DELIVERY_LIMIT = 1000
 _PRECONDITION_FAILED = 406
+#: What a delay of RabbitMQ's puts before a routing key: its digits.
+_DELAY = re.compile(r"^(?:[01]\.)+")
 
 
 class KeepingQueues(Queues):
@@ -57,6 +68,49 @@ def is_kept_by_rabbitmq(app: Any, name: str) -> bool:
     queues = app.amqp.queues
     arguments = (queues[name].queue_arguments or {}) if name in queues else {}
     return bool(arguments.get("x-dead-letter-exchange") == DEAD)
+
+
+def find_queue(app: Any, exchange: str, routing_key: str) -> str:
+    """Return the queue that a message came by, from where it was sent; else the routing key.
+
+    Of queues that got a copy each, it is one that this process consumes, if it is a worker.
+    """
+    key = _DELAY.sub("", routing_key)
+    if not exchange:
+        return key
+    found = _bound(app, exchange, routing_key)
+    if not found and key != routing_key:
+        # The exchange behind a delay is not that of the queue, but routes by its key.
+        found = _bound(app, None, key)
+    return found[0] if found and key not in found else key
+
+
+def _bound(app: Any, exchange: str | None, key: str) -> list[str]:
+    """Return the queues that a message gets into by its routing key, of an exchange or of any."""
+    return [
+        name
+        for name, queue in app.amqp.queues.consume_from.items()
+        if any(_takes(one, exchange, key) for one in (queue, *(queue.bindings or ())))
+    ]
+
+
+def _takes(binding: Any, exchange: str | None, key: str) -> bool:
+    if binding.exchange is None or exchange not in (None, binding.exchange.name):
+        return False
+    pattern = str(binding.routing_key or "")
+    kind = binding.exchange.type if exchange is not None else "topic"
+    if kind == "direct":
+        return pattern == key
+    return kind != "topic" or _is_like(pattern.split("."), key.split("."))
+
+
+def _is_like(pattern: Sequence[str], words: Sequence[str]) -> bool:
+    """Say whether the words of a routing key are those of a pattern, as a topic exchange does."""
+    if not pattern:
+        return not words
+    if pattern[0] == "#":
+        return any(_is_like(pattern[1:], words[n:]) for n in range(len(words) + 1))
+    return bool(words) and pattern[0] in ("*", words[0]) and _is_like(pattern[1:], words[1:])
 
 
 def dead_queue() -> Queue:

@@ -82,7 +82,7 @@ def letter_of_request(
         error=_said(error),
         traceback=traceback[-_LONGEST_TRACEBACK:],
         worker=request.hostname,
-        queue=queue_of(message),
+        queue=queue_of(request.app, message),
         priority=message.properties.get("priority"),
         retries=retries,
         crashes=max(crashes, getattr(error, "crashes", 0)),
@@ -120,6 +120,7 @@ def letter_of_message(
     cause: Cause,
     options: Options,
     *,
+    queue: str,
     worker: str,
     event: str,
     raw: bytes,
@@ -131,6 +132,7 @@ def letter_of_message(
         error: What is wrong with it, if that was raised.
         cause: What is wrong with it.
         options: The app's.
+        queue: The queue that it came by.
         worker: The worker's name.
         event: What tells it from others like it: its delivery.
         raw: The whole message, as kombu's Redis transport would write it.
@@ -146,7 +148,7 @@ def letter_of_message(
         cause=cause,
         error=_said(error) if error else "no task's message",
         worker=worker,
-        queue=queue_of(message),
+        queue=queue,
         priority=message.properties.get("priority"),
         retries=_number(headers.get("retries")),
         deliveries=_number(headers.get("x-delivery-count")),

@@ -10,7 +10,7 @@ from typing import Any
 
 from celery import Celery
 
-from reliable_tasks._celery.channels import held_by
+from reliable_tasks._celery.channels import held_by, queue_of
 from reliable_tasks._celery.headers import without_brokers_own
 from reliable_tasks._dead.keeping import bury, tell_buried
 from reliable_tasks._dead.letters import letter_of_message, raw_of
@@ -62,6 +62,7 @@ class Rejected:
             error,
             Cause.UNKNOWN_TASK if is_unknown else Cause.UNDECODABLE,
             read_options(self._app),
+            queue=queue_of(self._app, message),
             worker=self._worker,
             event=event,
             raw=raw,

@@ -15,7 +15,7 @@ from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery import Celery, chord
 from celery.exceptions import Ignore, Reject, Retry
 from celery.worker import state as worker_state
-from kombu import Queue
+from kombu import Exchange, Queue
 
 from reliable_tasks import DuplicateTaskError, ReliableTask, dead_letters
 from reliable_tasks._broker.beside import Beside
@@ -327,6 +327,31 @@ def test_a_rejected_task_is_not_kept_twice(
     assert bench.ended == [ended]
     assert causes(app) == (["rejected"] if is_kept else [])
     assert told.count("task-rejected") == 1
+
+
+def test_a_queue_whose_routing_key_is_not_its_name_keeps_it_once_too(
+    bench: Bench, app: Celery, pay: Any
+) -> None:
+    """RabbitMQ says by which exchange and which key a message came."""
+    keep_what_is_dropped(app)
+    exchange = Exchange("shop", type="topic")
+    quorum = {"x-queue-type": "quorum"}
+    app.conf.task_queues = [
+        Queue("orders", exchange, "order.*", queue_arguments=quorum),
+        Queue("order.created", exchange, "other"),
+    ]
+    pay.delay(7)
+    request = bench.receive(delivery_info={"exchange": "shop", "routing_key": "order.created"})
+    request.on_failure(failure(Reject("no", requeue=False)), return_ok=True)
+    assert (bench.ended, causes(app)) == (["ack"], ["rejected"])
+    (letter,) = dead_letters.list(app=app)
+    assert letter.queue == "orders"
+    # Not to that which has the name of the key.
+    new_id = dead_letters.replay(letter.id, app=app)
+    with app.connection_for_read() as connection:
+        queues: Any = app.amqp.queues
+        sent = queues["orders"](connection.default_channel).get(no_ack=True)
+        assert sent.headers["id"] == new_id
 
 
 def test_a_rejected_task_that_was_acknowledged_is_ended_once(

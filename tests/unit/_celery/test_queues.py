@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from kombu import Queue
+from kombu import Exchange, Queue, binding
 from kombu.exceptions import OperationalError
 
 from reliable_tasks import ConfigError
 from reliable_tasks._celery import queues
+from reliable_tasks._celery.channels import queue_of
 from reliable_tasks._celery.queues import (
     DEAD,
     check_queues,
@@ -199,6 +200,90 @@ def test_it_is_known_which_queues_keep_what_is_rejected(kept: Celery) -> None:
     ]
     found = {name: is_kept_by_rabbitmq(kept, name) for name in ("jobs", "classic", "mine", "other")}
     assert found == {"jobs": True, "classic": False, "mine": False, "other": False}
+
+
+# -- the queue that a message came by ------------------------------------------------------------
+
+
+def came_by(app: Celery, exchange: str, routing_key: str) -> str:
+    """The queue of a message that was sent to an exchange with a routing key."""
+    info = {"exchange": exchange, "routing_key": routing_key}
+    return queue_of(app, SimpleNamespace(channel=None, delivery_tag=1, delivery_info=info))
+
+
+@pytest.fixture
+def shop(app: Celery) -> Celery:
+    """An app with queues of all kinds, most of which have another name than their routing key."""
+    topic, direct = Exchange("shop", type="topic"), Exchange("direct", type="direct")
+    app.conf.task_queues = [
+        Queue("orders", topic, routing_key="order.created"),
+        Queue("feeds", topic, routing_key="feed.*.new"),
+        Queue("videos", topic, routing_key="video.#"),
+        Queue("stocks", topic, routing_key="1.stock"),
+        Queue("mails", direct, routing_key="mail"),
+        Queue("many", [binding(direct, routing_key="one"), binding(direct, routing_key="two")]),
+        Queue("all", Exchange("news", type="fanout")),
+        Queue("same", Exchange("same", type="topic"), routing_key="same"),
+    ]
+    return app
+
+
+@pytest.mark.parametrize(
+    ("exchange", "routing_key", "queue"),
+    [
+        ("shop", "order.created", "orders"),
+        ("shop", "feed.rss.new", "feeds"),
+        ("shop", "feed.new", "feed.new"),
+        ("shop", "feed.rss.atom.new", "feed.rss.atom.new"),
+        ("shop", "video", "videos"),
+        ("shop", "video.cat.long", "videos"),
+        ("shop", "mail", "mail"),
+        ("direct", "mail", "mails"),
+        ("direct", "order.created", "order.created"),
+        ("direct", "feed.*.new", "feed.*.new"),
+        ("direct", "one", "many"),
+        ("direct", "two", "many"),
+        ("news", "whatever", "all"),
+        ("same", "same", "same"),
+        # To a queue by its name.
+        ("", "orders", "orders"),
+        ("", "order.created", "order.created"),
+        # Behind a delay.
+        ("celery_delayed_delivery", "0.1.0.order.created", "orders"),
+        ("celery_delayed_delivery", "0.1.1.video.cat", "videos"),
+        ("celery_delayed_delivery", "0.1.1.unknown", "unknown"),
+        ("celery_delayed_delivery", "0.1.1.mail", "mails"),
+        # Which this is not.
+        ("shop", "1.stock", "stocks"),
+        # The app does not know it.
+        ("other", "order.created", "order.created"),
+    ],
+)
+def test_a_queue_is_found_by_exchange_and_routing_key(
+    shop: Celery, exchange: str, routing_key: str, queue: str
+) -> None:
+    """RabbitMQ does not say which queue a message came by; the key is its name in most apps."""
+    assert came_by(shop, exchange, routing_key) == queue
+
+
+def test_a_message_came_by_a_queue_that_is_consumed(shop: Celery) -> None:
+    """More than one may have got a copy of it."""
+    queues: Any = shop.amqp.queues
+    queues.add(Queue("audit", Exchange("shop", type="topic"), routing_key="order.#"))
+    assert came_by(shop, "shop", "order.created") == "orders"
+    queues.select(["audit"])
+    assert came_by(shop, "shop", "order.created") == "audit"
+
+
+def test_of_two_queues_that_has_the_name(app: Celery) -> None:
+    """It is bound by it, as all are that Celery makes."""
+    exchange = Exchange("celery", type="topic")
+    app.conf.task_queues = [
+        Queue("all", exchange, routing_key="#"),
+        Queue("jobs", exchange, routing_key="jobs"),
+    ]
+    assert came_by(app, "celery", "jobs") == "jobs"
+    assert came_by(app, "celery", "other") == "all"
 
 
 def test_the_queue_of_what_is_dropped_takes_all(kept: Celery) -> None:

@@ -311,6 +311,7 @@ def letter_without_task(message: Any, options: Options, error: Any = None) -> Le
         error,
         Cause.UNKNOWN_TASK,
         options,
+        queue="slow",
         worker="w@h",
         event="the event",
         raw=b"raw",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from kombu import Exchange, Queue
 
 from reliable_tasks import dead_letters
 from reliable_tasks._dead.rejected import Rejected
@@ -39,6 +40,15 @@ def test_a_message_of_an_unknown_task_is_kept_at_once(app: Celery) -> None:
     letter = dead_letters.get("one", app=app)
     assert (letter.task, letter.cause, letter.worker) == ("shop.new", "unknown_task", "w@h")
     assert (letter.error, letter.queue, letter.priority) == ("KeyError: 'shop.new'", "celery", 3)
+
+
+def test_its_queue_is_found_by_where_it_was_sent(app: Celery) -> None:
+    """Its routing key need not be the queue's name."""
+    app.conf.task_queues = [Queue("orders", Exchange("shop"), "order.created")]
+    received = message(id="one", task="shop.new")
+    received.delivery_info = {"exchange": "shop", "routing_key": "order.created"}
+    assert keep(app, received, None)
+    assert dead_letters.get("one", app=app).queue == "orders"
 
 
 def test_a_message_that_is_no_tasks_is_kept_as_such(app: Celery) -> None:
