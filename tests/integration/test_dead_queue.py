@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import pytest
+from click.testing import CliRunner
+from kombu import Producer
 
 from reliable_tasks import DeadLetterError, PoisonPill, dead_letters
+from reliable_tasks._celery.queues import DEAD, dead_queue
+from reliable_tasks._cli import reliable
 from tests.integration.apps import poison
 from tests.integration.conftest import StartScene
 from tests.integration.scene import Scene
@@ -98,6 +105,55 @@ def test_what_rabbitmq_drops_by_itself_is_kept(bare: Scene) -> None:
         message.reject(requeue=False)
     (letter,) = in_order(bare, 1)
     assert (letter.task, letter.cause, letter.queue) == ("innocent", "rejected", "celery")
+    assert abs(letter.at - time.time()) < 60
     bare.worker(concurrency=1)
     (new_id,) = dead_letters.replay_all(app=bare.app).sent.values()
     wait_until(lambda: bare.journal.events("start", id=new_id), 20, lambda: bare.logs)
+
+
+#: Headers and bodies that nobody expects there.
+STRANGE: list[tuple[dict[str, Any], bytes]] = [
+    ({"id": "counts", "task": "innocent", "retries": "many", "x-death": ["?"]}, b'[["a"], {}, {}]'),
+    ({"id": "packed", "task": "innocent", "compression": "zlib"}, b"not packed"),
+    ({"reliable-dead-letter": "x"}, b"\xff\x00 from elsewhere"),
+    ({}, b""),
+]
+
+
+def test_strange_messages_hide_no_others(bare: Scene) -> None:
+    """They are listed, told to be refused, and purged; whoever looks changes nothing."""
+    bare.call("fail", "a")
+    in_order(bare, 1)
+    with bare.app.connection_for_write() as connection:
+        for headers, body in STRANGE:
+            Producer(connection).publish(
+                body,
+                content_type="application/json",
+                content_encoding="utf-8",
+                exchange=dead_queue().exchange,
+                routing_key=DEAD,
+                headers=headers,
+            )
+    bare.call("fail", "b")
+    letters = in_order(bare, 6)
+    assert [one.cause for one in letters] == [
+        "failed",
+        "rejected",
+        "undecodable",
+        "undecodable",
+        "rejected",
+        "failed",
+    ]
+    assert [one.id for one in in_order(bare, 6)] == [one.id for one in letters]
+    result = CliRunner().invoke(reliable, ["dead", "replay", "--all", "--dry-run"], obj=bare)
+    assert "3 would be sent, 3 would be refused" in result.stderr, result.output
+    assert bare.starts("a") == 1
+    for name in ("a", "b"):
+        bare.journal.write("mended", name=name)
+    outcome = dead_letters.replay_all(app=bare.app)
+    assert list(outcome.sent) == [letters[0].id, "counts", letters[5].id]
+    assert list(outcome.refused) == [one.id for one in letters[2:5]]
+    wait_until(lambda: bare.starts("b") == 2, 20, lambda: bare.logs)
+    in_order(bare, 3)
+    purged = CliRunner().invoke(reliable, ["dead", "purge", "--yes"], obj=bare)
+    assert purged.stdout == "removed 3 dead letters\n", purged.output
