@@ -580,7 +580,8 @@ def test_what_is_too_old_goes(broker: Broker) -> None:
     assert broker.dead_store.prune(broker.server).aged == 0
     broker.let_pass(0.25)
     pruned = broker.dead_store.prune(broker.server)
-    assert (pruned.aged, pruned.many, pruned.count) == (2, 0, 1)
+    # Of the one that was replayed nothing is lost.
+    assert (pruned.aged, pruned.many, pruned.count) == (1, 0, 1)
     waiting, replayed = broker.indexed_dead()
     assert ([*waiting], replayed) == (["three"], {})
     assert counts(broker) == {KIND: 1}

@@ -295,7 +295,9 @@ class Machine(RuleBasedStateMachine):
             assert found == Pruned(0, 0, 0, 0, 0)
             return
         age, most = self.bounds.max_age * 1000, self.bounds.max_count
-        aged = self.drop([one for one in self.letters.values() if one.score < self.now - age])
+        old = [one for one in self.letters.values() if one.score < self.now - age]
+        aged = sum(one.replayed is None for one in old)
+        self.drop(old)
         self.drop(self.those(replayed=True)[: max(len(self.letters) - most, 0)])
         many = self.drop(self.those(replayed=False)[: max(len(self.letters) - most, 0)])
         left = self.those(replayed=False)

@@ -16,7 +16,7 @@ from celery.worker.state import active_requests, reserved_requests, task_ready
 
 from reliable_tasks._celery.consumer import copy_of
 from reliable_tasks._celery.failures import info_of
-from reliable_tasks._celery.headers import CONDEMNED, COUNTED, REQUEUES
+from reliable_tasks._celery.headers import CONDEMNED, COUNTED
 from reliable_tasks._celery.setting_aside import PatientRequest, SetAside
 from reliable_tasks.errors import PoisonPill, ReliableError, RequeuesExhausted
 
@@ -48,6 +48,7 @@ class BudgetedRequest(PatientRequest):
 
     #: Until when no other suspect is started beside this one (monotonic s); 0 if it is none.
     _alone_until = 0.0
+    _is_last_start = False
     _has_told_crash = False
 
     @property
@@ -65,7 +66,7 @@ class BudgetedRequest(PatientRequest):
         """Say whether the task may be started; if not, it was set aside, or has ended."""
         # Of a start before: what is decided now counts.
         self.request_dict.pop(CONDEMNED, None)
-        crashes, requeues = self._crashes, self._requeues
+        crashes, requeues = self._crashes, self._times_requeued
         if not crashes and not requeues:
             return True
         history = self._history() if crashes else []
@@ -84,11 +85,6 @@ class BudgetedRequest(PatientRequest):
         if verdict is not None:
             self._condemn(verdict)
         return True
-
-    @property
-    def _requeues(self) -> int:
-        found = self.request_dict.get(REQUEUES)
-        return found if isinstance(found, int) else 0
 
     def _verdict(self, crashes: int, requeues: int, history: list[Any]) -> ReliableError | None:
         """Return what it ends with if it may not run again."""
@@ -122,8 +118,14 @@ class BudgetedRequest(PatientRequest):
         is_last = crashes > 1 or (max_crashes is not None and crashes + 1 >= max_crashes)
         if self._is_beside_a_suspect(of_any_age=is_last):
             return False
-        self._alone_until = math.inf if is_last else time.monotonic() + _PROBATION
+        self._alone_until, self._is_last_start = math.inf, is_last
         return True
+
+    def on_accepted(self, pid: Any, time_accepted: float) -> None:
+        """Let another suspect start a while after this one has; it may have waited in the pool."""
+        if self._alone_until and not self._is_last_start:
+            self._alone_until = time.monotonic() + _PROBATION
+        super().on_accepted(pid, time_accepted)
 
     def _wait_for_turn(self) -> None:
         """Look again in a moment, and if that has been no use, have another worker look."""
@@ -139,7 +141,7 @@ class BudgetedRequest(PatientRequest):
 
     def _begin_anew(self) -> None:
         super()._begin_anew()
-        self._alone_until = 0.0
+        self._alone_until, self._is_last_start = 0.0, False
 
     def _history(self) -> list[Any] | None:
         """Return what is known of the crashes, ``None`` if nobody says it now."""

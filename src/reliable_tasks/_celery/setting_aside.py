@@ -200,7 +200,7 @@ class PatientRequest(DeliveredRequest):
         """
         if self.acknowledged or self._is_left_to_broker():
             return False
-        times = int(self.request_dict.get(REQUEUES) or 0) + 1
+        times = self._times_requeued + 1
         self.request_dict[REQUEUES] = times
         pause = growing(*_BEHIND, times - 2) if times > 1 else 0.0
         logger.info("Task %s[%s] goes back to its queue (%.0f s)", self.name, self.id, pause)
@@ -221,6 +221,11 @@ class PatientRequest(DeliveredRequest):
         if self._beside is not None:
             self._delivery.is_copy = True
         return self._send_again(pause)
+
+    @property
+    def _times_requeued(self) -> int:
+        found = self.request_dict.get(REQUEUES)
+        return found if isinstance(found, int) else 0
 
     def _let_go(self, seconds: float) -> None:
         """Have the broker keep the message for a while."""
@@ -264,8 +269,8 @@ class PatientRequest(DeliveredRequest):
             }
         if self._delivery is None and (crashes := self._crashes):
             headers[COUNTED] = crashes
-        if self.request_dict.get(REQUEUES):
-            headers[REQUEUES] = self.request_dict[REQUEUES]
+        if self._times_requeued:
+            headers[REQUEUES] = self._times_requeued
         copy.options["headers"] = headers
         try:
             Task.apply_async(self.task, copy.args, copy.kwargs, **copy.options)

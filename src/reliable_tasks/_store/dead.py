@@ -32,8 +32,8 @@ class Pruned:
     """What was dropped.
 
     Attributes:
-        aged: How many for their age.
-        many: How many because there were too many.
+        aged: How many for their age, but for those that were replayed.
+        many: How many because there were too many, the same.
         soon: How many are in the last tenth of their time.
         count: How many there are.
         max_count: How many there may be.

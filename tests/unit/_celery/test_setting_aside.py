@@ -290,6 +290,14 @@ def test_a_message_that_is_put_back_says_how_often(bench: Bench, post: Post) -> 
     assert again["headers"]["reliable_requeues"] == 1
 
 
+def test_a_count_that_is_none_begins_anew(bench: Bench, post: Post) -> None:
+    """Anybody can have written it; an error here would keep the message for ever."""
+    request = post.receive(reliable_requeues="many")
+    put_back(request)
+    assert request.request_dict["reliable_requeues"] == 1
+    assert bench.ended == ["requeue"]
+
+
 @pytest.mark.parametrize(("before", "pause"), [(1, 1), (2, 2), (5, 16), (50, 60)])
 def test_the_pauses_of_one_that_puts_itself_back_grow(
     bench: Bench, post: Post, before: int, pause: int

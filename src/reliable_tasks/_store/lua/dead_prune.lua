@@ -3,7 +3,7 @@
 -- KEYS[1]  what the keys of dead letters begin with
 -- ARGV[1]  limit: how many to drop at most of either
 -- Returns: {dropped for their age, dropped for their number, how many get too old in the last tenth
---          of their time, how many there are, and may be}
+--          of their time, how many there are, and may be}; none of them with the replayed
 -- Uses: dead_remove admit_writes
 -- Commands: TIME HMGET ZCARD ZCOUNT ZRANGE ZRANGEBYSCORE
 local prefix = KEYS[1]
@@ -24,10 +24,12 @@ local function drop(ids)
     end
     return #ids
 end
-local aged, many = 0, 0
-for _, set in ipairs({replayed, all}) do
-    aged = aged + drop(redis.call('ZRANGEBYSCORE', set, '-inf', before(1), 'LIMIT', 0, ARGV[1]))
+local function aged_of(set)
+    return redis.call('ZRANGEBYSCORE', set, '-inf', before(1), 'LIMIT', 0, ARGV[1])
 end
+-- Those that were replayed are no loss.
+drop(aged_of(replayed))
+local aged, many = drop(aged_of(all)), 0
 for _, set in ipairs({replayed, all}) do
     local over = redis.call('ZCARD', all) + redis.call('ZCARD', replayed) - max_count
     if over > 0 then
