@@ -15,13 +15,13 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from reliable_tasks._broker import keeper
+from reliable_tasks._broker import keeper, saying
 from reliable_tasks._broker.held import Held
 from reliable_tasks._broker.keeper import Keeper
 from reliable_tasks._broker.sweep import _SILENT, sweep
 from reliable_tasks._store.delivery import Delivery
 from reliable_tasks.demo._server import EmbeddedServer
-from tests.conformance.broker import Broker, message
+from tests.conformance.broker import Broker, letter, message
 from tests.integration.apps import alone, hanging, shop
 from tests.integration.conftest import StartScene, other_database
 from tests.integration.scene import Scene
@@ -170,6 +170,40 @@ class TestTelling:
         assert told == ["first"]
         goes_on.set()
         wait_until(lambda: told == ["first", "second"], 5)
+
+    def test_what_has_to_be_done_does_not_wait(self, hands: Hands, redis_proxy: Proxy) -> None:
+        """A receiver that hangs keeps no key taken, and a worker that stops says so."""
+        freed, hangs = threading.Event(), threading.Event()
+        for name in ("first", "second"):
+            ended = hands.take(name)
+            ended.letter = letter(name)
+            ended.when_buried = lambda *_: hangs.wait(30)
+            ended.when_heard_late = freed.set
+            redis_proxy.refuse()
+            hands.held.settle(ended.tag)
+        redis_proxy.heal()
+        hands.keeper.start()
+        wait_until(lambda: not hands.held.unsaid, 10)
+        assert freed.wait(5)
+        hangs.set()
+
+    def test_a_worker_that_stops_waits_no_longer_than_that(
+        self, hands: Hands, redis_proxy: Proxy, said: Said, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And says that somebody was not told."""
+        monkeypatch.setattr(saying, "_LAST_WORDS", 0.2)
+        hangs = threading.Event()
+        redis_proxy.refuse()
+        for name in ("first", "second", "third"):
+            ended = hands.take(name)
+            ended.when_heard_late = lambda: hangs.wait(30)
+            hands.held.settle(ended.tag)
+        redis_proxy.heal()
+        hands.keeper.start()
+        wait_until(lambda: not hands.held.unsaid, 10)
+        hands.keeper.stop()
+        assert said("reliable-tasks-doer: 3 calls are not made before this worker ends")
+        hangs.set()
 
     def test_a_worker_that_stops_tells_the_rest(self, hands: Hands, redis_proxy: Proxy) -> None:
         """Also what the keeper's thread was told of just before."""

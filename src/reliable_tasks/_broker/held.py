@@ -24,7 +24,7 @@ from uuid import uuid4
 import redis
 
 from reliable_tasks._broker.mute import UNREACHABLE, MuteConnection
-from reliable_tasks._broker.saying import say, tell
+from reliable_tasks._broker.saying import do, say, tell
 from reliable_tasks._store.crashes import Crash, Starter
 from reliable_tasks._store.delivery import (
     UNREADABLE,
@@ -322,7 +322,7 @@ class Held:
             delivery = self._deliveries.get(tag)
             self.forget(tag)
             if delivery is not None and delivery.when_heard_late is not None:
-                tell(delivery.when_heard_late)
+                do(delivery.when_heard_late)
 
     @property
     def unsaid(self) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 from reliable_tasks._celery.threads import is_patched
 
-__all__ = ["finish_telling", "say", "say_what_waits", "speak_later", "tell"]
+__all__ = ["do", "finish_telling", "say", "say_what_waits", "speak_later", "tell"]
 
 logger = logging.getLogger("reliable_tasks")
 
@@ -47,13 +47,22 @@ def say(level: int, message: str, *args: Any, **options: Any) -> None:
 
 
 def tell(telling: Callable[[], Any]) -> None:
-    """Call what may log, or keep somebody waiting: now, or where it keeps no keeper."""
+    """Call who listens: now, or where no keeper waits for it."""
+    _call(_teller, telling)
+
+
+def do(doing: Callable[[], Any]) -> None:
+    """Call what has to be done, and may take a while: now, or where no keeper waits for it."""
+    _call(_doer, doing)
+
+
+def _call(teller: _Teller, call: Callable[[], Any]) -> None:
     if not _is_hurried():
-        telling()
+        call()
     elif is_patched():
-        _waiting.append(telling)
+        _waiting.append(call)
     else:
-        _teller.tell(telling)
+        teller.tell(call)
 
 
 def say_what_waits() -> None:
@@ -65,7 +74,8 @@ def say_what_waits() -> None:
 def finish_telling() -> None:
     """Wait a little until all is told; a worker that stops calls it."""
     say_what_waits()
-    _teller.finish(_LAST_WORDS)
+    for teller in (_doer, _teller):
+        teller.finish(_LAST_WORDS)
 
 
 def _is_hurried() -> bool:
@@ -75,18 +85,17 @@ def _is_hurried() -> bool:
 class _Teller:
     """A thread that makes calls, one after the other; it begins with the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._calls: SimpleQueue[Callable[[], Any]] = SimpleQueue()
         # A thread that has not begun: as dead as one that a fork has left behind.
-        self._thread = threading.Thread(name="reliable-tasks-teller")
+        self._thread = threading.Thread(name=name)
 
     def tell(self, telling: Callable[[], Any]) -> None:
         """Make a call, after those before."""
         self._calls.put(telling)
         if not self._thread.is_alive():
-            self._thread = threading.Thread(
-                target=self._run, name="reliable-tasks-teller", daemon=True
-            )
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
 
     def finish(self, timeout: float) -> None:
@@ -94,7 +103,13 @@ class _Teller:
         if self._thread.is_alive():
             are_made = threading.Event()
             self._calls.put(are_made.set)
-            are_made.wait(timeout)
+            if not are_made.wait(timeout):
+                logger.warning(
+                    "%s: %d calls are not made before this worker ends, for one takes too long",
+                    self._name,
+                    # The last one is our own, and the one under way is none of them.
+                    self._calls.qsize(),
+                )
 
     def _run(self) -> None:
         while True:
@@ -104,4 +119,5 @@ class _Teller:
                 logger.exception("What has happened cannot be told")
 
 
-_teller = _Teller()
+#: Whoever listens can take any time; what has to be done does not wait for it.
+_doer, _teller = _Teller("reliable-tasks-doer"), _Teller("reliable-tasks-teller")

@@ -11,7 +11,7 @@ import redis
 
 from reliable_tasks._broker import listeners
 from reliable_tasks._broker.held import Held
-from reliable_tasks._broker.saying import say, tell
+from reliable_tasks._broker.saying import do, say, tell
 from reliable_tasks._store.delivery import Delivery
 from reliable_tasks._store.scripts import execute
 from reliable_tasks.instrumentation.dropping import tell_pruned
@@ -74,7 +74,7 @@ def _put_back(held: Held, server: redis.Redis, tags: list[str]) -> int:
         else:
             lapsed.append(found)
     put_back = held.messages.requeue_lapsed(
-        server, lapsed, _LONGEST_LEASE, lambda thrown: tell(partial(listeners.thrown.tell, thrown))
+        server, lapsed, _LONGEST_LEASE, lambda thrown: do(partial(listeners.thrown.tell, thrown))
     )
     for delivery in put_back:
         if delivery.was_aside:

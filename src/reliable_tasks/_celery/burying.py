@@ -116,7 +116,7 @@ class BuriedRequest(GuardedRequest):
         """Keep the message of a part of a chord that has succeeded: another one may die."""
         is_told = self._is_reported or self._ends_here or self._is_cancelled
         # A copy that is acknowledged unrun says nothing of how its task ends.
-        is_success = self._is_accepted and not is_told
+        is_success = self._is_accepted and (self._has_succeeded or not is_told)
         if is_success and self.task.acks_late and not self.acknowledged and self.chord:
             with self._waiting():
                 self._guard._reliable_keep_part(self)

@@ -121,21 +121,24 @@ class ReliableRequest(BuriedRequest):
         if isinstance(error, MemoryError):
             # Celery would end the worker for it.
             exc_info = without_memory_error(exc_info)
-        if not ENDS_EXITS_AND_REJECTS:
-            if isinstance(error, (SystemExit, KeyboardInterrupt)):
-                exc_info = lost_worker(repr(error))
-                error = _error_of(exc_info)
-            elif isinstance(error, Reject) and not error.requeue:  # type: ignore[attr-defined]
-                self._fail(error, exc_info)
+        if not ENDS_EXITS_AND_REJECTS and isinstance(error, (SystemExit, KeyboardInterrupt)):
+            exc_info = lost_worker(repr(error))
+            error = _error_of(exc_info)
         if has_escaped(exc_info):
             return_ok = False
         self._note_failure(error, exc_info.traceback)
         self._puts_itself_back = isinstance(error, Reject) and bool(error.requeue)  # type: ignore[attr-defined]
         # With return_ok the child itself reported, and released its claim.
         self._ends_here = not return_ok
+
+        def end() -> None:
+            is_rejected = isinstance(error, Reject) and not self._puts_itself_back
+            if is_rejected and not ENDS_EXITS_AND_REJECTS:
+                self._fail(error, exc_info)
+            super(ReliableRequest, self).on_failure(exc_info, send_failed_event, return_ok)
+
         if not self._ends_in_order(
-            lambda: super(ReliableRequest, self).on_failure(exc_info, send_failed_event, return_ok),
-            lambda: self.on_failure(exc_info, send_failed_event, return_ok),
+            end, lambda: self.on_failure(exc_info, send_failed_event, return_ok)
         ):
             return
         if self._is_cancelled and self._held is not None and self._beside is None:
@@ -163,6 +166,8 @@ class ReliableRequest(BuriedRequest):
         except UNTREATABLE:
             # No backend could store it, ever.
             logger.exception("The end of task %s[%s] is not stored", self.name, self.id)
+            if self._owed_end is None and not self.acknowledged:
+                self._owed_end = self.acknowledge
         except Exception as error:  # noqa: BLE001 - a backend raises what its client raises
             self._is_end_stored = False
             self._times_unstored += 1

@@ -62,6 +62,12 @@ def _moment(value: str) -> datetime:
         ) from None
 
 
+def _name(value: str) -> str:
+    if not value.strip():
+        raise click.BadParameter(f"{value!r} names nothing")
+    return value
+
+
 def _rate(value: str) -> float:
     with suppress(ValueError):
         if 1 / _SLOWEST <= float(value) < float("inf"):
@@ -92,7 +98,7 @@ def _filters(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Choice([cause.value for cause in Cause]),
             help="Only those that are here for this.",
         ),
-        click.option("--task", metavar="NAME", help="Only those of this task."),
+        click.option("--task", type=_name, metavar="NAME", help="Only those of this task."),
     ):
         command = option(command)
     return command
@@ -152,7 +158,7 @@ def list_(
 
 
 @dead.command()
-@click.argument("id_", metavar="ID")
+@click.argument("id_", type=_name, metavar="ID")
 @click.option(
     "--body",
     "with_message",
@@ -180,7 +186,7 @@ def show(context: click.Context, id_: str, with_message: bool, as_json: bool) ->
 
 
 @dead.command()
-@click.argument("ids", metavar="[ID]...", nargs=-1)
+@click.argument("ids", type=_name, metavar="[ID]...", nargs=-1)
 @click.option("--all", "is_all", is_flag=True, help="All, or all that the filters leave.")
 @_filters
 @click.option(
@@ -191,7 +197,10 @@ def show(context: click.Context, id_: str, with_message: bool, as_json: bool) ->
 )
 @click.option("--rate", type=_rate, metavar="N", help="At most so many a second.")
 @click.option(
-    "--queue", metavar="NAME", help="Send them to this queue, not to the one that they came by."
+    "--queue",
+    type=_name,
+    metavar="NAME",
+    help="Send them to this queue, not to the one that they came by.",
 )
 @click.option(
     "--whole-chord",
@@ -231,18 +240,17 @@ def replay(
     app = _app(context)
     outcomes = _Outcomes(app, as_json)
     with errors_told():
+        # A task that is not imported would be sent by its name, past its @once.
+        app.loader.import_default_modules()
         if dry_run and is_all:
             _check_all(app, filters, limit, outcomes)
         elif dry_run:
             _check_each(app, dict.fromkeys(ids), outcomes, whole_chord=whole_chord)
+        elif is_all:
+            options = {**filters, "limit": limit, "rate": rate, "queue": queue}
+            _replay_all(app, filters, limit, options, yes, outcomes)
         else:
-            # A task that is not imported would be sent by its name, past its @once.
-            app.loader.import_default_modules()
-            if is_all:
-                options = {**filters, "limit": limit, "rate": rate, "queue": queue}
-                _replay_all(app, filters, limit, options, yes, outcomes)
-            else:
-                _replay_each(app, ids, rate, outcomes, queue=queue, whole_chord=whole_chord)
+            _replay_each(app, ids, rate, outcomes, queue=queue, whole_chord=whole_chord)
     if is_all and not as_json:
         outcomes.sum_up(wording.none(filters), dry_run)
     if outcomes.refused:
@@ -250,7 +258,7 @@ def replay(
 
 
 @dead.command()
-@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@click.argument("ids", type=_name, metavar="ID...", nargs=-1, required=True)
 @_dry_run_option
 @yes_option
 @click.pass_context

@@ -127,7 +127,11 @@ def _id_of(message: Any) -> str:
     body = message.body
     content = body if isinstance(body, str) else bytes(body or b"")
     headers = sorted(without_brokers_own(message.headers).items())
-    return str(uuid.uuid5(uuid.NAMESPACE_OID, repr((headers, content))))
+    try:
+        said = repr((headers, content))
+    except RecursionError:
+        said = repr(content)
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, said))
 
 
 def _death(message: Any) -> Mapping[str, Any]:

@@ -99,17 +99,23 @@ def letter_of_request(
     return Letter(_redacted(about, options), raw_of_request(request), options.bounds)
 
 
-def bare_letter(request: Any, error: BaseException, options: Options) -> Letter:
-    """Return the dead letter of a failed task of which no more can be told than its message."""
+def bare_letter(request: Any, error: BaseException, options: Options) -> Letter | None:
+    """Return the dead letter of a failed task of which little more can be told than its message."""
+    cause = cause_of(error, 0)
+    if cause not in options.causes:
+        return None
     about = DeadLetter(
         id=str(request.id),
         task=request.name,
         task_id=str(request.id),
-        cause=cause_of(error, 0),
+        cause=cause,
         error=f"{type(error).__name__} (more could not be told: see the worker's log)",
         worker=request.hostname,
+        queue=queue_of(request.app, request.message),
         first_at=time.time(),
         root_id=str(request.id),
+        group_id=_text(request.request_dict.get("group")),
+        chord_id=_chord_of(request),
     )
     return Letter(about, raw_of_request(request), options.bounds)
 

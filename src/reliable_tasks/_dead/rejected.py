@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 from celery import Celery
 
@@ -15,7 +16,7 @@ from reliable_tasks._celery.headers import without_brokers_own
 from reliable_tasks._dead.keeping import bury, tell_buried
 from reliable_tasks._dead.letters import letter_of_message, raw_of
 from reliable_tasks._dead.options import read_options
-from reliable_tasks._store.letters import Cause
+from reliable_tasks._store.letters import BY_CONTENT, Cause
 
 __all__ = ["Rejected"]
 
@@ -79,9 +80,12 @@ class Rejected:
 def _event_of(message: Any) -> str:
     """Return what is the same when the same message comes again, for nobody acknowledged it."""
     tag = message.delivery_tag
-    if not isinstance(tag, str):
-        # RabbitMQ counts its tags anew on each connection.
-        headers = message.headers if isinstance(message.headers, Mapping) else {}
-        raw = raw_of(message, headers=without_brokers_own(headers, "redelivered"))
-        return hashlib.sha256(raw).hexdigest()[:32]
-    return hashlib.sha256(tag.encode()).hexdigest()[:32]
+    if isinstance(tag, str):
+        return hashlib.sha256(tag.encode()).hexdigest()[:32]
+    # RabbitMQ counts its tags anew on each connection: only what the message says tells it from
+    # others. Without an id two can say the same; rather the same one twice than one of two lost.
+    headers = message.headers if isinstance(message.headers, Mapping) else {}
+    if not headers.get("id"):
+        return uuid4().hex
+    raw = raw_of(message, headers=without_brokers_own(headers, "redelivered"))
+    return BY_CONTENT + hashlib.sha256(raw).hexdigest()[:32]

@@ -109,8 +109,11 @@ def replay_chord(
         release_each(place, new_ids, token, Sent.SENT)
         place.store.forget_parts(place.server, str(letter.chord_id))
         return new_ids[letter.id]
-    # All are reserved before any is sent: where one was not yet, nothing was sent.
-    if all(code is Reservation.IN_DOUBT for code, _ in answers.values()):
+    chord_id = str(letter.chord_id)
+    # All are reserved before any is sent: where one was not yet, nothing was sent; unless that one
+    # has died since.
+    is_first = place.store.begin_chord(place.server, chord_id, token)
+    if not is_first or all(code is Reservation.IN_DOUBT for code, _ in answers.values()):
         release_each(place, new_ids, token, Sent.IN_DOUBT)
         raise ReplayRefused(
             letter.id,
@@ -118,9 +121,13 @@ def replay_chord(
             f"{', '.join(new_ids.values())} has ended yet: look for them, and when you know that "
             "none of them runs or waits, call the chord anew yourself",
         )
-    with releasing(place, letter, new_ids, token):
-        found.call(app, new_ids)
-    place.store.forget_parts(place.server, str(letter.chord_id))
+    try:
+        with releasing(place, letter, new_ids, token):
+            found.call(app, new_ids)
+    except ReplayRefused:
+        place.store.give_up_chord(place.server, chord_id)
+        raise
+    place.store.forget_parts(place.server, chord_id)
     for one in found.dead:
         dead_letter_replayed.send(
             sender=app.tasks.get(one.task), letter=one, task_id=new_ids[one.id]

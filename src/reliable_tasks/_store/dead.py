@@ -24,7 +24,7 @@ _AT_ONCE = 200
 #: For how long one caller replays a dead letter undisturbed (s).
 _WINDOW = 15.0
 #: Fields of what is kept of a chord: how many parts it has, and whether one of them has died.
-_SIZE, _HAS_DEAD = "#", "@"
+_SIZE, _HAS_DEAD, _SENDING = "#", "@", "!"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +152,19 @@ class DeadStore:
         found = execute(server, "HGETALL", self.keys.chord(group_id))
         kept = {text(name): as_message(value) for name, value in found.items()}
         size = int(kept.pop(_SIZE, b"0"))
-        kept.pop(_HAS_DEAD, None)
+        for mark in (_HAS_DEAD, _SENDING):
+            kept.pop(mark, None)
         return size, kept
+
+    def begin_chord(self, server: redis.Redis, group_id: str, token: str) -> bool:
+        """Note that a chord is about to be sent anew; return whether nobody had begun before."""
+        chord = self.keys.chord(group_id)
+        execute(server, "HSETNX", chord, _SENDING, token)
+        return text(execute(server, "HGET", chord, _SENDING) or b"") == token
+
+    def give_up_chord(self, server: redis.Redis, group_id: str) -> None:
+        """Note that nothing of a chord was sent, after all."""
+        execute(server, "HDEL", self.keys.chord(group_id), _SENDING)
 
     def forget_parts(self, server: redis.Redis, group_id: str) -> None:
         """Forget a chord that was replayed."""

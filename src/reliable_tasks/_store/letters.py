@@ -14,6 +14,7 @@ from reliable_tasks._store.scripts import Argument
 from reliable_tasks._store.values import ms, text
 
 __all__ = [
+    "BY_CONTENT",
     "Bounds",
     "Buried",
     "Cause",
@@ -42,6 +43,11 @@ class Cause(StrEnum):
     EXPIRED = "expired"
     UNKNOWN_TASK = "unknown_task"
     UNDECODABLE = "undecodable"
+
+
+#: What the name of an event begins with that is told by what a message says: the same can be sent
+#: again, and die again, when its letter was replayed.
+BY_CONTENT = "content:"
 
 
 def as_cause(name: str) -> Cause | str:

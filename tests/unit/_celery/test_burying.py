@@ -199,6 +199,44 @@ def test_a_task_whose_end_is_stored_at_a_later_try_is_one_letter(
     assert (bench.ended, causes(app)) == (["ack" if acks else "reject"], ["lost"])
 
 
+def test_a_rejection_that_is_stored_at_a_later_try_is_one_letter(
+    bench: Bench, app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before Celery 5.7 it is this library that stores it."""
+    pay.delay(7)
+    request = bench.receive()
+    stored = type(pay.backend).mark_as_failure
+
+    def away(*args: Any, **options: Any) -> None:
+        raise ConnectionError("away")
+
+    monkeypatch.setattr(type(pay.backend), "mark_as_failure", away)
+    request.on_failure(failure(Reject("no", requeue=False)), return_ok=True)
+    bench.timer.fire()
+    assert (bench.ended, causes(app)) == ([], [])
+    monkeypatch.setattr(type(pay.backend), "mark_as_failure", stored)
+    bench.timer.fire()
+    assert (bench.ended, causes(app)) == (["reject"], ["rejected"])
+    assert pay.AsyncResult(request.id).state == "FAILURE"
+
+
+@pytest.mark.parametrize("error", [Reject("no", requeue=False), WorkerLostError("gone")], ids=repr)
+def test_an_end_that_no_backend_can_store_ends_the_message(
+    bench: Bench, app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It would be held for as long as its worker lives."""
+    pay.reject_on_worker_lost = False
+    pay.delay(7)
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise TypeError("not storable")
+
+    monkeypatch.setattr(type(pay.backend), "mark_as_failure", refuse)
+    bench.receive().on_failure(failure(error))
+    assert bench.ended == ["ack"]
+    assert len(causes(app)) == 1
+
+
 def test_an_early_ack_is_kept_after_it(bench: Bench, app: Celery, pay: Any) -> None:
     """Its message is gone, its letter is not."""
     pay.acks_late = False
@@ -391,6 +429,31 @@ def test_a_part_of_a_chord_that_succeeds_is_kept(bench: Bench, pay: Any) -> None
     request.on_success((False, 7, 0.1))
     assert bench.ended == ["ack"]
     assert kept_parts(request) == [request.id]
+
+
+def test_a_part_whose_child_was_lost_behind_its_success_is_kept(bench: Bench, pay: Any) -> None:
+    """Its chord has counted it."""
+    request = part(bench, pay)
+    request.on_accepted(os.getpid(), time.time())
+    pay.reject_on_worker_lost = False
+    pay.backend.store_result(request.id, 7, "SUCCESS")
+    request.send_event("task-succeeded", result="7")
+    request.on_failure(failure(WorkerLostError("gone")))
+    assert bench.ended == ["ack"]
+    assert kept_parts(request) == [request.id]
+
+
+def test_a_part_of_which_little_can_be_told_is_known_as_one(
+    bench: Bench, app: Celery, pay: Any
+) -> None:
+    """Its replay alone would reach no body."""
+    request = part(bench, pay)
+    pay.throws = ("no class",)
+    request._note_failure(ValueError("no"), None)
+    request.acknowledge()
+    (letter,) = dead_letters.list(app=app)
+    assert letter.chord_id == letter.group_id == request.request_dict["group"]
+    assert letter.queue == "celery"
 
 
 def test_a_copy_of_a_part_that_does_not_run_is_not_kept(bench: Bench, pay: Any) -> None:

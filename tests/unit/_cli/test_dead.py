@@ -244,6 +244,38 @@ def test_a_list_of_those_that_were_replayed(app: Celery, invoke: Invoke, bury: B
 
 
 @pytest.mark.parametrize(
+    "args",
+    [
+        ("show", ""),
+        ("discard", " ", "--yes"),
+        ("replay", ""),
+        ("replay", "one", "--queue", ""),
+        ("list", "--task", ""),
+    ],
+    ids=" ".join,
+)
+def test_a_name_that_is_empty_is_refused(invoke: Invoke, bury: Bury, args: Any) -> None:
+    """It comes of a variable that is not set; nothing is done, and nothing guessed."""
+    bury("one")
+    result = invoke(*args)
+    assert result.exit_code == 2
+    assert "names nothing" in result.output
+    assert "one" not in result.output.split()
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_tasks_are_imported_before_they_are_asked(
+    app: Celery, invoke: Invoke, bury: Bury, dry_run: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dry run that knows no task would promise what is refused."""
+    bury("one")
+    imported: list[str] = []
+    monkeypatch.setattr(app.loader, "import_default_modules", lambda: imported.append("all"))
+    assert invoke("replay", "one", *(["--dry-run"] if dry_run else [])).exit_code == 0
+    assert imported == ["all"]
+
+
+@pytest.mark.parametrize(
     "value", ["yesterday", "5", "5w", "-5m", "", "2026-13-01", "99999999999d", "m", "5 m 3 s"]
 )
 def test_a_time_that_is_none(invoke: Invoke, value: str) -> None:

@@ -12,6 +12,8 @@ from kombu import Exchange, Queue
 
 from reliable_tasks import dead_letters
 from reliable_tasks._dead.rejected import Rejected
+from reliable_tasks._places import dead_place
+from reliable_tasks._store.dead import Sent
 from reliable_tasks._store.delivery import Copy, Delivery, Guard
 
 
@@ -62,9 +64,29 @@ def test_a_message_that_is_no_tasks_is_kept_as_such(app: Celery) -> None:
 def test_the_same_message_that_comes_back_is_one_letter(app: Celery) -> None:
     """RabbitMQ counts its tags anew on each connection; another message is another letter."""
     for tag in (1, 2, 3):
-        assert keep(app, message(tag=tag, **{"x-delivery-count": tag}), None)
-    assert keep(app, message(tag=1, body=b"{}"), None)
+        assert keep(app, message(id="one", tag=tag, **{"x-delivery-count": tag}), None)
+    assert keep(app, message(id="one", tag=1, body=b"{}"), None)
     assert dead_letters.count(app=app) == 2
+
+
+def test_messages_without_an_id_are_letters_each(app: Celery) -> None:
+    """Two can say the same: none of them is taken for the other one."""
+    for tag in (1, 2):
+        assert keep(app, message(tag=tag), None)
+    assert dead_letters.count(app=app) == 2
+
+
+def test_the_same_message_again_after_a_replay_is_another_letter(app: Celery) -> None:
+    """Somebody gives a task the same id each night: it was sent again, and not replayed now."""
+    assert keep(app, message(id="nightly", task="shop.new", tag=1), None)
+    place = dead_place(app)
+    assert place is not None
+    place.store.reserve(place.server, "nightly", "token")
+    place.store.release(place.server, "nightly", "token", Sent.SENT)
+    assert dead_letters.count(app=app) == 0
+    assert keep(app, message(id="nightly", task="shop.new", tag=1), None)
+    (letter,) = dead_letters.list(app=app)
+    assert letter.id == "nightly.1"
 
 
 def test_the_same_message_of_kombus_redis_transport_is_one_letter(app: Celery) -> None:

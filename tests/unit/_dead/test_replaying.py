@@ -18,7 +18,7 @@ from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
 
 from reliable_tasks import ReliableTask, dead_letters, once
-from reliable_tasks._dead import replaying
+from reliable_tasks._dead import replaying, replaying_chords
 from reliable_tasks._dead.letters import raw_of
 from reliable_tasks._dead.replaying import replay
 from reliable_tasks._places import DeadPlace, dead_place
@@ -934,6 +934,47 @@ def test_a_chord_that_may_have_been_sent_is_not_sent_again(
     assert dead_letters.get(ids[1], app=app).replayed_as == again[1].headers["id"]
     assert place.store.parts(place.server, group_id) == (0, {})
     assert [ended.value for ended in run_all(app)] == [30]
+
+
+def test_a_part_that_has_died_again_does_not_make_its_chord_unsent(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its letter is a new one, which nobody could have reserved."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
+    first, second = sent(app)
+    id_ = die(app, first, chord_id=group_id)
+    die(app, second, chord_id=group_id)
+
+    def away(*args: Any, **options: Any) -> Any:
+        raise OperationalError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replaying_chords, "chord", lambda *args, **options: away)
+        with pytest.raises(OperationalError):
+            dead_letters.replay(id_, whole_chord=True, app=app)
+    die(app, second, chord_id=group_id)
+    for _ in range(2):
+        with pytest.raises(ReplayRefused, match=f"chord {group_id} may have been sent already"):
+            dead_letters.replay(id_, whole_chord=True, app=app)
+    assert sent(app) == []
+
+
+def test_a_chord_that_was_refused_can_be_replayed_later(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it was sent."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
+    ids = [die(app, message, chord_id=group_id) for message in sent(app)]
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise TypeError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replaying_chords, "chord", lambda *args, **options: refuse)
+        with pytest.raises(ReplayRefused, match="cannot be called any more"):
+            dead_letters.replay(ids[0], whole_chord=True, app=app)
+    assert dead_letters.replay(ids[0], whole_chord=True, app=app)
+    assert len(sent(app)) == 2
 
 
 def test_a_replay_is_noted_when_redis_answers_again(

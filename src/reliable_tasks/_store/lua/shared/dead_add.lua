@@ -16,8 +16,11 @@ local function dead_add(prefix, meta, about, trace, message)
     -- of the latest.
     for number = math.max(others - 20, 0), others do
         local one = number == 0 and letter.id or letter.id .. '.' .. number
-        local known, at = unpack(redis.call('HMGET', prefix .. 'letter:' .. one, 'delivery', 'at'))
-        if known == letter.delivery then
+        local known, at, replayed = unpack(
+            redis.call('HMGET', prefix .. 'letter:' .. one, 'delivery', 'at', 'replayed'))
+        -- What is told by its content alone can have been sent again since.
+        local is_another = replayed and string.sub(letter.delivery, 1, 8) == 'content:'
+        if known == letter.delivery and not is_another then
             if at then
                 return {one, redis.call('ZCARD', all)}
             end
