@@ -196,9 +196,7 @@ def _parts(app: Celery, place: DeadPlace, letter: DeadLetter) -> list[_Part]:
             "called by an app without apply_reliable_config",
         )
     if letter.id not in (part.letter.id for part in found if part.letter is not None):
-        raise ReplayRefused(
-            letter.id,
-            f"chord {letter.chord_id} has noted another end of task {letter.task_id} since: look "
-            "for its result, and call the chord anew yourself",
-        )
+        kept = parts.get(letter.task_id, b"")
+        later = kept[1:].decode() if kept.startswith(b"@") else "its later dead letter"
+        raise ReplayRefused(letter.id, f"its task has died again since: replay {later}")
     return found

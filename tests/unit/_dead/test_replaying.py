@@ -693,7 +693,7 @@ def test_a_letter_that_its_chord_does_not_know_is_refused(
     with monkeypatch.context() as patch:
         patch.delattr(DeadStore, "reserve")
         for ask in (dead_letters.check, dead_letters.replay):
-            with pytest.raises(ReplayRefused, match=f"chord {group_id} has noted another end of"):
+            with pytest.raises(ReplayRefused, match=f"has died again since: replay {later}"):
                 ask(id_, whole_chord=True, app=app)
     assert sent(app) == []
     assert place.store.parts(place.server, group_id) == kept
