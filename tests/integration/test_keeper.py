@@ -73,6 +73,11 @@ class Hands:
                 f"renewal {number + 1} of {delivery.task_id}",
             )
 
+    def wait_heard(self) -> None:
+        """Wait until the keeper has the answer to a renewal; the next one is some time away."""
+        before = self.held.renewed_at
+        wait_until(lambda: self.held.renewed_at != before, 2 * LEASE + 5)
+
 
 def _client(url: str) -> redis.Redis:
     return redis.Redis.from_url(url, socket_timeout=LEASE / 3, retry=Retry(NoBackoff(), 0))
@@ -117,6 +122,8 @@ class TestNothingIsRenewed:
         hands.keeper.start()
         hands.wait_renewals(delivery)
         for outage in (1, 2):
+            # Of one whose answer is cut off the server knows, and the keeper does not.
+            hands.wait_heard()
             redis_proxy.black_hole()
             wait_until(lambda outage=outage: len(said(self.PATTERN)) == outage, 5 * LEASE)  # type: ignore[misc]
             line = said(self.PATTERN)[-1]
