@@ -77,11 +77,11 @@ class Original:
             raise ReplayRefused(id_, reason)
         try:
             found = loads(raw.decode())
-            body = base64.b64decode(found["body"])
+            body = _body_of(found)
             properties = dict(found["properties"])
             headers = dict(found["headers"])
             message: Any = Message(
-                body=body,  # type: ignore[arg-type]
+                body=body,
                 content_type=found["content-type"],
                 content_encoding=found["content-encoding"],
                 headers=headers,
@@ -212,11 +212,17 @@ class Original:
         return [signature(one) for one in self.embed.get(kind) or ()]
 
 
+def _body_of(found: Mapping[str, Any]) -> Any:
+    """Return a message's body as kombu reads it: who is not kombu may have written it as it is."""
+    is_encoded = found["properties"].get("body_encoding") == "base64"
+    return base64.b64decode(found["body"]) if is_encoded else found["body"]
+
+
 def text_of(raw: bytes) -> str:
     """Return a message as people can read it, its body too where that is text."""
     try:
         found = json.loads(raw)
-        body = base64.b64decode(found["body"])
+        body = _body_of(found)
         found["body"] = json.loads(body) if found["content-type"] == "application/json" else body
         return json.dumps(found, indent=2, default=repr)
     except UNREADABLE:

@@ -60,6 +60,27 @@ def reason(app: Celery, raw: bytes) -> str:
     return caught.value.reason
 
 
+def plain(body: Any) -> bytes:
+    """A message whose body is written as it is, as by clients that are not kombu."""
+    found = json.loads(written())
+    del found["properties"]["body_encoding"]
+    return json.dumps({**found, "body": body}).encode()
+
+
+def test_a_body_that_is_written_as_it_is_is_read(app: Celery, pay: Any) -> None:
+    """kombu, and so the worker that ran it, has read it; and so can people."""
+    raw = plain('[[7], {"to": "me"}, null]')
+    original = read(app, raw)
+    assert (original.args, original.kwargs) == ([7], {"to": "me"})
+    assert json.loads(text_of(raw))["body"] == [[7], {"to": "me"}, None]
+
+
+@pytest.mark.parametrize("body", [{"a": 1}, 5, None, "no JSON"], ids=repr)
+def test_a_body_that_is_none_is_refused(app: Celery, pay: Any, body: Any) -> None:
+    """No worker could have run it, either."""
+    assert reason(app, plain(body)).startswith("its message cannot be read")
+
+
 # -- reading -------------------------------------------------------------------------------------
 
 
