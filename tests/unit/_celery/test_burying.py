@@ -175,9 +175,25 @@ def test_a_limit_that_was_told_before_is_one_letter(bench: Bench, app: Celery, p
     assert causes(app) == ["time_limit"]
 
 
-@pytest.mark.parametrize("acks", [True, False])
+@pytest.mark.parametrize(
+    ("error", "acks", "ended", "cause"),
+    [
+        (WorkerLostError("gone"), True, "ack", "lost"),
+        (WorkerLostError("gone"), False, "reject", "lost"),
+        # Before Celery 5.7 it is this library that stores it.
+        (Reject("no", requeue=False), True, "reject", "rejected"),
+    ],
+    ids=["lost", "lost, and rejected", "rejected"],
+)
 def test_a_task_whose_end_is_stored_at_a_later_try_is_one_letter(
-    bench: Bench, app: Celery, pay: Any, acks: bool, monkeypatch: pytest.MonkeyPatch
+    bench: Bench,
+    app: Celery,
+    pay: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    acks: bool,
+    ended: str,
+    cause: str,
 ) -> None:
     """Nor is its message ended before."""
     pay.reject_on_worker_lost = False
@@ -185,38 +201,17 @@ def test_a_task_whose_end_is_stored_at_a_later_try_is_one_letter(
     pay.acks_on_failure_or_timeout = pay.acks_on_failure = acks
     pay.delay(7)
     request = bench.receive()
-    stored = type(pay.backend).mark_as_failure
 
     def away(*args: Any, **options: Any) -> None:
         raise ConnectionError("away")
 
-    monkeypatch.setattr(type(pay.backend), "mark_as_failure", away)
-    request.on_failure(failure(WorkerLostError("gone")))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pay.backend), "mark_as_failure", away)
+        request.on_failure(failure(error), return_ok=isinstance(error, Reject))
+        bench.timer.fire()
+        assert (bench.ended, causes(app)) == ([], [])
     bench.timer.fire()
-    assert (bench.ended, causes(app)) == ([], [])
-    monkeypatch.setattr(type(pay.backend), "mark_as_failure", stored)
-    bench.timer.fire()
-    assert (bench.ended, causes(app)) == (["ack" if acks else "reject"], ["lost"])
-
-
-def test_a_rejection_that_is_stored_at_a_later_try_is_one_letter(
-    bench: Bench, app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before Celery 5.7 it is this library that stores it."""
-    pay.delay(7)
-    request = bench.receive()
-    stored = type(pay.backend).mark_as_failure
-
-    def away(*args: Any, **options: Any) -> None:
-        raise ConnectionError("away")
-
-    monkeypatch.setattr(type(pay.backend), "mark_as_failure", away)
-    request.on_failure(failure(Reject("no", requeue=False)), return_ok=True)
-    bench.timer.fire()
-    assert (bench.ended, causes(app)) == ([], [])
-    monkeypatch.setattr(type(pay.backend), "mark_as_failure", stored)
-    bench.timer.fire()
-    assert (bench.ended, causes(app)) == (["reject"], ["rejected"])
+    assert (bench.ended, causes(app)) == ([ended], [cause])
     assert pay.AsyncResult(request.id).state == "FAILURE"
 
 
