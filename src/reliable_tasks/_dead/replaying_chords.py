@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from uuid import uuid4
+from uuid import NAMESPACE_OID, uuid4, uuid5
 
 from celery import Celery, chain, chord, states
 from celery.canvas import Signature
@@ -74,11 +74,23 @@ class _Chord:
         letters = (part.letter for part, _ in self.header if part.letter is not None)
         return sorted(letters, key=lambda one: one.id)
 
-    def call(self, app: Celery, new_ids: dict[str, str]) -> None:
-        """Call it, its dead parts under their new ids."""
+    def last_id(self, new_ids: dict[str, str]) -> str:
+        """Return the new id of what is sent last, which all who replay the chord know.
+
+        The parts are sent in their order: when that one has begun, all of them were.
+        """
+        last = self.header[-1][0]
+        if last.letter is not None:
+            return new_ids[last.letter.id]
+        # It is never sent twice: who is refused has not come so far.
+        return str(uuid5(NAMESPACE_OID, f"reliable_tasks {last.original.headers['id']}"))
+
+    def call(self, app: Celery, new_ids: dict[str, str], last_id: str) -> None:
+        """Call it: its dead parts under their new ids, and what is sent last under that one."""
         for part, steps in self.header:
             if part.letter is not None:
                 steps[0].set(task_id=new_ids[part.letter.id])
+        self.header[-1][1][0].set(task_id=last_id)
         header = [chain(*steps) if len(steps) > 1 else steps[0] for _, steps in self.header]
         apart(app, lambda: chord(header, app=app)(self.body))
 
@@ -105,25 +117,29 @@ def replay_chord(
     token = str(uuid4())
     answers = reserve_each(place, (one.id for one in found.dead), token)
     new_ids = {id_: new_id for id_, (_, new_id) in answers.items()}
-    if _is_sent(app, answers.values()):
-        release_each(place, new_ids, token, Sent.SENT)
-        place.store.forget_parts(place.server, str(letter.chord_id))
-        return new_ids[letter.id]
+    last_id = found.last_id(new_ids)
+    codes = {code for code, _ in answers.values()}
     chord_id = str(letter.chord_id)
+    if Reservation.SENT in codes or (
+        Reservation.IN_DOUBT in codes and app.AsyncResult(last_id).state != states.PENDING
+    ):
+        release_each(place, new_ids, token, Sent.SENT)
+        place.store.forget_parts(place.server, chord_id)
+        return new_ids[letter.id]
     # All are reserved before any is sent: where one was not yet, nothing was sent; unless that one
     # has died since.
     is_first = place.store.begin_chord(place.server, chord_id, token)
-    if not is_first or all(code is Reservation.IN_DOUBT for code, _ in answers.values()):
+    if not is_first or codes == {Reservation.IN_DOUBT}:
         release_each(place, new_ids, token, Sent.IN_DOUBT)
         raise ReplayRefused(
             letter.id,
-            f"chord {letter.chord_id} may have been sent already, and none of "
-            f"{', '.join(new_ids.values())} has ended yet: look for them, and when you know that "
-            "none of them runs or waits, call the chord anew yourself",
+            f"chord {letter.chord_id} may have been sent already, or in part, and {last_id}, its "
+            "last part, has not begun: ask again when it has; when you know that it never will, "
+            "call the chord anew yourself",
         )
     try:
         with releasing(place, letter, new_ids, token):
-            found.call(app, new_ids)
+            found.call(app, new_ids, last_id)
     except ReplayRefused:
         place.store.give_up_chord(place.server, chord_id)
         raise
@@ -133,15 +149,6 @@ def replay_chord(
             sender=app.tasks.get(one.task), letter=one, task_id=new_ids[one.id]
         )
     return new_ids[letter.id]
-
-
-def _is_sent(app: Celery, answers: Iterable[tuple[Reservation, str]]) -> bool:
-    """Say whether somebody has sent a chord before: it is noted of a part, or one has ended."""
-    return any(
-        code is Reservation.SENT
-        or (code is Reservation.IN_DOUBT and app.AsyncResult(new_id).state != states.PENDING)
-        for code, new_id in answers
-    )
 
 
 def _read(

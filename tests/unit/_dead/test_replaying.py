@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import pytest
 import redis
 import time_machine
 from celery import Celery, chain, chord, group
-from kombu import Exchange, Queue
+from kombu import Exchange, Producer, Queue
 from kombu.exceptions import OperationalError
 
 from reliable_tasks import ReliableTask, dead_letters, once
@@ -909,20 +910,8 @@ def test_a_chord_that_may_have_been_sent_is_not_sent_again(
     """Its new group would be another one: until a part of it has ended it is refused."""
     group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
     ids = [die(app, message, chord_id=group_id) for message in sent(app)]
-
-    def away(*args: Any, **options: Any) -> Any:
-        raise redis.ConnectionError("away")
-
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    with monkeypatch.context() as patch:
-        patch.setattr(DeadStore, "release", away)
-        with pytest.raises(StoreUnavailable):
-            dead_letters.replay(ids[0], whole_chord=True, app=app)
     place = place_of(app)
-    for id_ in ids:
-        # Nobody waits for whoever died in the midst of it.
-        place.server.hset(f"{place.store.keys.dead}letter:{id_}", "replay_until", 0)
-    again = sent(app)
+    again = unsaid(app, ids[0], monkeypatch, 2)
     assert len(again) == 2
     for _ in range(2):
         with pytest.raises(ReplayRefused, match=f"chord {group_id} may have been sent already"):
@@ -933,6 +922,67 @@ def test_a_chord_that_may_have_been_sent_is_not_sent_again(
     assert dead_letters.replay(ids[0], whole_chord=True, app=app) == again[0].headers["id"]
     assert dead_letters.get(ids[1], app=app).replayed_as == again[1].headers["id"]
     assert place.store.parts(place.server, group_id) == (0, {})
+    assert [ended.value for ended in run_all(app)] == [30]
+
+
+def unsaid(app: Celery, id_: str, monkeypatch: pytest.MonkeyPatch, publishes: int) -> list[Any]:
+    """Replay a chord of which so many messages get out; return them. How it went is not noted."""
+    publish, count = Producer.publish, itertools.count()
+
+    def away(*args: Any, **options: Any) -> Any:
+        raise redis.ConnectionError("away")
+
+    def publish_some(self: Any, *args: Any, **options: Any) -> Any:
+        if next(count) >= publishes:
+            raise OperationalError("away")
+        return publish(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", lambda _: None)
+        patch.setattr(DeadStore, "release", away)
+        patch.setattr(Producer, "publish", publish_some)
+        with pytest.raises((OperationalError, StoreUnavailable)):
+            dead_letters.replay(id_, whole_chord=True, app=app)
+    place = place_of(app)
+    for letter in dead_letters.list(app=app):
+        # Nobody waits for whoever died in the midst of it.
+        place.server.hset(f"{place.store.keys.dead}letter:{letter.id}", "replay_until", 0)
+    return sent(app)
+
+
+@pytest.mark.parametrize("last", [die, succeed])
+def test_a_chord_that_was_sent_in_part_is_never_taken_for_sent(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch, last: Callable[..., Any]
+) -> None:
+    """A part that got out has ended: what was to be sent last was not."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
+    first, second = sent(app)
+    id_ = die(app, first, chord_id=group_id)
+    last(app, second, **({"chord_id": group_id} if last is die else {}))
+    (again,) = unsaid(app, id_, monkeypatch, 1)
+    assert run(app, again).state == "SUCCESS"
+    for _ in range(2):
+        with pytest.raises(ReplayRefused, match=f"chord {group_id} may have been sent already"):
+            dead_letters.replay(id_, whole_chord=True, app=app)
+    assert dead_letters.get(id_, app=app).replayed_as is None
+    place = place_of(app)
+    assert place.store.parts(place.server, group_id)[0] == 2
+
+
+def test_a_chord_whose_last_part_has_ended_was_sent(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though that had succeeded before, and has no letter."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
+    first, second = sent(app)
+    id_ = die(app, first, chord_id=group_id)
+    succeed(app, second)
+    again = unsaid(app, id_, monkeypatch, 2)
+    with pytest.raises(ReplayRefused, match=again[1].headers["id"]):
+        dead_letters.replay(id_, whole_chord=True, app=app)
+    assert run(app, again[1]).state == "SUCCESS"
+    assert dead_letters.replay(id_, whole_chord=True, app=app) == again[0].headers["id"]
+    assert run(app, again[0]).state == "SUCCESS"
     assert [ended.value for ended in run_all(app)] == [30]
 
 
