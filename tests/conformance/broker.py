@@ -152,7 +152,7 @@ class Broker(OnAClock):
 
     def start(self, delivery: Delivery) -> None:
         """Count a start as the process does."""
-        self.server.execute_command(*self.messages.count_start(delivery, 1))
+        self.server.execute_command(*self.messages.runs.count_start(delivery, 1))
         delivery.is_started = True
 
     def end_lease(self, delivery: Delivery) -> None:

@@ -319,9 +319,9 @@ def bury_by(broker: Broker, how: str) -> Callable[[], Any]:
         return lambda: broker.die(delivery, kept)
     copy = Beside(broker).copy()
     messages = broker.messages
-    messages.enter(broker.server, copy, order=0, is_copy=False, lease=30.0)
+    messages.runs.enter(broker.server, copy, order=0, is_copy=False, lease=30.0)
     copy.letter = kept
-    return lambda: messages.bury_run(broker.server, copy, order=0, remembers=100.0)
+    return lambda: messages.runs.bury(broker.server, copy, order=0, remembers=100.0)
 
 
 def is_over(broker: Broker) -> bool:
@@ -1100,7 +1100,7 @@ def test_a_start_says_whose_it_is(broker: Broker) -> None:
     """While it runs it stands as a crash whose end nobody saw."""
     delivery = taken(broker)
     started(broker, delivery, Starter(17, "w1@shop"))
-    (found,) = broker.messages.crashes(broker.server, delivery)
+    (found,) = broker.messages.runs.crashes(broker.server, delivery)
     assert found == Crash(found.at, 17, "w1@shop", False, "")
     assert found.at == pytest.approx(broker.now(), abs=2)
     assert "history" not in broker.run_of()
@@ -1113,7 +1113,7 @@ def test_a_start_that_is_taken_back_is_not_known(broker: Broker) -> None:
     delivery = broker.fetch_one()
     started(broker, delivery, Starter(2, "w2@shop"))
     assert [one.pid for one in crashes(broker)] == [1, 2]
-    broker.server.execute_command(*broker.messages.count_start(delivery, -1))
+    broker.server.execute_command(*broker.messages.runs.count_start(delivery, -1))
     assert [one.pid for one in crashes(broker)] == [1]
     started(broker, delivery, Starter(3, "w3@shop"))
     assert [one.pid for one in crashes(broker)] == [1, 3]
@@ -1140,7 +1140,7 @@ def test_a_start_is_explained(broker: Broker) -> None:
     (before,) = crashes(broker)
     broker.let_pass(0.01)
     delivery.starter = Starter(2, "w1@shop", is_ending=True)
-    broker.server.execute_command(*broker.messages.count_start(delivery, 0))
+    broker.server.execute_command(*broker.messages.runs.count_start(delivery, 0))
     assert crashes(broker) == [Crash(before.at, 2, "w1@shop", True, "")]
     assert broker.run_of()["crashes"] == "1"
 
@@ -1177,7 +1177,7 @@ def test_a_zombie_says_nothing_of_a_start(broker: Broker) -> None:
     zombie.starter = Starter(1, "w1@shop", how="exitcode 3")
     zombie.has_crashed = True
     for by in (1, 0, -1):
-        broker.server.execute_command(*broker.messages.count_start(zombie, by))
+        broker.server.execute_command(*broker.messages.runs.count_start(zombie, by))
     assert broker.requeue(zombie) is False
     assert broker.messages.lay_aside(broker.server, zombie, 60) is False
     assert everything(broker) == before
@@ -1204,7 +1204,7 @@ def test_of_many_crashes_the_latest_are_known(broker: Broker, how: str, host: st
         broker.server.hset(run, mapping=dict(zip(("history", "start"), before, strict=True)))
         count(1100, host + "h" * shift)
         count(1101, host)
-        found = broker.messages.crashes(broker.server, delivery)
+        found = broker.messages.runs.crashes(broker.server, delivery)
         assert len(found) > 20
         assert [one.pid for one in found] == [*range(1102 - len(found), 1102)]
         assert {(one.host, one.how) for one in found} == {(host, how), (host + "h" * shift, how)}
@@ -1217,7 +1217,7 @@ def test_of_many_crashes_the_latest_are_known(broker: Broker, how: str, host: st
 def die_beside(broker: Broker, copy: Delivery, kept: Any = None, *, order: int = 0) -> Buried:
     """End a copy of another broker's as a dead letter; what is over is known for 100 s."""
     copy.letter = kept or letter(copy.task_id)
-    return broker.messages.bury_run(broker.server, copy, order=order, remembers=100.0)
+    return broker.messages.runs.bury(broker.server, copy, order=order, remembers=100.0)
 
 
 def test_a_run_beside_another_broker_ends_as_a_dead_letter(broker: Broker) -> None:
@@ -1298,7 +1298,7 @@ def test_a_run_that_was_continued_is_not_kept(broker: Broker) -> None:
     beside = Beside(broker)
     first, retry = beside.copy(), beside.copy()
     beside.enter(first)
-    broker.messages.note_done(broker.server, "one", 0)
+    broker.messages.runs.note_done(broker.server, "one", 0)
     die_beside(broker, first)
     assert ids(broker.dead) == []
     assert beside.enter(retry, order=1).may_run

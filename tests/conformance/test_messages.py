@@ -615,7 +615,7 @@ def test_a_copy_that_was_started_and_waits_again_is_no_crash(broker: Broker) -> 
     """What was counted ahead is taken back while it is still held."""
     delivery = taken(broker)
     broker.start(delivery)
-    broker.server.execute_command(*broker.messages.count_start(delivery, -1))
+    broker.server.execute_command(*broker.messages.runs.count_start(delivery, -1))
     assert broker.hold(delivery).crashes == 0
 
 
@@ -711,12 +711,12 @@ def test_a_continuation_of_several_messages_is_noted_when_it_is_whole(broker: Br
     """Only the copy that holds the run can say so."""
     zombie, successor = taken_over(broker)
     messages = broker.messages
-    assert messages.is_held(broker.server, "one", zombie.tag) is False
-    assert messages.is_held(broker.server, "one", successor.tag) is True
-    assert messages.is_held(broker.server, "forgotten", successor.tag) is True
-    assert messages.note_continued(broker.server, "one", zombie.tag) is False
-    assert messages.note_continued(broker.server, "one", successor.tag) is True
-    assert messages.note_continued(broker.server, "one", successor.tag) is True
+    assert messages.runs.is_held(broker.server, "one", zombie.tag) is False
+    assert messages.runs.is_held(broker.server, "one", successor.tag) is True
+    assert messages.runs.is_held(broker.server, "forgotten", successor.tag) is True
+    assert messages.runs.note_continued(broker.server, "one", zombie.tag) is False
+    assert messages.runs.note_continued(broker.server, "one", successor.tag) is True
+    assert messages.runs.note_continued(broker.server, "one", successor.tag) is True
     assert broker.requeue(successor) is False
     assert broker.waiting_ids() == []
 
@@ -780,11 +780,11 @@ class Beside:
     def enter(self, delivery: Delivery, order: int = 0, *, is_copy: bool = False) -> Any:
         """Ask to be let in for 30 s."""
         messages, server = self._broker.messages, self._broker.server
-        return messages.enter(server, delivery, order=order, is_copy=is_copy, lease=30.0)
+        return messages.runs.enter(server, delivery, order=order, is_copy=is_copy, lease=30.0)
 
     def leave(self, delivery: Delivery, order: int = 0, *, goes_back: bool = False) -> bool:
         """End a copy; what is over is known for 100 s."""
-        return self._broker.messages.leave_run(
+        return self._broker.messages.runs.leave(
             self._broker.server, delivery, order=order, goes_back=goes_back, remembers=100.0
         )
 
@@ -843,7 +843,7 @@ def test_a_copy_beside_another_broker_is_not_run_when_one_was_continued(broker: 
     first, copy, retry = beside.copy(), beside.copy(), beside.copy()
     beside.enter(first)
     for _ in range(2):
-        broker.messages.note_done(broker.server, "one", 0)
+        broker.messages.runs.note_done(broker.server, "one", 0)
     broker.end_lease(first)
     assert beside.enter(copy, is_copy=True).is_over
     assert beside.enter(retry, order=1).may_run
@@ -853,10 +853,10 @@ def test_a_copy_beside_another_broker_is_not_run_when_one_was_continued(broker: 
 
 def test_a_continuation_is_noted_of_a_run_that_is_not_known(broker: Broker) -> None:
     """For a while, not for ever."""
-    broker.messages.note_done(broker.server, "one", 3)
+    broker.messages.runs.note_done(broker.server, "one", 3)
     assert broker.run_of() == {"done": "3"}
     assert broker.server.pttl(broker.keys.run("one")) / 1000 == pytest.approx(3600, abs=5)
-    broker.messages.note_done(broker.server, "one", 2)
+    broker.messages.runs.note_done(broker.server, "one", 2)
     assert broker.run_of() == {"done": "3"}
 
 
@@ -1092,7 +1092,7 @@ def test_a_run_that_was_forgotten_publishes_more_than_once(broker: Broker) -> No
     for token in ("t1", "t2"):
         answer = broker.publish("other", token=token, publication=continuing(running))
         assert answer.code is Queued.QUEUED
-    assert broker.messages.is_held(broker.server, "one", running.tag)
+    assert broker.messages.runs.is_held(broker.server, "one", running.tag)
 
 
 def test_a_queue_that_nobody_names_is_forgotten(broker: Broker) -> None:
@@ -1601,7 +1601,7 @@ def test_what_lapsed_and_was_continued_leaves_no_claim(broker: Broker, where: st
     """Its task has been replaced, and nobody comes to free its key."""
     put_once(broker, "one")
     (delivery,) = broker.fetch()
-    broker.messages.note_continued(broker.server, "one", delivery.tag)
+    broker.messages.runs.note_continued(broker.server, "one", delivery.tag)
     broker.end_lease(delivery)
     if where == "elsewhere":
         broker.server.delete(broker.keys.claim("key"))
@@ -1617,7 +1617,7 @@ def test_what_lapsed_and_was_retried_leaves_the_claim(broker: Broker) -> None:
     """It is that of the next attempt, which waits in the queue."""
     put_once(broker, "one")
     (delivery,) = broker.fetch()
-    broker.messages.note_continued(broker.server, "one", delivery.tag)
+    broker.messages.runs.note_continued(broker.server, "one", delivery.tag)
     broker.server.hset(broker.keys.claim("key"), "next_attempt", 1)
     broker.end_lease(delivery)
     assert broker.messages.requeue_lapsed(broker.server, [delivery], 600.0, list) == []
@@ -1681,7 +1681,7 @@ def test_a_copy_that_was_continued_is_not_laid_aside(broker: Broker) -> None:
     delivery = broker.fetch_one()
     broker.start(delivery)
     broker.publish("one", publication=continuing(delivery))
-    broker.messages.note_continued(broker.server, "one", delivery.tag)
+    broker.messages.runs.note_continued(broker.server, "one", delivery.tag)
     assert broker.messages.lay_aside(broker.server, delivery, 0.3)
     assert not broker.messages.lay_aside(broker.server, delivery, 0.3)
     assert (broker.leases, broker.unacked, broker.index) == ({}, {}, {})

@@ -94,7 +94,7 @@ class Beside(Held):
             return self._go_without(delivery, "it did not answer a moment ago")
         self.name_starter(delivery)
         try:
-            delivery.copy = self.messages.enter(
+            delivery.copy = self.messages.runs.enter(
                 self.server,
                 delivery,
                 order=delivery.order,
@@ -149,10 +149,10 @@ class Beside(Held):
             if run.letter is not None and not goes_back:
                 was_held = self._note_buried(
                     run,
-                    self.messages.bury_run(server, run, order=run.order, remembers=remembers),
+                    self.messages.runs.bury(server, run, order=run.order, remembers=remembers),
                 )
             else:
-                was_held = self.messages.leave_run(
+                was_held = self.messages.runs.leave(
                     server, run, order=run.order, goes_back=goes_back, remembers=remembers
                 )
             if not was_held and not is_repeated:
@@ -202,7 +202,7 @@ def note_done(task: Task[..., Any], claims: Claims, config: ReliableConfig) -> N
     order = _order(request.get("replaced_task_nesting"), request.retries)
     messages = _messages(claims.address.key_prefix, config)
     try:
-        messages.note_done(claims.client.redis, str(request.id), order)
+        messages.runs.note_done(claims.client.redis, str(request.id), order)
     except (redis.exceptions.RedisError, OSError) as error:
         say_unnoted(task, error)
 

@@ -64,7 +64,7 @@ def check_held(app: Celery, task: Task[..., Any]) -> None:
     if tag is None:
         return
     with _messages(app) as (messages, client):
-        if not messages.is_held(client, str(task.request.id), tag):
+        if not messages.runs.is_held(client, str(task.request.id), tag):
             raise Superseded
 
 
@@ -77,7 +77,7 @@ def note_continued(app: Celery, task: Task[..., Any], note_done: Callable[[], No
         return
     try:
         with _messages(app) as (messages, client):
-            messages.note_continued(client, str(task.request.id), tag)
+            messages.runs.note_continued(client, str(task.request.id), tag)
     except (OperationalError, redis.exceptions.RedisError, OSError) as error:
         # All is published: that nobody could be told is no failure of the task.
         say_unnoted(task, error)

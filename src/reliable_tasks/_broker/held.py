@@ -270,7 +270,7 @@ class Held:
     def crashes(self, delivery: Delivery) -> list[Crash] | None:
         """Return what is known of a task's crashes, ``None`` if the server does not say."""
         try:
-            return self.messages.crashes(self.server, delivery)
+            return self.messages.runs.crashes(self.server, delivery)
         except (redis.exceptions.RedisError, OSError) as error:
             self.be_silent(error)
             say(logging.WARNING, "Nobody says how task %s crashed: %s", delivery.task_id, error)
@@ -349,7 +349,7 @@ class Held:
         if not delivery.task_id:
             return
         was_started, delivery.is_started = delivery.is_started, False
-        command = self.messages.count_start(delivery, by)
+        command = self.messages.runs.count_start(delivery, by)
         try:
             self._mute.send(command)
         except UNREACHABLE as error:

@@ -138,6 +138,11 @@ class Delivery:
     is_carried: bool = False
     when_heard_late: Callable[[], None] | None = None
 
+    @property
+    def crash(self) -> str:
+        """What is known of its crash, as the scripts take it; ``""`` if it has not crashed."""
+        return str(self.starter or "") if self.has_crashed else ""
+
     def describe(self, message: Mapping[str, Any]) -> None:
         """Take over what the decoded message says of its task."""
         headers = _mapping(message.get("headers"))

@@ -13,7 +13,6 @@ from typing import Any
 
 import redis
 
-from reliable_tasks._store.crashes import Crash
 from reliable_tasks._store.dead import DeadStore
 from reliable_tasks._store.delivery import (
     UNREADABLE,
@@ -28,6 +27,7 @@ from reliable_tasks._store.delivery import (
 from reliable_tasks._store.keys import Keys
 from reliable_tasks._store.letters import Bounds, Buried, Letter, undecodable
 from reliable_tasks._store.publication import Publication, Published, Queued
+from reliable_tasks._store.runs import OVER_TTL, RUN_TTL, Runs
 from reliable_tasks._store.scripts import (
     NO_REPLICAS,
     Argument,
@@ -47,10 +47,6 @@ __all__ = ["Messages"]
 _TOKEN_TTL = 300.0
 #: The same where another caller may repeat it, and may be a person (s).
 _OTHERS_TOKEN_TTL = 7 * 86400.0
-#: How long a run is known if nobody ends it (s): a task may wait for its ETA for days.
-_RUN_TTL = 7 * 86400.0
-#: How long a task that had other copies is known to be over (s).
-_OVER_TTL = 3600.0
 #: How long a bell rings that nobody hears (s), as in ``ring_bell.lua``.
 _BELL_TTL = 60.0
 #: After so many bytes a fetch takes no more: reading a message blocks the server.
@@ -91,6 +87,7 @@ class Messages:
         self.layout = layout
         self.keys = Keys(layout.prefix + key_prefix)
         self.dead = dead or DeadStore(self.keys)
+        self.runs = Runs(self.keys, self.dead)
         self._bounds = bounds
         self._when_set_apart = when_set_apart
         self._held = [layout.prefix + layout.unacked, layout.prefix + layout.index]
@@ -129,7 +126,7 @@ class Messages:
             int(rotates),
             0,
             self.keys.runs,
-            ms(_RUN_TTL),
+            ms(RUN_TTL),
             self.layout.prefix,
             _FETCHED_BYTES,
             *endings,
@@ -182,7 +179,7 @@ class Messages:
             with_.holder,
             expiry,
             token,
-            ms(_RUN_TTL),
+            ms(RUN_TTL),
             int(with_.is_only),
             *(self.layout.prefix + one for one in lists),
         ]
@@ -224,66 +221,13 @@ class Messages:
     def hold(self, server: redis.Redis, delivery: Delivery, lease: float) -> Copy:
         """Ask again whether a copy may run, and renew its lease (s)."""
         keys = [self.keys.leases, self.keys.run(delivery.task_id), *self._held]
-        args: list[Argument] = [delivery.tag, ms(_RUN_TTL), ms(lease)]
+        args: list[Argument] = [delivery.tag, ms(RUN_TTL), ms(lease)]
         return Copy.of(load("message_hold").on(server, keys, args))
-
-    def enter(
-        self, server: redis.Redis, delivery: Delivery, *, order: int, is_copy: bool, lease: float
-    ) -> Copy:
-        """Let in a copy of another broker's task, with a lease, and count its start as a crash.
-
-        Args:
-            server: The client.
-            delivery: The copy.
-            order: A number that is greater for each continuation of the task.
-            is_copy: Whether its message was delivered before.
-            lease: In seconds.
-        """
-        keys = [self.keys.leases, self.keys.run(delivery.task_id)]
-        args: list[Argument] = [
-            *(delivery.tag, order, int(is_copy), ms(_RUN_TTL), ms(lease)),
-            str(delivery.starter or ""),
-        ]
-        return Copy.of(load("run_enter").on(server, keys, args))
-
-    def leave_run(
-        self,
-        server: redis.Redis,
-        delivery: Delivery,
-        *,
-        order: int,
-        goes_back: bool,
-        remembers: float,
-    ) -> bool:
-        """End a copy that was let in so; return False if its lease had ended."""
-        keys = [self.keys.leases, self.keys.run(delivery.task_id)]
-        args: list[Argument] = [
-            delivery.tag,
-            order,
-            "back" if goes_back else "over",
-            int(not delivery.has_crashed),
-            ms(remembers),
-            _crash(delivery),
-        ]
-        return bool(load("run_leave").on(server, keys, args))
-
-    def bury_run(
-        self, server: redis.Redis, delivery: Delivery, *, order: int, remembers: float
-    ) -> Buried:
-        """End a copy that was let in so, and keep its message as a dead letter."""
-        assert delivery.letter is not None
-        keys = [self.keys.leases, self.keys.run(delivery.task_id), self.dead.keys.dead]
-        args = [delivery.tag, order, ms(remembers), *delivery.letter.arguments(delivery.tag)]
-        return Buried.of(load("run_bury").on(server, keys, args))
-
-    def note_done(self, server: redis.Redis, task_id: str, order: int) -> None:
-        """Note that the copy of this order has published its task's continuation."""
-        load("run_done").on(server, [self.keys.run(task_id)], [order, ms(_OVER_TTL)])
 
     def settle(self, server: redis.Redis, delivery: Delivery) -> bool:
         """Acknowledge or discard; return False if the delivery was over already."""
         keys = [*self._held, self.keys.leases, self.keys.run(delivery.task_id)]
-        remembers = ms(_OVER_TTL) if delivery.is_redelivered else 0
+        remembers = ms(OVER_TTL) if delivery.is_redelivered else 0
         args: list[Argument] = [delivery.tag, int(delivery.is_started), remembers]
         return bool(load("message_settle").on(server, keys, args))
 
@@ -291,7 +235,7 @@ class Messages:
         """Acknowledge, and keep the message as a dead letter."""
         assert delivery.letter is not None
         keys = [*self._held, self.keys.leases, self.keys.run(delivery.task_id)]
-        remembers = ms(_OVER_TTL) if delivery.is_redelivered else 0
+        remembers = ms(OVER_TTL) if delivery.is_redelivered else 0
         args: list[Argument] = [delivery.tag, int(delivery.is_started), remembers]
         args += delivery.letter.arguments(delivery.tag)
         return Buried.of(load("message_bury").on(server, [*keys, self.dead.keys.dead], args))
@@ -363,7 +307,7 @@ class Messages:
             "back" if to_back else "front",
             int(delivery.is_started and not delivery.has_crashed),
             ms(if_lapsed_of),
-            _crash(delivery),
+            delivery.crash,
         ]
         return keys, args
 
@@ -371,18 +315,6 @@ class Messages:
         """Let a run that lost its message have it again, from a copy; return whether it has."""
         keys = [*self._held, self.keys.leases, self.keys.run(run.task_id)]
         return bool(load("message_resume").on(server, keys, [copy.tag, run.tag, ms(lease)]))
-
-    def is_held(self, server: redis.Redis, task_id: str, tag: str) -> bool:
-        """Say whether a delivery may publish the continuation of its task.
-
-        A run that is unknown was forgotten by the server, not taken over.
-        """
-        holder = execute(server, "HGET", self.keys.run(task_id), "tag")
-        return holder is None or text(holder) == tag
-
-    def note_continued(self, server: redis.Redis, task_id: str, tag: str) -> bool:
-        """Note that a delivery has published its task's whole continuation."""
-        return bool(load("message_continue").on(server, [self.keys.run(task_id)], [tag]))
 
     def renew(
         self, server: redis.Redis, tags: Sequence[str], lease: float, *, turn: int | None = None
@@ -455,23 +387,10 @@ class Messages:
         if buried.id:
             self._when_set_apart(delivery.letter, buried)
 
-    def crashes(self, server: redis.Redis, delivery: Delivery) -> list[Crash]:
-        """Return what is known of the latest crashes of a task; the last of them is the latest."""
-        return Crash.read_all(
-            *execute(server, "HMGET", self.keys.run(delivery.task_id), "history", "start")
-        )
-
     def ring(self, server: redis.Redis, bell: str) -> None:
         """Wake the one that waits for a bell of its own."""
         commands = [("RPUSH", bell, "1"), ("PEXPIRE", bell, ms(_BELL_TTL))]
         checked(pipelined(server, commands, is_atomic=True))
-
-    def count_start(self, delivery: Delivery, by: int) -> tuple[Argument, ...]:
-        """Return the command that counts a start as a crash, takes that back, or says more."""
-        script = load("run_start")
-        starter = str(delivery.starter or "")
-        # Nobody waits for an answer that says NOSCRIPT.
-        return ("EVAL", script.code, 1, self.keys.run(delivery.task_id), delivery.tag, by, starter)
 
     def _delivery(self, tag: str, entry: bytes) -> Delivery:
         message, _, queue = json.loads(entry)
@@ -480,10 +399,6 @@ class Messages:
         delivery = Delivery(tag, list_, queue, json.dumps(message).encode(), copy)
         delivery.describe(message)
         return delivery
-
-
-def _crash(delivery: Delivery) -> str:
-    return str(delivery.starter or "") if delivery.has_crashed else ""
 
 
 _QUEUED = Published(Queued.QUEUED, "", 0.0, 0)

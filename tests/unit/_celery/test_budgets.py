@@ -133,7 +133,7 @@ class Post:
 
     def starts(self, request: ReliableRequest) -> list[Crash]:
         """What is known of a task's starts, of which the last one may go on."""
-        return self.broker.messages.crashes(self.broker.server, request._delivery)
+        return self.broker.messages.runs.crashes(self.broker.server, request._delivery)
 
 
 @pytest.fixture
@@ -527,7 +527,7 @@ def test_a_child_that_dies_is_a_crash(
     assert post.broker.requeue(delivery)
     (again,) = post.broker.fetch("another")
     assert again.copy.crashes == 2
-    known = post.broker.messages.crashes(post.broker.server, again)
+    known = post.broker.messages.runs.crashes(post.broker.server, again)
     assert [(one.pid, one.how) for one in known] == [(18, SEGFAULT), (4242, how)]
 
 

@@ -249,7 +249,7 @@ class TestHeldOnLease:
         """An earlier start of it has published the task's next attempt, and was set aside."""
         request = post.receive()
         task_id, tag = post.delivery.task_id, post.delivery.tag
-        assert post.broker.messages.note_continued(post.broker.server, task_id, tag)
+        assert post.broker.messages.runs.note_continued(post.broker.server, task_id, tag)
         post.be_silent()
         assert request.revoked()
         assert (bench.ended, bench.timer.calls, post.crashes) == (["ack"], [], 0)
