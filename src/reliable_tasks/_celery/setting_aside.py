@@ -203,11 +203,13 @@ class PatientRequest(DeliveredRequest):
         times = self._times_requeued + 1
         self.request_dict[REQUEUES] = times
         pause = growing(*_BEHIND, times - 2) if times > 1 else 0.0
+        delivery = self._delivery if self._beside is None else None
+        if delivery is not None and not self._held.is_open(delivery.tag):
+            return False
         logger.info("Task %s[%s] goes back to its queue (%.0f s)", self.name, self.id, pause)
-        if self._delivery is not None and self._beside is None:
-            tag = self._delivery.tag
-            self._held.note_header(self._delivery, REQUEUES, times)
-            if not pause or not self._held.is_open(tag):
+        if delivery is not None:
+            self._held.note_header(delivery, REQUEUES, times)
+            if not pause:
                 return False
             self._let_go(pause)
             self.acknowledged = True
