@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +22,12 @@ from reliable_tasks._once.lineage import note_end
 from reliable_tasks._retrying import RETRYING, GiveUp, Policy, RetryIn
 from reliable_tasks.errors import TaskExited
 
-__all__ = ["guarded"]
+__all__ = ["HANDLERS", "guarded", "unfailing"]
+
+logger = logging.getLogger("reliable_tasks")
+
+#: Handlers of a task that are called where a child only says that it is over.
+HANDLERS = ("before_start", "on_failure", "after_return")
 
 #: A copy that waited in a pool, and whose lease may have ended, is asked about after a pause (s).
 _IN_DOUBT = (0.05, 1.0)
@@ -68,6 +74,27 @@ def guarded(function: Callable[..., Any], *, takes_self: bool) -> Callable[..., 
         signature = signature.replace(parameters=[first, *own])
     run.__signature__ = signature  # type: ignore[attr-defined]
     return run
+
+
+def unfailing(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a handler: what it raises does not keep a task from its end that must not run again."""
+
+    @functools.wraps(handler)
+    def handle(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return handler(self, *args, **kwargs)
+        except Exception as error:
+            verdict = condemned(self.request)
+            if verdict is None:
+                raise
+            if repr(error) != repr(verdict):
+                logger.exception(
+                    "%s of task %s[%s] has failed, and the task ends all the same: %r",
+                    *(handler.__name__, self.name, self.request.id, verdict),
+                )
+            return None
+
+    return handle
 
 
 def _start(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, cast
 
-from celery import Celery, chord, group
+from celery import Celery, Task, chord, group
 from celery.exceptions import Ignore, Reject, Retry
 from celery.result import EagerResult
 from kombu.exceptions import OperationalError
 
 from reliable_tasks._asked import AskedTask
-from reliable_tasks._body import guarded
+from reliable_tasks._body import HANDLERS, guarded, unfailing
 from reliable_tasks._broker import listeners
 from reliable_tasks._broker.beside import note_done
 from reliable_tasks._broker.continuing import check_held, continuing, note_continued
@@ -115,6 +116,12 @@ class ReliableTask(AskedTask):
             function = body.__func__ if isinstance(body, staticmethod) else body
             options_of_body = once_options(function)
             setattr(cls, "run", guarded(function, takes_self=body is function))  # noqa: B010
+        for name in HANDLERS:
+            owner = next(one for one in cls.__mro__ if name in one.__dict__)
+            is_done = owner is not cls and issubclass(owner, ReliableTask)
+            handler = owner.__dict__[name]
+            if owner is not Task and not is_done and inspect.isfunction(handler):
+                setattr(cls, name, unfailing(handler))
         once = options_of_body or once_options(cls)
         if once is not None:
             cls.adopt_once(once)
@@ -316,9 +323,11 @@ class ReliableTask(AskedTask):
         is_answer = self.reliable_once is not None and (
             is_follower(self) or (isinstance(error, DuplicateTaskError) and not run)
         )
-        if isinstance(error, Exception) and (is_answer or condemned(self.request) is not None):
-            # With autoretry_for=(Exception,) Celery takes for an error of the task what is an
-            # answer to a copy that does not run: its "retry" would count as a later attempt.
+        # With autoretry_for=(Exception,) Celery takes for an error of the task what is an answer to
+        # a copy that does not run: its "retry" would count as a later attempt.
+        if (verdict := condemned(self.request)) is not None:
+            raise verdict
+        if isinstance(error, Exception) and is_answer:
             raise error
         claim = run.claim if run else Claim.from_headers(self.request.headers, self.request.id)
         given = options.get("headers", self.request.headers) or {}

@@ -116,6 +116,66 @@ def test_a_task_whose_ending_crashes_too_is_ended_by_its_worker(scene: Scene) ->
     assert letter.cause == "poison"
 
 
+HANDLERS = ("before_start", "on_failure")
+THINGS = [f"{what} in {where}" for where in HANDLERS for what in ("raise", "ignore", "reject")]
+
+
+@pytest.mark.parametrize("then", [*THINGS, *(f"retry in {where}" for where in HANDLERS)])
+def test_handlers_that_fail_do_not_keep_a_poison_from_its_end(scene: Scene, then: str) -> None:
+    """It ends as any other one; nothing of it goes back, or is sent again."""
+    # Before its second start it would come back without a crash.
+    starts = 1 if then.endswith("before_start") else 3
+    scene.worker(concurrency=2, settings={"reliable_max_crashes": starts})
+    result = scene.call("crash", "poison", "sigkill", then)
+    check_end(scene, result, "poison", starts=starts)
+    assert then in scene.logs or "ignore" in then or "retry" in then
+
+
+@pytest.mark.parametrize("where", HANDLERS)
+def test_handlers_that_hang_do_not_keep_a_poison_from_its_end(scene: Scene, where: str) -> None:
+    """They are killed at the hard limit, and not called again."""
+    scene.worker(concurrency=2, settings={"reliable_max_crashes": 1})
+    result = scene.call("slow_end", "poison", "sigkill", f"hang in {where}")
+    with pytest.raises(PoisonPill):
+        result.get(timeout=60)
+    wait_until(lambda: dead_letters.count(app=scene.app) == 1, 10, lambda: scene.logs)
+    (letter,) = dead_letters.list(app=scene.app)
+    assert (letter.cause, letter.crashes) == ("poison", 1)
+    assert scene.starts("poison") == 1
+    assert len(scene.journal.events("on_failure")) == int(where == "on_failure")
+
+
+def test_a_failure_whose_handler_puts_it_back_is_no_crash(scene: Scene) -> None:
+    """It spends the budget of what goes back, and then ends as such."""
+    scene.worker(concurrency=2, settings={"reliable_max_requeues": 1})
+    result = scene.call("fail", "failing", "", "reject in on_failure")
+    wait_until(lambda: dead_letters.count(app=scene.app) == 1, 30, lambda: scene.logs)
+    (letter,) = dead_letters.list(app=scene.app)
+    assert (letter.cause, letter.crashes) == ("requeues", 0), scene.logs
+    assert scene.starts("failing") == 2
+    assert isinstance(result.result, RequeuesExhausted)
+
+
+def test_a_failure_whose_handler_ignores_it_is_kept(scene: Scene) -> None:
+    """Its result says that it has failed."""
+    scene.worker(concurrency=2)
+    result = scene.call("fail", "failing", "", "ignore in on_failure")
+    wait_until(lambda: dead_letters.count(app=scene.app) == 1, 30, lambda: scene.logs)
+    (letter,) = dead_letters.list(app=scene.app)
+    assert (letter.cause, result.state) == ("failed", "FAILURE")
+
+
+def test_a_lost_task_is_not_retried_beside_its_budget(scene: Scene) -> None:
+    """Its message goes back and is counted; it is a dead letter when it has ended, no sooner.
+
+    Celery 5.6 knows no such setting, and does the same.
+    """
+    scene.worker(concurrency=2, settings={"task_retry_on_worker_lost": True})
+    assert scene.call("waver", "once", "sigkill").get(timeout=30) == "once"
+    assert dead_letters.count(app=scene.app) == 0
+    check_end(scene, scene.call("crash", "poison", "sigkill"), "poison")
+
+
 @pytest.mark.parametrize(("how", "starts"), [(1, 1), (5, 5)])
 def test_the_budget_is_the_apps_or_the_tasks(
     scenes: StartScene, redis_server: EmbeddedServer, how: int, starts: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pydantic
 import pytest
@@ -685,6 +685,65 @@ def test_a_task_that_is_not_to_run_again_ends(
     assert [type(one) for one in called] == [type(verdict)]
     assert take(app) is None
     assert result.state == "FAILURE"
+
+
+class Failing:
+    """What a task of no class of ours may inherit from."""
+
+    called: ClassVar[list[str]] = []
+
+    def before_start(self, *args: Any) -> None:
+        """Fail."""
+        self._fail("before_start")
+
+    def on_failure(self, *args: Any) -> None:
+        """Fail."""
+        self._fail("on_failure")
+
+    def after_return(self, *args: Any) -> None:
+        """Fail."""
+        self._fail("after_return")
+
+    def _fail(self, where: str) -> None:
+        self.called.append(where)
+        raise RuntimeError(f"no {where}")
+
+
+def test_handlers_that_fail_do_not_keep_a_task_from_its_end(
+    app: Celery, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Wherever they come from, it says what it ends with, and they are all called, once."""
+    called: list[str] = []
+    monkeypatch.setattr(Failing, "called", called)
+
+    class Both(Failing, ReliableTask):
+        abstract = True
+
+    app.task(nothing, base=Both, name="t")
+    app.finalize()
+    app.tasks["t"].delay()
+    message = take(app)
+    message.headers["reliable_condemned"] = ("PoisonPill", PILL.args)
+    ended = run(app, message)
+    assert (ended.state, type(ended.value)) == ("FAILURE", PoisonPill)
+    assert called == ["before_start", "on_failure", "after_return"]
+    for where in called:
+        assert f"{where} of task t[{message.headers['id']}] has failed" in caplog.text
+
+
+def test_a_handler_of_another_task_may_fail(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it raises is the task's error, as in Celery; one that is no function is left alone."""
+    monkeypatch.setattr(Failing, "called", [])
+
+    class Both(Failing, ReliableTask):
+        abstract = True
+        on_failure = after_return = staticmethod(lambda *_: None)
+
+    app.task(nothing, base=Both, name="t")
+    app.finalize()
+    app.tasks["t"].delay()
+    ended = run(app, take(app))
+    assert (ended.state, str(ended.value)) == ("FAILURE", "no before_start")
 
 
 def test_an_errback_of_a_task_that_crashed_is_called(app: Celery) -> None:

@@ -39,11 +39,22 @@ class BuriedRequest(GuardedRequest):
         self._is_expired = self._is_reported = self._has_succeeded = False
         self._is_kept = self._is_unkept = False
 
-    def _note_failure(self, error: BaseException, traceback: Any) -> None:
-        """Note what the task fails with, if that is its end; it may go back to its queue yet."""
+    def _note_failure(
+        self, error: BaseException, traceback: Any, *, is_ignored: bool = False
+    ) -> None:
+        """Note what the task fails with, if that is its end; it may go back to its queue yet.
+
+        Args:
+            error: The error.
+            traceback: Its traceback.
+            is_ignored: Whether an `Ignore` is the word of the task, not of a handler of its
+                failure.
+        """
         self._is_reported = True
-        goes_on = isinstance(error, (Retry, Ignore, Terminated)) or (
-            isinstance(error, Reject) and bool(error.requeue)  # type: ignore[attr-defined]
+        goes_on = (
+            isinstance(error, (Retry, Terminated))
+            or (isinstance(error, Ignore) and is_ignored)
+            or (isinstance(error, Reject) and bool(error.requeue))  # type: ignore[attr-defined]
         )
         self._failure = None if goes_on else (error, str(traceback or ""))
 

@@ -22,12 +22,14 @@ from celery.signals import task_failure
 from celery.worker import state
 from celery.worker.state import reserved_requests, successful_requests
 
+from reliable_tasks._celery.budgets import condemned
 from reliable_tasks._celery.burying import BuriedRequest
 from reliable_tasks._celery.escaping import has_escaped
 from reliable_tasks._celery.exits import is_stopping, quiet_exit
 from reliable_tasks._celery.failures import (
     has_exited,
     how_lost,
+    info_of,
     lost_worker,
     was_told_to_end,
     without_memory_error,
@@ -126,7 +128,11 @@ class ReliableRequest(BuriedRequest):
             error = _error_of(exc_info)
         if has_escaped(exc_info):
             return_ok = False
-        self._note_failure(error, exc_info.traceback)
+        is_timeout = isinstance(error, TimeLimitExceeded)
+        if is_timeout and (verdict := condemned(self.request_dict)) is not None:
+            # Its handlers hang, and would again.
+            error, exc_info, return_ok = verdict, info_of(verdict), False
+        self._note_failure(error, exc_info.traceback, is_ignored=return_ok)
         self._puts_itself_back = isinstance(error, Reject) and bool(error.requeue)  # type: ignore[attr-defined]
         # With return_ok the child itself reported, and released its claim.
         self._ends_here = not return_ok
@@ -146,7 +152,7 @@ class ReliableRequest(BuriedRequest):
             super().reject(requeue=True)
         if not self._ends_here or self._is_requeued:
             return
-        if isinstance(error, TimeLimitExceeded):
+        if is_timeout:
             self._call_in(_KILL_GRACE, lambda: self._settle(requeued=False))
         else:
             # A cancelled request's message went back with the connection that was lost.
@@ -263,6 +269,11 @@ class ReliableRequest(BuriedRequest):
         if soft:
             super().on_timeout(soft, timeout)
             return
+        if (verdict := condemned(self.request_dict)) is not None:
+            # In prefork on_failure has ended it.
+            if not self._is_reported:
+                self.on_failure(info_of(verdict))
+            return
         if not self._is_reported:
             # gevent says no more than this; in prefork on_failure came before.
             self._note_failure(TimeLimitExceeded(timeout), None)
@@ -284,7 +295,8 @@ class ReliableRequest(BuriedRequest):
         if requeue and self._ends_here and not self.acknowledged:
             self._is_requeued = True
             # The child is dead, not asked to stop: the crash stands.
-            if not (is_timeout or should_terminate() or self._was_told_to_end):
+            is_asked_for = is_timeout or self._puts_itself_back
+            if not (is_asked_for or should_terminate() or self._was_told_to_end):
                 self._note_crash(how_lost(failed_with))
             self._settle(requeued=True)
         if not requeue:
@@ -299,6 +311,20 @@ class ReliableRequest(BuriedRequest):
             super().reject(requeue)
         else:
             self._reject_for_good()
+
+    def _retry_worker_lost(self, exc: Any, exc_info: Any) -> bool:
+        """Put a task back whose child is lost, where Celery 5.7 would publish a retry.
+
+        That would begin the count of its crashes anew.
+        """
+        if self.task.acks_late:
+            self.reject(requeue=True)
+            return True
+        failure, self._failure = self._failure, None
+        is_retried = bool(super()._retry_worker_lost(exc, exc_info))  # type: ignore[misc]
+        if not is_retried:
+            self._failure = failure
+        return is_retried
 
     def _note_end(self) -> None:
         # The event loop says it to the broker later.

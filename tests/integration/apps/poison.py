@@ -15,7 +15,7 @@ from typing import Any
 import redis
 from billiard import current_process
 from celery import Celery, Task
-from celery.exceptions import Reject
+from celery.exceptions import Ignore, Reject
 
 from reliable_tasks import ReliableTask, apply_reliable_config, once
 from reliable_tasks.dead_letters import DeadLetter
@@ -97,8 +97,29 @@ class Handled(ReliableTask):
     def on_failure(self, exc: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
         """Write down the failure."""
         journal.write("on_failure", id=task_id, error=type(exc).__name__)
-        if args and len(args) > 2 and args[2] == "crash in on_failure":
+        self._break("on_failure", args)
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        """Leave it to the body to say so."""
+        # It has crashed, or come back.
+        if journal.events("start", id=task_id):
+            self._break("before_start", args)
+
+    def _break(self, where: str, args: Any) -> None:
+        """Do what the task's third argument says, ``"raise in on_failure"`` for one."""
+        what = args[2] if len(args) > 2 and args[2].endswith(f" in {where}") else ""
+        if what.startswith("crash"):
             _sigkill()
+        elif what.startswith("raise"):
+            raise RuntimeError(what)
+        elif what.startswith("ignore"):
+            raise Ignore
+        elif what.startswith("reject"):
+            raise Reject(what, requeue=True)
+        elif what.startswith("retry"):
+            raise self.retry(countdown=0, max_retries=None)
+        elif what.startswith("hang"):
+            time.sleep(30)
 
 
 def build(
@@ -162,8 +183,13 @@ def build(
             CRASHES[way]()
         return name
 
+    @app.task(name="slow_end", acks_on_timeout=False, **{**common, "time_limit": 2})
+    def slow_end(self: Task, name: str, how: str, then: str) -> None:
+        start(self, name)
+        CRASHES[how]()
+
     @app.task(name="fail", **common)
-    def fail(self: Task, name: str) -> None:
+    def fail(self: Task, name: str, how: str = "", then: str = "") -> None:
         start(self, name)
         if not journal.events("mended", name=name):
             raise ValueError(f"{name} is broken")

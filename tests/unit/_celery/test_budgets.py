@@ -12,7 +12,9 @@ from typing import Any
 import fakeredis
 import pytest
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
-from celery import Celery
+from celery import Celery, Task
+from celery.canvas import Signature
+from celery.exceptions import Reject
 from celery.worker import state as worker_state
 
 from reliable_tasks import ReliableTask, dead_letters
@@ -484,6 +486,37 @@ def test_a_poison_pill_is_the_stronger_word(post: Post) -> None:
     assert isinstance(run_child(request).value, PoisonPill)
 
 
+@pytest.mark.parametrize("acks_on_timeout", [True, False])
+@pytest.mark.parametrize("is_green", [False, True])
+def test_a_task_that_hangs_at_its_end_ends(
+    bench: Bench, app: Celery, post: Post, acks_on_timeout: bool, is_green: bool
+) -> None:
+    """Its hard limit is not what it has failed with, and it does not go back for it."""
+    post.work.acks_on_timeout, post.work.acks_on_failure = acks_on_timeout, True
+    request = post.receive(SEGFAULT, SEGFAULT, SEGFAULT)
+    assert starts(request)
+    request.on_accepted(os.getpid(), 1.0)
+    if not is_green:
+        # gevent's and eventlet's pools say no more than the other one.
+        request.on_failure(failure(TimeLimitExceeded(60)))
+    request.on_timeout(soft=False, timeout=60)
+    assert bench.ended == ["ack"]
+    assert isinstance(post.work.AsyncResult(request.id).result, PoisonPill)
+    assert request._delivery.letter.about.cause == "poison"
+
+
+def test_a_handler_that_puts_a_failure_back_is_no_crash(
+    bench: Bench, post: Post, told: list[Any]
+) -> None:
+    """It has escaped from the child, which is alive."""
+    request = post.receive()
+    assert starts(request)
+    request.on_accepted(os.getpid(), 1.0)
+    request.on_failure(failure(Reject("later", requeue=True)), return_ok=False)
+    assert (bench.ended, told) == (["requeue"], [])
+    assert not request._delivery.has_crashed
+
+
 def test_a_verdict_of_a_copy_before_is_none_of_this_one(post: Post) -> None:
     """The setting may have been raised meanwhile."""
     request = post.receive(reliable_requeues=5)
@@ -529,6 +562,37 @@ def test_a_child_that_dies_is_a_crash(
     assert again.copy.crashes == 2
     known = post.broker.messages.runs.crashes(post.broker.server, again)
     assert [(one.pid, one.how) for one in known] == [(18, SEGFAULT), (4242, how)]
+
+
+@pytest.mark.parametrize("is_sent", [True, False])
+@pytest.mark.parametrize("acks_late", [True, False])
+def test_a_lost_task_is_retried_only_where_it_cannot_go_back(
+    bench: Bench,
+    app: Celery,
+    post: Post,
+    monkeypatch: pytest.MonkeyPatch,
+    acks_late: bool,
+    is_sent: bool,
+) -> None:
+    """It goes on, so it is no dead letter; Celery 5.6 has no such option."""
+    post.work.acks_late = acks_late
+    post.work.retry_on_worker_lost = True
+    post.work.default_retry_delay = 0
+    request = post.receive()
+    assert starts(request)
+    if not is_sent:
+        monkeypatch.setattr(Signature, "apply_async", lambda *_, **__: 1 / 0)
+    lose_child(request, "signal 9 (SIGKILL)")
+    again = take(app)
+    if acks_late:
+        assert (bench.ended, again) == (["requeue"], None)
+        assert request._delivery.has_crashed
+    elif is_sent and hasattr(Task, "retry_on_worker_lost"):
+        assert (again.headers["id"], again.headers["retries"]) == (request.id, 1)
+        assert dead_letters.count(app=app) == 0
+    else:
+        assert again is None
+        assert [letter.cause for letter in dead_letters.list(app=app)] == ["lost"]
 
 
 def test_a_child_whose_end_nobody_explains_is_lost(

@@ -116,6 +116,13 @@ def test_a_task_that_has_not_failed_is_not_kept(
     assert causes(app) == []
 
 
+def test_a_failure_that_its_handler_ignores_is_kept(bench: Bench, app: Celery, pay: Any) -> None:
+    """It has escaped from the child, whose task has failed."""
+    pay.delay(7)
+    bench.receive().on_failure(failure(Ignore()), return_ok=False)
+    assert (bench.ended, causes(app)) == (["ack"], ["failed"])
+
+
 def test_a_success_is_not_kept(bench: Bench, app: Celery, pay: Any) -> None:
     """Nothing is asked of the Redis for it."""
     pay.delay(7)
