@@ -6,7 +6,8 @@ import pytest
 
 from reliable_tasks._store.claims import Claims, Entry, Publish, Release
 from reliable_tasks._store.client import ServerAddress
-from tests.conformance.conftest import NAME, Store
+from tests.conformance.conftest import FIRST, NAME, Store
+from tests.support.claims import abandon
 
 # -- acquire ---------------------------------------------------------------------------------
 
@@ -205,6 +206,18 @@ def test_a_repeated_continue_answers_as_the_first_did(store: Store) -> None:
     before = store.record
     assert store.continue_() == first
     assert store.record == before
+
+
+def test_who_is_in_doubt_calls_again_by_the_same_token(store: Store) -> None:
+    """Nobody takes its place any more; should it fail again, somebody may."""
+    store.acquire()
+    assert abandon(store.claims, NAME, owner="one", token=FIRST, in_doubt=True)
+    for _ in range(2):
+        assert store.acquire().code is Publish.CLAIMED
+        assert store.record["unconfirmed"] == "again:one"
+    assert store.acquire(owner="two").code is Publish.DUPLICATE
+    assert store.abandon()
+    assert store.acquire(owner="two").code is Publish.TAKEN_OVER
 
 
 def test_another_task_does_not_continue(store: Store) -> None:

@@ -666,10 +666,10 @@ def reserve(
     return Reservation(int(code)), new_id.decode()
 
 
-def release(broker: Broker, token: str, how: Sent, id_: str = "one") -> int:
+def release(broker: Broker, token: str, how: Sent, id_: str = "one", new_id: str = "") -> int:
     """Say how a replay went."""
     keys = [broker.keys.dead, broker.keys.dead_letter(id_)]
-    return int(load("dead_release").on(broker.server, keys, [id_, token, how]))
+    return int(load("dead_release").on(broker.server, keys, [id_, token, how, new_id]))
 
 
 def test_one_caller_replays(broker: Broker) -> None:
@@ -757,6 +757,20 @@ def test_who_is_in_doubt_lets_the_next_one_in_at_once(broker: Broker) -> None:
     assert release(broker, "a", Sent.IN_DOUBT) == 0
     assert reserve(broker, "c") == (Reservation.OTHERS, new_id)
     assert [*broker.indexed_dead()[0]] == ["one"]
+
+
+def test_who_has_sent_it_under_its_id_has_sent_it(broker: Broker) -> None:
+    """Though somebody else was let in since; that one's word counts, too."""
+    broker.keep(letter())
+    _, new_id = reserve(broker, "a")
+    release(broker, "a", Sent.IN_DOUBT)
+    reserve(broker, "b")
+    assert release(broker, "a", Sent.SENT, new_id="another") == 0
+    assert release(broker, "a", Sent.REFUSED, new_id=new_id) == 0
+    assert [*broker.indexed_dead()[0]] == ["one"]
+    assert release(broker, "a", Sent.SENT, new_id=new_id) == 1
+    assert release(broker, "b", Sent.IN_DOUBT) == 1
+    assert reserve(broker, "c") == (Reservation.SENT, new_id)
 
 
 def test_what_was_refused_is_sent_under_a_new_id(broker: Broker) -> None:

@@ -143,7 +143,7 @@ class Machine(RuleBasedStateMachine):
             return
         expires = max(expires, claim.expires)
         hands_on = bool(holder) and claim.holder == holder and claim.holder_owner is None
-        if (claim.owner, claim.token) == (owner, token):
+        if (claim.owner, claim.token) == (owner, token) and not claim.is_in_doubt:
             assert answer.code is (Publish.TAKEN_OVER if claim.replaces else Publish.CLAIMED)
             assert answer.owner == (claim.replaces[0] if claim.replaces else owner)
             claim.expires = claim.expires if how == "window" else expires

@@ -48,7 +48,7 @@ def replay(
     token = str(uuid4())
     code, new_id = reserve(place, letter.id, token)
     if code is not Reservation.SENT:
-        with releasing(place, letter, [letter.id], token):
+        with releasing(place, letter, {letter.id: new_id}, token):
             _send(app, letter, original, new_id, queue=queue)
         dead_letter_replayed.send(sender=app.tasks.get(letter.task), letter=letter, task_id=new_id)
     return new_id

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from uuid import NAMESPACE_OID, uuid4, uuid5
@@ -90,7 +90,8 @@ class _Chord:
         for part, steps in self.header:
             if part.letter is not None:
                 steps[0].set(task_id=new_ids[part.letter.id])
-        self.header[-1][1][0].set(task_id=last_id)
+        # Its result says that it has begun.
+        self.header[-1][1][0].options.update(task_id=last_id, ignore_result=False)
         header = [chain(*steps) if len(steps) > 1 else steps[0] for _, steps in self.header]
         apart(app, lambda: chord(header, app=app)(self.body))
 
@@ -123,13 +124,28 @@ def replay_chord(
     if Reservation.SENT in codes or (
         Reservation.IN_DOUBT in codes and app.AsyncResult(last_id).state != states.PENDING
     ):
-        release_each(place, new_ids, token, Sent.SENT)
+        # One that has died again since was none of those that were sent.
+        unsent = {id_: answers[id_][1] for id_ in new_ids if answers[id_][0] is Reservation.OURS}
+        release_each(place, unsent, token, Sent.REFUSED)
+        sent = {id_: new_id for id_, new_id in new_ids.items() if id_ not in unsent}
+        release_each(place, sent, token, Sent.SENT)
         place.store.forget_parts(place.server, chord_id)
+        if letter.id in unsent:
+            raise ReplayRefused(
+                letter.id,
+                f"chord {letter.chord_id} was sent anew before this copy of its part has died",
+            )
         return new_ids[letter.id]
-    # All are reserved before any is sent: where one was not yet, nothing was sent; unless that one
-    # has died since.
-    is_first = place.store.begin_chord(place.server, chord_id, token)
-    if not is_first or codes == {Reservation.IN_DOUBT}:
+    # That is noted before any of it is sent.
+    try:
+        is_first = place.store.begin_chord(place.server, chord_id, token)
+    except BaseException:
+        # What failed is what the caller has to know.
+        with suppress(Exception):
+            place.store.give_up_chord(place.server, chord_id, token)
+            release_each(place, new_ids, token, Sent.REFUSED)
+        raise
+    if not is_first:
         release_each(place, new_ids, token, Sent.IN_DOUBT)
         raise ReplayRefused(
             letter.id,
@@ -141,7 +157,8 @@ def replay_chord(
         with releasing(place, letter, new_ids, token):
             found.call(app, new_ids, last_id)
     except ReplayRefused:
-        place.store.give_up_chord(place.server, chord_id)
+        with suppress(Exception):
+            place.store.give_up_chord(place.server, chord_id, token)
         raise
     place.store.forget_parts(place.server, chord_id)
     for one in found.dead:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 
 import redis
@@ -54,7 +54,7 @@ def reserve_each(
     except BaseException:
         # What failed is what the caller has to know. The last answer may have been lost.
         with suppress(Exception):
-            release_each(place, asked, token, Sent.REFUSED)
+            release_each(place, dict.fromkeys(asked, ""), token, Sent.REFUSED)
         raise
     return answers
 
@@ -72,7 +72,7 @@ def refusing(letter: DeadLetter) -> Iterator[None]:
 
 @contextmanager
 def releasing(
-    place: DeadPlace, letter: DeadLetter, ids: Iterable[str], token: str
+    place: DeadPlace, letter: DeadLetter, new_ids: Mapping[str, str], token: str
 ) -> Iterator[None]:
     """Note how the replay of a letter went, and of those that are sent with it."""
     how = Sent.IN_DOUBT
@@ -86,19 +86,19 @@ def releasing(
     finally:
         # What failed is what the caller has to know.
         with nullcontext() if how is Sent.SENT else suppress(Exception):
-            release_each(place, ids, token, how)
+            release_each(place, new_ids, token, how)
 
 
-def release_each(place: DeadPlace, ids: Iterable[str], token: str, how: Sent) -> None:
-    """Note how some replays went; what is not noted is in doubt."""
-    for id_ in ids:
-        _release(place, id_, token, how)
+def release_each(place: DeadPlace, new_ids: Mapping[str, str], token: str, how: Sent) -> None:
+    """Note how some replays went, by their letters' ids; what is not noted is in doubt."""
+    for id_, new_id in new_ids.items():
+        _release(place, id_, token, how, new_id)
 
 
-def _release(place: DeadPlace, id_: str, token: str, how: Sent) -> None:
+def _release(place: DeadPlace, id_: str, token: str, how: Sent, new_id: str) -> None:
     for pause in (*_AGAIN, None):
         try:
-            place.store.release(place.server, id_, token, how)
+            place.store.release(place.server, id_, token, how, new_id)
         except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError):
             if pause is None:
                 raise

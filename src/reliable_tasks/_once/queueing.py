@@ -24,6 +24,7 @@ from reliable_tasks._store.publication import (
     PutOff,
     Queued,
     batching,
+    publication_of,
     publishing,
     publishing_each,
 )
@@ -196,8 +197,12 @@ def in_two_steps(ways: Sequence[Way]) -> None:
 
 def _claim(locks: Locks, ways: Sequence[Way]) -> None:
     for way in ways:
+        owner = way.asked.claim.owner
+        # Whoever makes the same call again, for the first caller may be dead, has its claim.
+        wished = publication_of({"id": owner})
         # Of a call that has its own id by its caller there may be another one.
-        way.token = way.asked.claim.owner if way.asked.call.task_id is None else uuid4().hex
+        own = owner if way.asked.call.task_id is None else uuid4().hex
+        way.token = (wished and wished.token) or own
     try:
         tickets = locks.claims.take_each([(way.asked.wish, way.token) for way in ways])
     except StoreError as error:

@@ -137,10 +137,12 @@ class DeadStore:
         code, new_id = load("dead_reserve").on(server, [self.keys.dead_letter(id_)], args)
         return Reservation(int(code)), text(new_id)
 
-    def release(self, server: redis.Redis, id_: str, token: str, how: Sent) -> None:
-        """Note how a replay went."""
+    def release(
+        self, server: redis.Redis, id_: str, token: str, how: Sent, new_id: str = ""
+    ) -> None:
+        """Note how a replay went, whose new id is known where it was sent."""
         keys = [self.keys.dead, self.keys.dead_letter(id_)]
-        load("dead_release").on(server, keys, [id_, token, how])
+        load("dead_release").on(server, keys, [id_, token, how, new_id])
 
     def parts(self, server: redis.Redis, group_id: str) -> tuple[int, dict[str, bytes]]:
         """Return what is kept of a chord.
@@ -162,9 +164,12 @@ class DeadStore:
         execute(server, "HSETNX", chord, _SENDING, token)
         return text(execute(server, "HGET", chord, _SENDING) or b"") == token
 
-    def give_up_chord(self, server: redis.Redis, group_id: str) -> None:
-        """Note that nothing of a chord was sent, after all."""
-        execute(server, "HDEL", self.keys.chord(group_id), _SENDING)
+    def give_up_chord(self, server: redis.Redis, group_id: str, token: str) -> None:
+        """Note that who has begun so has sent nothing of a chord, after all."""
+        chord = self.keys.chord(group_id)
+        # Nobody else can have begun meanwhile.
+        if text(execute(server, "HGET", chord, _SENDING) or b"") == token:
+            execute(server, "HDEL", chord, _SENDING)
 
     def forget_parts(self, server: redis.Redis, group_id: str) -> None:
         """Forget a chord that was replayed."""
@@ -298,7 +303,8 @@ class DeadStore:
         return [
             read_letter(id_, row, int(size))
             for id_, row, size in zip(names, rows, sizes, strict=True)
-            if row[0] is not None
+            # Without a time it is yet to be kept: a part of that was refused.
+            if row[0] is not None and row[1] is not None
         ]
 
 

@@ -986,6 +986,150 @@ def test_a_chord_whose_last_part_has_ended_was_sent(
     assert [ended.value for ended in run_all(app)] == [30]
 
 
+def test_a_chord_whose_last_part_keeps_no_result_is_known_to_be_sent(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps one of its replay."""
+
+    @app.task(base=ReliableTask, name="shop.forget", ignore_result=True)
+    def forget(n: int) -> int:
+        return n
+
+    header = [pay.s(1), app.tasks["shop.forget"].s(2)]
+    group_id = start_chord(app, header, app.tasks["shop.total"].s())
+    first, second = sent(app)
+    id_ = die(app, first, chord_id=group_id)
+    succeed(app, second)
+    again = unsaid(app, id_, monkeypatch, 2)
+    assert [run(app, message).state for message in again] == ["SUCCESS", "SUCCESS"]
+    assert dead_letters.replay(id_, whole_chord=True, app=app) == again[0].headers["id"]
+
+
+def test_a_chord_that_nobody_has_begun_to_send_is_sent(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis was away when all its letters were reserved."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
+    ids = [die(app, message, chord_id=group_id) for message in sent(app)]
+    begin_chord = DeadStore.begin_chord
+
+    def begin(self: DeadStore, *args: Any) -> bool:
+        begin_chord(self, *args)
+        raise redis.ConnectionError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DeadStore, "begin_chord", begin)
+        with pytest.raises(StoreUnavailable):
+            dead_letters.replay(ids[0], whole_chord=True, app=app)
+    assert sent(app) == []
+    assert dead_letters.replay(ids[0], whole_chord=True, app=app)
+    assert len(sent(app)) == 2
+
+
+def test_a_chord_that_takes_long_to_send_is_noted_though_somebody_asks_meanwhile(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch, clock: time_machine.Traveller
+) -> None:
+    """That one is refused; who has sent it has sent it."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
+    ids = [die(app, message, chord_id=group_id) for message in sent(app)]
+    publish, refused = Producer.publish, []
+
+    def publish_slowly(self: Any, *args: Any, **options: Any) -> Any:
+        if not refused:
+            clock.shift(16)
+            with pytest.raises(ReplayRefused, match="may have been sent already") as caught:
+                dead_letters.replay(ids[0], whole_chord=True, app=app)
+            refused.append(caught.value)
+        return publish(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Producer, "publish", publish_slowly)
+        new_id = dead_letters.replay(ids[0], whole_chord=True, app=app)
+    assert len(refused) == 1
+    assert len(sent(app)) == 2
+    assert dead_letters.get(ids[0], app=app).replayed_as == new_id
+    assert dead_letters.count(app=app) == 0
+
+
+def test_a_part_that_dies_again_after_its_chord_was_sent_is_refused(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its letter is of no task that was sent."""
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
+    first, second = sent(app)
+    id_ = die(app, first, chord_id=group_id)
+    die(app, second, chord_id=group_id)
+
+    def away(*args: Any) -> None:
+        raise redis.ConnectionError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DeadStore, "forget_parts", away)
+        with pytest.raises(StoreUnavailable):
+            dead_letters.replay(id_, whole_chord=True, app=app)
+    assert len(sent(app)) == 2
+    later = die(app, second, chord_id=group_id)
+    with pytest.raises(ReplayRefused, match=f"chord {group_id} was sent anew before this copy"):
+        dead_letters.replay(later, whole_chord=True, app=app)
+    assert dead_letters.get(later, app=app).replayed_as is None
+    assert dead_letters.count(app=app) == 1
+
+
+class Killed(BaseException):
+    """What nothing of ours handles."""
+
+
+@pytest.mark.parametrize("on_conflict", ["existing", "raise"])
+def test_who_dies_between_claim_and_message_has_sent_nothing(
+    app: Celery, monkeypatch: pytest.MonkeyPatch, clock: time_machine.Traveller, on_conflict: Any
+) -> None:
+    """Where those are two steps: the next one has the same claim, and sends it."""
+
+    @app.task(base=ReliableTask, name="shop.ship")
+    @once(key="{n}", on_conflict=on_conflict)
+    def ship(n: int) -> int:
+        return n
+
+    app.tasks["shop.ship"].delay(7)
+    message = take(app)
+    run(app, message)
+    id_ = die(app, message)
+    server = place_of(app).server
+    before: dict[bytes, Any] = {}
+
+    def die_there(*args: Any, **options: Any) -> Any:
+        before.update({name: server.dump(name) for name in server.keys("*")})
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(app.amqp, "send_task_message", die_there)
+        with pytest.raises(Killed):
+            dead_letters.replay(id_, app=app)
+    # Who is dead has done nothing since.
+    server.flushdb()
+    for name, dumped in before.items():
+        server.restore(name, 0, dumped)
+    (claim,) = claims(app)
+    clock.shift(16)
+    new_id = dead_letters.replay(id_, app=app)
+    assert claim["owner"] == new_id
+    (again,) = sent(app)
+    assert again.headers["id"] == new_id
+    assert run(app, again).value == 7
+
+
+def test_a_letter_that_is_yet_to_be_kept_does_not_hide_the_others(app: Celery, pay: Any) -> None:
+    """The server has refused a part of it; its message is still the broker's."""
+    pay.delay(1)
+    pay.delay(2)
+    first, second = (die(app) for _ in range(2))
+    place = place_of(app)
+    place.server.hdel(f"{place.store.keys.dead}letter:{first}", "at")
+    assert [letter.id for letter in dead_letters.list(app=app)] == [second]
+    with pytest.raises(DeadLetterNotFound):
+        dead_letters.get(first, app=app)
+
+
 def test_a_part_that_has_died_again_does_not_make_its_chord_unsent(
     app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

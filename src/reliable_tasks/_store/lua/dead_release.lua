@@ -6,12 +6,14 @@
 -- ARGV[2]  token of the caller
 -- ARGV[3]  'sent'; 'doubt', if it may have been sent: the next one sends it under the same id; or
 --          'refused', if it was not
+-- ARGV[4]  id of the new task, or ''. Who has sent that has sent it, though somebody else was let
+--          in since
 -- Returns: 1, or 0 if somebody else was let in since, or there is none
 -- Uses: admit_writes
 -- Commands: TIME HMGET HSET HDEL ZADD ZREM ZCARD
-local kind, token, replayed, doubted =
-    unpack(redis.call('HMGET', KEYS[2], 'kind', 'replay_token', 'replayed', 'replay_doubted'))
-if not kind or token ~= ARGV[2] then
+local kind, id, token, replayed, doubted = unpack(redis.call('HMGET', KEYS[2], 'kind', 'replay_id',
+    'replay_token', 'replayed', 'replay_doubted'))
+if not kind or (token ~= ARGV[2] and not (ARGV[3] == 'sent' and id == ARGV[4])) then
     return 0
 end
 admit_writes(KEYS[2])

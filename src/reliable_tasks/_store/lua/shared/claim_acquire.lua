@@ -6,7 +6,8 @@ local function claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, tas
         unpack(redis.call('HMGET', key, 'owner', 'token', 'fence', 'attempt', 'holder',
             'holder_owner', 'replaces', 'unconfirmed'))
     local lives = math.max(tonumber(ttl), redis.call('PTTL', key))
-    if owner == mine and token == my_token then
+    local in_doubt = owner and owner == unconfirmed
+    if owner == mine and token == my_token and not in_doubt then
         -- A write, though a small one: WAIT waits for the last write of its own connection.
         if how == 'window' then
             lives = redis.call('PTTL', key)
@@ -18,7 +19,6 @@ local function claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, tas
         return {1, owner, tonumber(ttl), fence}
     end
     local hands_on = owner and my_holder ~= '' and holder == my_holder and not holder_owner
-    local in_doubt = owner and owner == unconfirmed
     if owner == mine and in_doubt then
         -- Its caller tries again, and what it tried before stays in doubt.
         redis.call('HSET', key, 'token', my_token, 'attempt', my_attempt, 'unconfirmed',
