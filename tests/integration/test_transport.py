@@ -365,6 +365,8 @@ class TestControl:
         """A broadcast is heard by each worker, and each answers."""
         scene = shop()
         crew = scene.crew(2)
+        # One that says that it is ready subscribes when its loop turns next.
+        scene.wait_listening(crew)
         replies = flatten_reply(
             # Until all have answered, however slow the machine.
             scene.app.control.broadcast("pool_grow", {"n": 1}, reply=True, timeout=30, limit=2)
