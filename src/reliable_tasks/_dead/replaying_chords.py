@@ -120,32 +120,12 @@ def replay_chord(
     new_ids = {id_: new_id for id_, (_, new_id) in answers.items()}
     last_id = found.last_id(new_ids)
     codes = {code for code, _ in answers.values()}
-    chord_id = str(letter.chord_id)
     if Reservation.SENT in codes or (
         Reservation.IN_DOUBT in codes and app.AsyncResult(last_id).state != states.PENDING
     ):
-        # One that has died again since was none of those that were sent.
-        unsent = {id_: answers[id_][1] for id_ in new_ids if answers[id_][0] is Reservation.OURS}
-        release_each(place, unsent, token, Sent.REFUSED)
-        sent = {id_: new_id for id_, new_id in new_ids.items() if id_ not in unsent}
-        release_each(place, sent, token, Sent.SENT)
-        place.store.forget_parts(place.server, chord_id)
-        if letter.id in unsent:
-            raise ReplayRefused(
-                letter.id,
-                f"chord {letter.chord_id} was sent anew before this copy of its part has died",
-            )
+        _note_sent(place, letter, answers, token)
         return new_ids[letter.id]
-    # That is noted before any of it is sent.
-    try:
-        is_first = place.store.begin_chord(place.server, chord_id, token)
-    except BaseException:
-        # What failed is what the caller has to know.
-        with suppress(Exception):
-            place.store.give_up_chord(place.server, chord_id, token)
-            release_each(place, new_ids, token, Sent.REFUSED)
-        raise
-    if not is_first:
+    if not _begin(place, letter, new_ids, token):
         release_each(place, new_ids, token, Sent.IN_DOUBT)
         raise ReplayRefused(
             letter.id,
@@ -158,14 +138,47 @@ def replay_chord(
             found.call(app, new_ids, last_id)
     except ReplayRefused:
         with suppress(Exception):
-            place.store.give_up_chord(place.server, chord_id, token)
+            place.store.give_up_chord(place.server, str(letter.chord_id), token)
         raise
-    place.store.forget_parts(place.server, chord_id)
+    place.store.forget_parts(place.server, str(letter.chord_id))
     for one in found.dead:
         dead_letter_replayed.send(
             sender=app.tasks.get(one.task), letter=one, task_id=new_ids[one.id]
         )
     return new_ids[letter.id]
+
+
+def _begin(place: DeadPlace, letter: DeadLetter, new_ids: dict[str, str], token: str) -> bool:
+    """Note that a chord is about to be sent, before any of it is; say whether nobody else did."""
+    try:
+        return place.store.begin_chord(place.server, str(letter.chord_id), token)
+    except BaseException:
+        # What failed is what the caller has to know.
+        with suppress(Exception):
+            place.store.give_up_chord(place.server, str(letter.chord_id), token)
+            release_each(place, new_ids, token, Sent.REFUSED)
+        raise
+
+
+def _note_sent(
+    place: DeadPlace, letter: DeadLetter, answers: dict[str, tuple[Reservation, str]], token: str
+) -> None:
+    """Note that all of a chord was sent before.
+
+    Raises:
+        ReplayRefused: The dead letter is of a copy of its part that has died since.
+    """
+    # One that has died again since was none of those that were sent.
+    later = {id_: new_id for id_, (code, new_id) in answers.items() if code is Reservation.OURS}
+    sent = {id_: new_id for id_, (_, new_id) in answers.items() if id_ not in later}
+    release_each(place, later, token, Sent.REFUSED)
+    release_each(place, sent, token, Sent.SENT)
+    place.store.forget_parts(place.server, str(letter.chord_id))
+    if letter.id in later:
+        raise ReplayRefused(
+            letter.id,
+            f"chord {letter.chord_id} was sent anew before this copy of its part has died",
+        )
 
 
 def _read(
