@@ -626,14 +626,20 @@ def test_a_chord_that_takes_long_to_send_is_noted_though_somebody_asks_meanwhile
     assert dead_letters.count(app=app) == 0
 
 
+def two_dead(app: Celery) -> tuple[str, str, Any]:
+    """Call a chord of two parts that die; return its group, the first one's letter, the second."""
+    pay, total = app.tasks["shop.pay"], app.tasks["shop.total"]
+    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], total.s())
+    first, second = sent(app)
+    id_, _ = (die(app, message, chord_id=group_id) for message in (first, second))
+    return group_id, id_, second
+
+
 def test_a_part_that_dies_again_after_its_chord_was_sent_is_refused(
     app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its letter is of no task that was sent."""
-    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
-    first, second = sent(app)
-    id_ = die(app, first, chord_id=group_id)
-    die(app, second, chord_id=group_id)
+    group_id, id_, second = two_dead(app)
 
     def away(*args: Any) -> None:
         raise redis.ConnectionError("away")
@@ -654,10 +660,7 @@ def test_a_part_that_has_died_again_does_not_make_its_chord_unsent(
     app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its letter is a new one, which nobody could have reserved."""
-    group_id = start_chord(app, [pay.s(n) for n in (1, 2)], app.tasks["shop.total"].s())
-    first, second = sent(app)
-    id_ = die(app, first, chord_id=group_id)
-    die(app, second, chord_id=group_id)
+    group_id, id_, second = two_dead(app)
 
     def away(*args: Any, **options: Any) -> Any:
         raise OperationalError("away")
