@@ -51,6 +51,26 @@ def test_a_repeated_acquire_answers_as_the_first_did(store: Store) -> None:
     assert store.record == before
 
 
+def test_the_same_call_by_another_caller_has_the_claim(store: Store) -> None:
+    """Either may have queued the message by then, and neither takes the claim back."""
+    first = store.acquire(token="call a")
+    for token in ("call b", "call b", "call c"):
+        assert store.acquire(token=token) == first
+    assert store.acquire(token="other a").code is Publish.DUPLICATE
+    before = store.record
+    for token in ("call a", "call b", "call c"):
+        assert not store.abandon(token=token)
+    assert store.record == before
+
+
+def test_a_call_that_nobody_else_has_made_is_taken_back(store: Store) -> None:
+    """Though somebody might; and one whose reply was lost is the same caller's."""
+    for _ in range(2):
+        store.acquire(token="call a")
+    assert store.abandon(token="call a")
+    assert store.record == {}
+
+
 def test_an_acquired_claim_lapses(store: Store) -> None:
     """A message that waits for longer than its allowance loses the key."""
     store.acquire(ttl=0.2)

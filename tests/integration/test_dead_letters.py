@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import pytest
+import redis
 from celery import chain, chord, group
 from celery.exceptions import ChordError, TaskRevokedError
 from celery.result import GroupResult
@@ -16,10 +17,12 @@ from reliable_tasks import (
     ReliableResult,
     ReplayRefused,
     RequeuesExhausted,
+    StoreUnavailable,
     dead_letters,
 )
 from reliable_tasks._celery.queues import dead_queue
 from reliable_tasks._places import dead_place
+from reliable_tasks._store.dead import DeadStore
 from reliable_tasks.demo._server import EmbeddedServer
 from tests.integration.apps import poison
 from tests.integration.conftest import BROKERS, StartScene, on_all_brokers, other_database
@@ -403,6 +406,35 @@ def test_a_replay_claims_its_key_as_a_call_does(scene: Scene) -> None:
     scene.claims.free(scene.claim_name(*args, task="crash_once"), owner=other.id, fence=fence)
     again = replayed(scene, letter)
     assert scene.claim(*args, task="crash_once")["owner"] == again.id
+
+
+@on_all_brokers
+def test_a_replay_that_is_sent_again_leaves_no_claim(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody could note that it was sent, and its task has ended: the copy is not run."""
+    scene.call("fail_once", "order")
+    (letter,) = wait_dead(scene)
+    mend(scene, "order")
+    place = dead_place(scene.app)
+    assert place is not None
+
+    def away(*args: Any) -> None:
+        raise redis.ConnectionError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DeadStore, "release", away)
+        with pytest.raises(StoreUnavailable):
+            dead_letters.replay(letter.id, app=scene.app)
+    (first,) = wait_until(lambda: scene.journal.events("start", name="order")[1:], 20)
+    scene.wait_free("order", task="fail_once")
+    # Nobody waits for whoever did not say how it went.
+    place.server.hset(place.store.keys.dead_letter(letter.id), "replay_until", 0)
+    assert dead_letters.replay(letter.id, app=scene.app) == first.data["id"]
+    scene.call("innocent", "after").get(timeout=20)
+    scene.wait_free("order", task="fail_once")
+    assert scene.starts("order") == 2
+    assert not scene.call("fail_once", "order").duplicate
 
 
 def test_many_are_replayed_by_what_they_are(scene: Scene) -> None:

@@ -94,7 +94,8 @@ def test_when_many_come_due_in_one_worker(scenes: StartScene, redis_server: Embe
     scene = scenes(redis_server.url, other_database(redis_server), settings=settings, limit=LIMIT)
     worker = scene.worker()
     names = [f"due-{number}" for number in range(4)]
-    due = datetime.now(UTC) + timedelta(seconds=2)
+    # Time enough for all of them to be fetched before.
+    due = datetime.now(UTC) + timedelta(seconds=LIMIT)
     for name in names:
         scene.call("sleep", name, RUN, eta=due)
     wait_until(lambda: worker.log.count(" received") == len(names), message="all fetched")

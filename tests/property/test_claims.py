@@ -25,7 +25,7 @@ NAME, TTL, LEASE, MEMORY, DOUBT = "name", 100, 30, 50, 30
 
 owners = st.sampled_from(["one", "two", "three"])
 attempts = st.integers(0, 2)
-tokens = st.sampled_from(["t1", "t2", "t3"])
+tokens = st.sampled_from(["t1", "t2", "call a", "call b"])
 holders = st.sampled_from(["h1", "h2", "h3"])
 hows = st.sampled_from(get_args(Taking))
 
@@ -48,6 +48,12 @@ class Record:
     allowance: float | None = None
     unconfirmed: str | None = None
     seen: bool = False
+
+    def is_made_by(self, owner: str, token: str) -> bool:
+        """Say whether a call is the one that has the claim, by whoever it is made."""
+        call, has_others, _ = token.rpartition(" ")
+        same = self.token == token or (has_others and self.token.startswith(f"{call} "))
+        return self.owner == owner and bool(same)
 
     @property
     def is_in_doubt(self) -> bool:
@@ -143,7 +149,8 @@ class Machine(RuleBasedStateMachine):
             return
         expires = max(expires, claim.expires)
         hands_on = bool(holder) and claim.holder == holder and claim.holder_owner is None
-        if (claim.owner, claim.token) == (owner, token) and not claim.is_in_doubt:
+        if claim.is_made_by(owner, token) and not claim.is_in_doubt:
+            claim.token = token if claim.token == token else "call "
             assert answer.code is (Publish.TAKEN_OVER if claim.replaces else Publish.CLAIMED)
             assert answer.owner == (claim.replaces[0] if claim.replaces else owner)
             claim.expires = claim.expires if how == "window" else expires

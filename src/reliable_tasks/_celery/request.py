@@ -239,7 +239,8 @@ class ReliableRequest(BuriedRequest):
             # shutdown gave it, and was cancelled before the main process came to know.
             self._is_cancelled = False
         if not self._is_cancelled:
-            is_repetition = self.task.acks_late and self.delivery_info["redelivered"]
+            is_copy = self._beside is not None and self._delivery.is_copy
+            is_repetition = self.task.acks_late and (self.delivery_info["redelivered"] or is_copy)
             if is_repetition and not self.acknowledged and not self._ends_here:
                 # A copy whose result was stored already is not run, so its child ends nothing.
                 self._guard._reliable_repeated(self.request_dict)

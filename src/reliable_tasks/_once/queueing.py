@@ -198,11 +198,12 @@ def in_two_steps(ways: Sequence[Way]) -> None:
 def _claim(locks: Locks, ways: Sequence[Way]) -> None:
     for way in ways:
         owner = way.asked.claim.owner
-        # Whoever makes the same call again, for the first caller may be dead, has its claim.
-        wished = publication_of({"id": owner})
         # Of a call that has its own id by its caller there may be another one.
-        own = owner if way.asked.call.task_id is None else uuid4().hex
-        way.token = (wished and wished.token) or own
+        way.token = owner if way.asked.call.task_id is None else uuid4().hex
+        wished = publication_of({"id": owner})
+        if wished is not None and wished.token:
+            # Whoever makes the same call again, for the first caller may be dead, has its claim.
+            way.token = f"{wished.token} {way.token}"
     try:
         tickets = locks.claims.take_each([(way.asked.wish, way.token) for way in ways])
     except StoreError as error:

@@ -151,6 +151,13 @@ def build(
             start(self, name)
             CRASHES[how]()
 
+        @app.task(name="fail_once", **common)
+        @once(key="{name}")
+        def fail_once(self: Task, name: str) -> None:
+            start(self, name)
+            if not journal.events("mended", name=name):
+                raise ValueError(f"{name} is broken")
+
     @app.task(name="innocent", **common)
     def innocent(self: Task, name: str, seconds: float = 0) -> str:
         start(self, name)

@@ -13,11 +13,12 @@ import time_machine
 from celery import Celery, chain
 from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
+from kombu.transport import virtual
 
 from reliable_tasks import ReliableTask, dead_letters, once
 from reliable_tasks._dead.replaying import replay
 from reliable_tasks._store.dead import DeadStore, Sent
-from reliable_tasks.errors import DeadLetterNotFound, ReplayRefused
+from reliable_tasks.errors import DeadLetterNotFound, ReplayRefused, StoreUnavailable
 from tests.unit._dead.conftest import NOON
 from tests.unit._dead.dying import die, place_of, replace_body, sent
 from tests.unit.harness import claims, run, run_all, take
@@ -382,6 +383,55 @@ def test_who_dies_between_claim_and_message_has_sent_nothing(
     (again,) = sent(app)
     assert again.headers["id"] == new_id
     assert run(app, again).value == 7
+
+
+@pytest.mark.parametrize("on_conflict", ["existing", "raise"])
+@pytest.mark.parametrize("where", ["before the broker", "at the broker"])
+def test_who_fails_takes_nothing_from_who_has_sent_it(
+    app: Celery,
+    monkeypatch: pytest.MonkeyPatch,
+    clock: time_machine.Traveller,
+    where: str,
+    on_conflict: Any,
+) -> None:
+    """The claim that it has met is that of the message that is queued."""
+
+    @app.task(base=ReliableTask, name="shop.ship")
+    @once(key="{n}", on_conflict=on_conflict)
+    def ship(n: int) -> int:
+        return n
+
+    app.tasks["shop.ship"].delay(7)
+    message = take(app)
+    run(app, message)
+    id_ = die(app, message)
+
+    def away(*args: Any, **options: Any) -> Any:
+        raise redis.ConnectionError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", lambda _: None)
+        patch.setattr(DeadStore, "release", away)
+        with pytest.raises(StoreUnavailable):
+            dead_letters.replay(id_, app=app)
+    (claim,) = claims(app)
+    for _ in range(2):
+        clock.shift(16)
+        with monkeypatch.context() as patch:
+            if where == "at the broker":
+                patch.setattr(virtual.Channel, "basic_publish", away)
+            else:
+                patch.setattr(app.amqp, "send_task_message", away)
+            with pytest.raises((StoreUnavailable, OperationalError)):
+                dead_letters.replay(id_, app=app)
+        (after,) = claims(app)
+        assert after["owner"] == claim["owner"]
+        assert "unconfirmed" not in after
+    clock.shift(16)
+    new_id = dead_letters.replay(id_, app=app)
+    first, second = sent(app)
+    assert {first.headers["id"], second.headers["id"]} == {new_id} == {claim["owner"]}
+    assert run(app, first).value == 7
 
 
 def test_a_letter_that_is_yet_to_be_kept_does_not_hide_the_others(app: Celery, pay: Any) -> None:

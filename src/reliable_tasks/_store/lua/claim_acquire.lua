@@ -5,7 +5,8 @@
 -- KEYS[3]  leases of messages: sorted set, tag -> end of the lease, ms
 -- ARGV[1]  owner: the task's id
 -- ARGV[2]  attempt: which continuation of the task this is
--- ARGV[3]  token: made once per publish
+-- ARGV[3]  token: made once per publish; 'call token' where somebody else may make the same call,
+--          who has the claim as well, and takes it back no more than this one then
 -- ARGV[4]  ttl: how long the message may wait, ms
 -- ARGV[5]  task: the task's name, for people who look
 -- ARGV[6]  how: 'acquire', if it is free; 'window', the same, and nobody frees it before the ttl;

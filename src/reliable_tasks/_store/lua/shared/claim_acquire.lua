@@ -7,7 +7,13 @@ local function claim_acquire(key, replaced, mine, my_attempt, my_token, ttl, tas
             'holder_owner', 'replaces', 'unconfirmed'))
     local lives = math.max(tonumber(ttl), redis.call('PTTL', key))
     local in_doubt = owner and owner == unconfirmed
-    if owner == mine and token == my_token and not in_doubt then
+    local call = string.match(my_token, '^.+ ')
+    local is_same_call = token == my_token or (call and token and string.match(token, '^.+ ') == call)
+    if owner == mine and is_same_call and not in_doubt then
+        if token ~= my_token then
+            -- Its message may be queued by either of them, so neither takes it back.
+            redis.call('HSET', key, 'token', call)
+        end
         -- A write, though a small one: WAIT waits for the last write of its own connection.
         if how == 'window' then
             lives = redis.call('PTTL', key)
