@@ -1048,6 +1048,31 @@ def test_a_chord_with_a_dead_part_is_kept_whole(broker: Broker, place: int) -> N
     assert parts(broker) == (0, {})
 
 
+def test_one_begins_to_send_a_chord(broker: Broker) -> None:
+    """It says what it sends last; who gives up leaves it to the next."""
+    store, server = broker.dead_store, broker.server
+    store.note_chord(server, "g1", 2, 60)
+    assert store.begun(server, "g1") == ""
+    for _ in range(2):
+        assert store.begin_chord(server, "g1", "t1", "last of one")
+    assert not store.begin_chord(server, "g1", "t2", "another")
+    assert store.begun(server, "g1") == "last of one"
+    assert parts(broker) == (2, {})
+    store.give_up_chord(server, "g1", "t2")
+    assert not store.begin_chord(server, "g1", "t2", "another")
+    store.give_up_chord(server, "g1", "t1")
+    assert store.begin_chord(server, "g1", "t2", "another")
+
+
+def test_nobody_begins_to_send_what_is_gone(broker: Broker) -> None:
+    """Somebody else has sent it, and forgotten its parts; a late copy of one changes nothing."""
+    store, server = broker.dead_store, broker.server
+    assert not store.begin_chord(server, "g1", "t1", "last")
+    assert not server.exists(broker.keys.chord("g1"))
+    keep_part(broker, "p0")
+    assert not store.begin_chord(server, "g1", "t1", "last")
+
+
 def test_a_part_that_has_died_stays_dead(broker: Broker) -> None:
     """Whatever a late copy of its message says."""
     broker.dead_store.note_chord(broker.server, "g1", 2, 60)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,9 @@ from reliable_tasks.errors import ReplayRefused
 from reliable_tasks.instrumentation.signals import dead_letter_replayed
 
 __all__ = ["check_chord", "replay_chord"]
+
+#: Of each dead part what was said of its replay, and the new id.
+_Answers = Mapping[str, tuple[Reservation, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,17 +122,19 @@ def replay_chord(
     answers = reserve_each(place, (one.id for one in found.dead), token)
     new_ids = {id_: new_id for id_, (_, new_id) in answers.items()}
     last_id = found.last_id(new_ids)
+    # A part can have died again since somebody has begun, and has another id by now.
+    theirs = place.store.begun(place.server, str(letter.chord_id)) or last_id
     codes = {code for code, _ in answers.values()}
     if Reservation.SENT in codes or (
-        Reservation.IN_DOUBT in codes and app.AsyncResult(last_id).state != states.PENDING
+        Reservation.IN_DOUBT in codes and app.AsyncResult(theirs).state != states.PENDING
     ):
         _note_sent(place, letter, answers, token)
         return new_ids[letter.id]
-    if not _begin(place, letter, new_ids, token):
-        release_each(place, new_ids, token, Sent.IN_DOUBT)
+    if not _begin(place, letter, new_ids, token, last_id):
+        _release(place, answers, token, Sent.IN_DOUBT)
         raise ReplayRefused(
             letter.id,
-            f"chord {letter.chord_id} may have been sent already, or in part, and {last_id}, its "
+            f"chord {letter.chord_id} may have been sent already, or in part, and {theirs}, its "
             "last part, has not begun: ask again when it has; when you know that it never will, "
             "call the chord anew yourself",
         )
@@ -148,10 +153,12 @@ def replay_chord(
     return new_ids[letter.id]
 
 
-def _begin(place: DeadPlace, letter: DeadLetter, new_ids: dict[str, str], token: str) -> bool:
+def _begin(
+    place: DeadPlace, letter: DeadLetter, new_ids: dict[str, str], token: str, last_id: str
+) -> bool:
     """Note that a chord is about to be sent, before any of it is; say whether nobody else did."""
     try:
-        return place.store.begin_chord(place.server, str(letter.chord_id), token)
+        return place.store.begin_chord(place.server, str(letter.chord_id), token, last_id)
     except BaseException:
         # What failed is what the caller has to know.
         with suppress(Exception):
@@ -160,25 +167,28 @@ def _begin(place: DeadPlace, letter: DeadLetter, new_ids: dict[str, str], token:
         raise
 
 
-def _note_sent(
-    place: DeadPlace, letter: DeadLetter, answers: dict[str, tuple[Reservation, str]], token: str
-) -> None:
+def _note_sent(place: DeadPlace, letter: DeadLetter, answers: _Answers, token: str) -> None:
     """Note that all of a chord was sent before.
 
     Raises:
         ReplayRefused: The dead letter is of a copy of its part that has died since.
     """
-    # One that has died again since was none of those that were sent.
-    later = {id_: new_id for id_, (code, new_id) in answers.items() if code is Reservation.OURS}
-    sent = {id_: new_id for id_, (_, new_id) in answers.items() if id_ not in later}
-    release_each(place, later, token, Sent.REFUSED)
-    release_each(place, sent, token, Sent.SENT)
+    _release(place, answers, token, Sent.SENT)
     place.store.forget_parts(place.server, str(letter.chord_id))
-    if letter.id in later:
+    if answers[letter.id][0] is Reservation.OURS:
         raise ReplayRefused(
             letter.id,
             f"chord {letter.chord_id} was sent anew before this copy of its part has died",
         )
+
+
+def _release(place: DeadPlace, answers: _Answers, token: str, how: Sent) -> None:
+    """Note how the replays of a chord went that somebody else has begun to send."""
+    # A part that has died again since was none of those.
+    later = {id_: new_id for id_, (code, new_id) in answers.items() if code is Reservation.OURS}
+    others = {id_: new_id for id_, (_, new_id) in answers.items() if id_ not in later}
+    release_each(place, later, token, Sent.REFUSED)
+    release_each(place, others, token, how)
 
 
 def _read(

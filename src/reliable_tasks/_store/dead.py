@@ -158,18 +158,30 @@ class DeadStore:
             kept.pop(mark, None)
         return size, kept
 
-    def begin_chord(self, server: redis.Redis, group_id: str, token: str) -> bool:
-        """Note that a chord is about to be sent anew; return whether nobody had begun before."""
-        chord = self.keys.chord(group_id)
-        execute(server, "HSETNX", chord, _SENDING, token)
-        return text(execute(server, "HGET", chord, _SENDING) or b"") == token
+    def begin_chord(self, server: redis.Redis, group_id: str, token: str, last_id: str) -> bool:
+        """Note that a chord is about to be sent anew, and the id of what is sent last.
+
+        Returns:
+            Whether nobody had begun before; ``False`` also where nothing is kept of it any more.
+        """
+        args: list[Argument] = [token, last_id]
+        return bool(load("chord_begin").on(server, [self.keys.chord(group_id)], args))
+
+    def begun(self, server: redis.Redis, group_id: str) -> str:
+        """Return the id of what is sent last by who has begun to send a chord, or ``""``."""
+        return self._begun(server, group_id)[1]
+
+    def _begun(self, server: redis.Redis, group_id: str) -> tuple[str, str]:
+        """Return the token of who has begun, too."""
+        mark = text(execute(server, "HGET", self.keys.chord(group_id), _SENDING) or b"")
+        token, _, last_id = mark.partition(" ")
+        return token, last_id
 
     def give_up_chord(self, server: redis.Redis, group_id: str, token: str) -> None:
         """Note that who has begun so has sent nothing of a chord, after all."""
-        chord = self.keys.chord(group_id)
         # Nobody else can have begun meanwhile.
-        if text(execute(server, "HGET", chord, _SENDING) or b"") == token:
-            execute(server, "HDEL", chord, _SENDING)
+        if self._begun(server, group_id)[0] == token:
+            execute(server, "HDEL", self.keys.chord(group_id), _SENDING)
 
     def forget_parts(self, server: redis.Redis, group_id: str) -> None:
         """Forget a chord that was replayed."""

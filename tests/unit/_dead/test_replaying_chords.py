@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -654,6 +655,57 @@ def test_a_part_that_dies_again_after_its_chord_was_sent_is_refused(
         dead_letters.replay(later, whole_chord=True, app=app)
     assert dead_letters.get(later, app=app).replayed_as is None
     assert dead_letters.count(app=app) == 1
+
+
+def test_a_chord_that_is_noted_while_another_one_asks_is_not_sent_twice(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch, clock: time_machine.Traveller
+) -> None:
+    """It was let in when the first one took long, and comes to send when that has ended."""
+    ids = dead_chord(app)
+    publish, begin_chord = Producer.publish, DeadStore.begin_chord
+    may_end, has_ended, begun = (threading.Event() for _ in range(3))
+    first: list[str] = []
+
+    def send_first() -> None:
+        first.append(dead_letters.replay(ids[0], whole_chord=True, app=app))
+        has_ended.set()
+
+    def publish_late(self: Any, *args: Any, **options: Any) -> Any:
+        begun.set()
+        assert may_end.wait(10)
+        return publish(self, *args, **options)
+
+    def begin_late(self: DeadStore, *args: Any) -> bool:
+        if begun.is_set():
+            may_end.set()
+            assert has_ended.wait(10)
+        return begin_chord(self, *args)
+
+    monkeypatch.setattr(Producer, "publish", publish_late)
+    monkeypatch.setattr(DeadStore, "begin_chord", begin_late)
+    thread = threading.Thread(target=send_first)
+    thread.start()
+    assert begun.wait(10)
+    clock.shift(16)
+    assert [dead_letters.replay(ids[0], whole_chord=True, app=app)] == first
+    thread.join()
+    assert len(sent(app)) == 2
+
+
+def test_a_chord_whose_last_part_has_died_again_was_sent(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of it came later: who has sent the chord has said what it sent last."""
+    group_id, id_, second = two_dead(app)
+    again = unsaid(app, id_, monkeypatch, 2)
+    later = die(app, second, chord_id=group_id)
+    with pytest.raises(ReplayRefused, match=again[1].headers["id"]):
+        dead_letters.replay(id_, whole_chord=True, app=app)
+    for message in again:
+        run(app, message)
+    assert dead_letters.replay(id_, whole_chord=True, app=app) == again[0].headers["id"]
+    assert dead_letters.get(later, app=app).replayed_as is None
+    assert [ended.value for ended in run_all(app)] == [30]
 
 
 def test_a_part_that_has_died_again_does_not_make_its_chord_unsent(
