@@ -22,12 +22,9 @@ from reliable_tasks._once.lineage import note_end
 from reliable_tasks._retrying import RETRYING, GiveUp, Policy, RetryIn
 from reliable_tasks.errors import TaskExited
 
-__all__ = ["HANDLERS", "guarded", "unfailing"]
+__all__ = ["WRAPPED", "guarded"]
 
 logger = logging.getLogger("reliable_tasks")
-
-#: Handlers of a task that are called where a child only says that it is over.
-HANDLERS = ("before_start", "on_failure", "after_return")
 
 #: A copy that waited in a pool, and whose lease may have ended, is asked about after a pause (s).
 _IN_DOUBT = (0.05, 1.0)
@@ -76,13 +73,18 @@ def guarded(function: Callable[..., Any], *, takes_self: bool) -> Callable[..., 
     return run
 
 
-def unfailing(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a handler: what it raises does not keep a task from its end that must not run again."""
+def _unfailing(name: str, handler: Any) -> Callable[..., Any]:
+    """Wrap a handler: what it raises does not keep a task from its end that must not run again.
+
+    Args:
+        name: Its name.
+        handler: As it stands in the class: a function, or what makes one.
+    """
 
     @functools.wraps(handler)
     def handle(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return handler(self, *args, **kwargs)
+            return _bound(handler, self)(*args, **kwargs)
         except Exception as error:
             verdict = condemned(self.request)
             if verdict is None:
@@ -90,11 +92,43 @@ def unfailing(handler: Callable[..., Any]) -> Callable[..., Any]:
             if repr(error) != repr(verdict):
                 logger.exception(
                     "%s of task %s[%s] has failed, and the task ends all the same: %r",
-                    *(handler.__name__, self.name, self.request.id, verdict),
+                    *(name, self.name, self.request.id, verdict),
                 )
             return None
 
     return handle
+
+
+def _spared(call: Any) -> Callable[..., Any]:
+    """Wrap a ``__call__`` of users: it is not called for a task that must not run again.
+
+    It would see that the body raises what the task ends with, and could make it something else.
+    """
+
+    @functools.wraps(call)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (verdict := condemned(self.request)) is not None:
+            raise verdict
+        return _bound(call, self)(*args, **kwargs)
+
+    return run
+
+
+#: What users write that is called where a child only says that a task is over.
+WRAPPED: dict[str, Callable[[Any], Callable[..., Any]]] = {
+    "__call__": _spared,
+    **{
+        name: functools.partial(_unfailing, name)
+        for name in ("before_start", "on_failure", "after_return")
+    },
+}
+
+
+def _bound(attribute: Any, task: Any) -> Callable[..., Any]:
+    """Return what an attribute of a class is for one of its tasks."""
+    get = getattr(attribute, "__get__", None)
+    bound: Callable[..., Any] = attribute if get is None else get(task, type(task))
+    return bound
 
 
 def _start(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 from collections.abc import Iterable, Mapping
@@ -14,7 +13,7 @@ from celery.result import EagerResult
 from kombu.exceptions import OperationalError
 
 from reliable_tasks._asked import AskedTask
-from reliable_tasks._body import HANDLERS, guarded, unfailing
+from reliable_tasks._body import WRAPPED, guarded
 from reliable_tasks._broker import listeners
 from reliable_tasks._broker.beside import note_done
 from reliable_tasks._broker.continuing import check_held, continuing, note_continued
@@ -116,12 +115,11 @@ class ReliableTask(AskedTask):
             function = body.__func__ if isinstance(body, staticmethod) else body
             options_of_body = once_options(function)
             setattr(cls, "run", guarded(function, takes_self=body is function))  # noqa: B010
-        for name in HANDLERS:
+        for name, wrap in WRAPPED.items():
             owner = next(one for one in cls.__mro__ if name in one.__dict__)
             is_done = owner is not cls and issubclass(owner, ReliableTask)
-            handler = owner.__dict__[name]
-            if owner is not Task and not is_done and inspect.isfunction(handler):
-                setattr(cls, name, unfailing(handler))
+            if owner is not Task and not is_done:
+                setattr(cls, name, wrap(owner.__dict__[name]))
         once = options_of_body or once_options(cls)
         if once is not None:
             cls.adopt_once(once)

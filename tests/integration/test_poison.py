@@ -131,6 +131,16 @@ def test_handlers_that_fail_do_not_keep_a_poison_from_its_end(scene: Scene, then
     assert then in scene.logs or "ignore" in then or "retry" in then
 
 
+@pytest.mark.parametrize("what", ["raise", "ignore", "reject", "retry", "return"])
+def test_who_makes_something_else_of_errors_does_not_keep_a_poison_from_its_end(
+    scene: Scene, what: str
+) -> None:
+    """A ``__call__`` is not asked: it could make a success of it, or put it back without end."""
+    scene.worker(concurrency=2)
+    result = scene.call("crash_called", "poison", "sigkill", f"{what} in __call__")
+    check_end(scene, result, "poison")
+
+
 @pytest.mark.parametrize("where", HANDLERS)
 def test_handlers_that_hang_do_not_keep_a_poison_from_its_end(scene: Scene, where: str) -> None:
     """They are killed at the hard limit, and not called again."""

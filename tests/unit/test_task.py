@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import pydantic
@@ -732,7 +733,7 @@ def test_handlers_that_fail_do_not_keep_a_task_from_its_end(
 
 
 def test_a_handler_of_another_task_may_fail(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it raises is the task's error, as in Celery; one that is no function is left alone."""
+    """What it raises is the task's error, as in Celery; one can be no function."""
     monkeypatch.setattr(Failing, "called", [])
 
     class Both(Failing, ReliableTask):
@@ -744,6 +745,52 @@ def test_a_handler_of_another_task_may_fail(app: Celery, monkeypatch: pytest.Mon
     app.tasks["t"].delay()
     ended = run(app, take(app))
     assert (ended.state, str(ended.value)) == ("FAILURE", "no before_start")
+
+
+@pytest.mark.parametrize("kind", [staticmethod, classmethod, functools.partialmethod])
+def test_handlers_of_any_kind_may_fail(
+    app: Celery, caplog: pytest.LogCaptureFixture, kind: Callable[..., Any]
+) -> None:
+    """They need not be functions, and have failed all the same."""
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError(f"no {len(args)}")
+
+    class Failing(ReliableTask):
+        abstract = True
+        on_failure = kind(fail)
+
+    app.task(nothing, base=Failing, name="t")
+    app.finalize()
+    app.tasks["t"].delay()
+    message = take(app)
+    message.headers["reliable_condemned"] = ("PoisonPill", PILL.args)
+    assert type(run(app, message).value) is PoisonPill
+    assert f"no {5 if kind is staticmethod else 6}" in caplog.text
+
+
+def test_a_call_of_users_is_not_made_for_a_task_that_is_over(app: Celery) -> None:
+    """It is for any other, wherever the base has it from."""
+    called: list[str] = []
+
+    class Calling:
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            called.append("call")
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    class Both(Calling, ReliableTask):
+        abstract = True
+
+    app.task(nothing, base=Both, name="t")
+    app.finalize()
+    for _ in range(2):
+        app.tasks["t"].delay()
+    message = take(app)
+    message.headers["reliable_condemned"] = ("PoisonPill", PILL.args)
+    assert type(run(app, message).value) is PoisonPill
+    assert called == []
+    assert run(app, take(app)).state == "SUCCESS"
+    assert called == ["call"]
 
 
 def test_an_errback_of_a_task_that_crashed_is_called(app: Celery) -> None:
