@@ -40,6 +40,10 @@ LONGEST_LEASE = 300.0
 
 #: The longest time that a claim may wait in the queue (s): ten years.
 LONGEST_TTL = 10 * 366 * 86400.0
+#: The longest time that a dead letter is kept (s): a hundred years. Redis can count so far, and ...
+_LONGEST_AGE = 10 * LONGEST_TTL
+#: ... so many.
+_MOST_LETTERS = 10**12
 
 
 def _setting(default: Any, doc: str, *, unit: str = "", choices: tuple[str, ...] = ()) -> Any:
@@ -219,8 +223,8 @@ class ReliableConfig:
     dead_letter_redact: str | Callable[[Any], Any] | None = _setting(  # noqa: RUF009 - as the others
         None,
         "A function, or its name as `module:function`, that takes a `DeadLetter` before it is kept "
-        "and returns it without what must not be read: its `argsrepr`, `kwargsrepr`, `error` and "
-        "`traceback`. The message itself is kept whole.",
+        "and returns it without what must not be read: its `argsrepr`, `kwargsrepr`, `error`, "
+        "`traceback` and `claim`. The message itself is kept whole.",
     )
     visibility_margin: float = _setting(
         10.0,
@@ -246,11 +250,15 @@ class ReliableConfig:
             if not is_number or not (0 < value < inf or (may_be_zero and value == 0)):
                 least = "0 or more" if may_be_zero else "more than 0"
                 raise ConfigError(f"reliable_{name} = {value!r}: give a number of seconds, {least}")
-        if self.once_ttl > LONGEST_TTL:
-            raise ConfigError(
-                f"reliable_once_ttl = {self.once_ttl!r}: give at most {LONGEST_TTL:.0f} seconds, "
-                "which are ten years"
-            )
+        for name, longest, years in (
+            ("once_ttl", LONGEST_TTL, "ten"),
+            ("dead_letter_max_age", _LONGEST_AGE, "a hundred"),
+        ):
+            if getattr(self, name) > longest:
+                raise ConfigError(
+                    f"reliable_{name} = {getattr(self, name)!r}: give at most {longest:.0f} "
+                    f"seconds, which are {years} years"
+                )
         if self.lease > LONGEST_LEASE:
             raise ConfigError(
                 f"reliable_lease = {self.lease!r}: give at most {LONGEST_LEASE:g} seconds, or a "
@@ -264,6 +272,11 @@ class ReliableConfig:
         for name, fewest, what, is_optional in _COUNTS:
             check_count(
                 f"reliable_{name}", getattr(self, name), fewest, what, is_optional=is_optional
+            )
+        if self.dead_letter_max_count > _MOST_LETTERS:
+            raise ConfigError(
+                f"reliable_dead_letter_max_count = {self.dead_letter_max_count!r}: give at most "
+                f"{_MOST_LETTERS}"
             )
         for name in self.redis_options or {}:
             if name not in REDIS_OPTIONS:

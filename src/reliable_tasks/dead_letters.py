@@ -134,8 +134,7 @@ def list(  # noqa: A001 - what everybody calls it
     Raises:
         ValueError: ``limit`` is less than 0, or there is no such cause.
     """
-    if limit is not None and limit < 0:
-        raise ValueError(f"limit = {limit!r}: give a number of dead letters, 0 or more")
+    _check_limit(limit)
     which = Which.of(task, cause, since, before)
     return _list(_app(app), which, limit, oldest_first=oldest_first, replayed=replayed)
 
@@ -279,17 +278,18 @@ def replay_all(
         cause: As in `count`.
         since: As in `count`.
         before: As in `count`.
-        limit: At most so many, replayed or refused.
+        limit: At most so many that are sent.
         rate: At most so many a second.
         queue: As in `replay`.
         on_each: Called with each, and the new task's id, or ``None`` and why it was refused.
         app: As in `count`.
 
     Raises:
-        ValueError: ``rate`` is not more than 0, or there is no such cause.
+        ValueError: ``rate`` or ``limit`` is no such number, or there is no such cause.
         kombu.exceptions.OperationalError: As in `replay`; those before are sent.
     """
-    if rate is not None and rate <= 0:
+    _check_limit(limit)
+    if rate is not None and not rate > 0:
         raise ValueError(f"rate = {rate!r}: give a number of dead letters per second, more than 0")
     known, outcome, pace = _app(app), Replayed(), Pace(rate)
     which = _until_now(known, Which.of(task, cause, since, before))
@@ -306,12 +306,17 @@ def replay_all(
         Queued(known).replay(_both(which, where), note, limit=limit, pace=pace, queue=queue)
         return outcome
     found = filter(where, _list(known, which, None, oldest_first=True, replayed=False))
-    for letter in islice(found, limit):
+    while limit is None or len(outcome.sent) < limit:
+        letter = next(found, None)
+        if letter is None:
+            break
         pace.wait()
+        new_id, reason = None, ""
         try:
-            note(letter, replay(letter.id, queue=queue, app=known), "")
+            new_id = replay(letter.id, queue=queue, app=known)
         except (ReplayRefused, DeadLetterNotFound) as refusal:
-            note(letter, None, getattr(refusal, "reason", str(refusal)))
+            reason = getattr(refusal, "reason", str(refusal))
+        note(letter, new_id, reason)
     return outcome
 
 
@@ -395,10 +400,16 @@ def now_of(app: Celery) -> float | None:
 
 def _until_now(app: Celery, which: Which) -> Which:
     """Leave out those that come later."""
-    if which.before is not None or (now := now_of(app)) is None:
+    if (now := now_of(app)) is None:
         return which
     # That of this millisecond, too.
-    return replace(which, before=now + 0.001)
+    until = now + 0.001
+    return replace(which, before=until if which.before is None else min(until, which.before))
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 0:
+        raise ValueError(f"limit = {limit!r}: give a number of dead letters, 0 or more")
 
 
 def _refuse_replayed(replayed: bool) -> None:

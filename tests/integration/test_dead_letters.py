@@ -159,6 +159,8 @@ def test_a_task_that_is_not_to_be_kept_is_not(scene: Scene) -> None:
     for name in ("careless", "expecting"):
         with pytest.raises(ValueError, match="expected"):
             scene.call(name).get(timeout=10)
+    with pytest.raises(LookupError, match="0 of tea"):
+        scene.call("expecting_odd").get(timeout=10)
     # One after the other they are told to the worker, so those are over.
     scene.call("fail", "order")
     (letter,) = wait_dead(scene)

@@ -137,13 +137,47 @@ def test_a_cause_that_does_not_exist_is_refused(both: Celery, function: str) -> 
         getattr(dead_letters, function)(cause="posion", app=both)
 
 
+def test_what_is_raised_where_it_is_told_is_not_a_refusal(app: Celery, bury: Any) -> None:
+    """Of a letter that was sent."""
+    bury(app, "one")
+
+    def tell(letter: Any, new_id: str | None, reason: str) -> None:
+        raise ReplayRefused(letter.id, "mine")
+
+    with pytest.raises(ReplayRefused, match="mine"):
+        dead_letters.replay_all(on_each=tell, app=app)
+    assert dead_letters.get("one", app=app).replayed_as
+
+
+@pytest.mark.parametrize("before", [None, -3600])
+@pytest.mark.parametrize("do", [dead_letters.replay_all, dead_letters.purge])
+def test_what_comes_meanwhile_is_not_among_them(
+    app: Celery, bury: Any, do: Any, before: float | None
+) -> None:
+    """Also where it is asked for until later: it would never end."""
+    for number in range(250):
+        bury(app, f"letter-{number}")
+    seen: list[str] = []
+
+    def bury_another(letter: Any, *_: Any) -> None:
+        assert len(seen) < 300
+        seen.append(letter.id)
+        time.sleep(0.002 if len(seen) < 3 else 0)
+        bury(app, f"another-{len(seen)}")
+
+    do(before=before, on_each=bury_another, app=app)
+    assert len(seen) == 250
+
+
 def test_a_limit_below_zero_is_refused(both: Celery) -> None:
     """At once."""
     with pytest.raises(ValueError, match=r"limit = -1: give a number of dead letters, 0 or more"):
         dead_letters.list(limit=-1, app=both)
+    with pytest.raises(ValueError, match=r"limit = -1: give a number of dead letters, 0 or more"):
+        dead_letters.replay_all(limit=-1, app=both)
 
 
-@pytest.mark.parametrize("rate", [0, -1, -0.5])
+@pytest.mark.parametrize("rate", [0, -1, -0.5, float("nan")])
 def test_a_rate_that_is_none_is_refused(both: Celery, bury: Any, rate: float) -> None:
     """Nothing is sent."""
     bury(both, "one")

@@ -40,13 +40,19 @@ class BuriedRequest(GuardedRequest):
         self._is_kept = self._is_unkept = False
 
     def _note_failure(
-        self, error: BaseException, traceback: Any, *, is_ignored: bool = False
+        self,
+        error: BaseException,
+        traceback: Any,
+        *,
+        kind: type[BaseException] | None = None,
+        is_ignored: bool = False,
     ) -> None:
         """Note what the task fails with, if that is its end; it may go back to its queue yet.
 
         Args:
             error: The error.
             traceback: Its traceback.
+            kind: What it was for the child, which hands on another one where it cannot be pickled.
             is_ignored: Whether an `Ignore` is the word of the task, not of a handler of its
                 failure.
         """
@@ -56,7 +62,8 @@ class BuriedRequest(GuardedRequest):
             or (isinstance(error, Ignore) and is_ignored)
             or (isinstance(error, Reject) and bool(error.requeue))  # type: ignore[attr-defined]
         )
-        self._failure = None if goes_on else (error, str(traceback or ""))
+        is_expected = kind not in (None, type(error)) and issubclass(kind, self.task.throws)
+        self._failure = None if goes_on or is_expected else (error, str(traceback or ""))
 
     def send_event(self, type: str, **fields: Any) -> None:  # noqa: A002 - Celery's
         """Tell an event, and note that a lost child had stored its result before."""

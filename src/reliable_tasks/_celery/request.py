@@ -132,7 +132,8 @@ class ReliableRequest(BuriedRequest):
         if is_timeout and (verdict := condemned(self.request_dict)) is not None:
             # Its handlers hang, and would again.
             error, exc_info, return_ok = verdict, info_of(verdict), False
-        self._note_failure(error, exc_info.traceback, is_ignored=return_ok)
+        kind = exc_info.type
+        self._note_failure(error, exc_info.traceback, kind=kind, is_ignored=return_ok)
         self._puts_itself_back = isinstance(error, Reject) and bool(error.requeue)  # type: ignore[attr-defined]
         # With return_ok the child itself reported, and released its claim.
         self._ends_here = not return_ok

@@ -65,6 +65,10 @@ def _moment(value: str) -> datetime:
 def _name(value: str) -> str:
     if not value.strip():
         raise click.BadParameter(f"{value!r} names nothing")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise click.BadParameter(f"{value!r} is no UTF-8, as all names are") from error
     return value
 
 
@@ -193,7 +197,7 @@ def show(context: click.Context, id_: str, with_message: bool, as_json: bool) ->
     "--limit",
     type=click.IntRange(min=1),
     metavar="N",
-    help="At most so many of --all, the oldest.",
+    help="Send at most so many of --all, the oldest that can be.",
 )
 @click.option("--rate", type=_rate, metavar="N", help="At most so many a second.")
 @click.option(
@@ -433,8 +437,8 @@ def _check_all(
     app: Celery, filters: Mapping[str, Any], limit: int | None, outcomes: _Outcomes
 ) -> None:
     if not is_in_queue(app):
-        oldest = dead_letters.list(**filters, limit=limit, oldest_first=True, app=app)
-        _check_each(app, (letter.id for letter in oldest), outcomes)
+        oldest = dead_letters.list(**filters, oldest_first=True, app=app)
+        _check_each(app, (letter.id for letter in oldest), outcomes, limit=limit)
         return
 
     def tell(letter: DeadLetter, reason: str) -> None:
@@ -448,9 +452,16 @@ def _check_all(
 
 
 def _check_each(
-    app: Celery, ids: Iterable[str], outcomes: _Outcomes, *, whole_chord: bool = False
+    app: Celery,
+    ids: Iterable[str],
+    outcomes: _Outcomes,
+    *,
+    whole_chord: bool = False,
+    limit: int | None = None,
 ) -> None:
     for id_ in ids:
+        if limit is not None and outcomes.sent >= limit:
+            return
         try:
             letter = dead_letters.get(id_, app=app)
             if letter.replayed_as is not None:

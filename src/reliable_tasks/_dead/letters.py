@@ -80,7 +80,7 @@ def letter_of_request(
         task_id=str(request.id),
         cause=cause,
         error=_said(error),
-        traceback=traceback[-_LONGEST_TRACEBACK:],
+        traceback=traceback,
         worker=request.hostname,
         queue=queue_of(request.app, message),
         priority=message.properties.get("priority"),
@@ -96,7 +96,7 @@ def letter_of_request(
         group_id=_text(headers.get("group")),
         chord_id=_chord_of(request),
     )
-    return Letter(_redacted(about, options), raw_of_request(request), options.bounds)
+    return Letter(_shown(about, options), raw_of_request(request), options.bounds)
 
 
 def bare_letter(request: Any, error: BaseException, options: Options) -> Letter | None:
@@ -166,7 +166,7 @@ def letter_of_message(
         parent_id=_text(headers.get("parent_id")),
         group_id=_text(headers.get("group")),
     )
-    return Letter(_redacted(about, options), raw, options.bounds)
+    return Letter(_shown(about, options), raw, options.bounds)
 
 
 def raw_of(
@@ -226,6 +226,17 @@ def _jsonable(values: Any) -> dict[str, Any]:
     return found
 
 
+def _shown(about: DeadLetter, options: Options) -> DeadLetter:
+    """Return what is known of a task as it may be read, and no longer than it may be."""
+    # A secret that was cut in two before would not be found.
+    redacted = _redacted(about, options)
+    return replace(
+        redacted,
+        error=redacted.error[:_LONGEST_ERROR],
+        traceback=redacted.traceback[-_LONGEST_TRACEBACK:],
+    )
+
+
 def _redacted(about: DeadLetter, options: Options) -> DeadLetter:
     if options.redact is None:
         return about
@@ -263,7 +274,7 @@ def _said(error: BaseException) -> str:
         said = str(error)
     except Exception as another:  # noqa: BLE001 - of the user's own class
         said = f"(it cannot be shown: {type(another).__name__})"
-    return f"{type(error).__name__}: {said}"[:_LONGEST_ERROR]
+    return f"{type(error).__name__}: {said}"
 
 
 def _number(value: Any) -> int:

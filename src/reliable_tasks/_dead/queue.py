@@ -10,7 +10,6 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 from celery import Celery
@@ -123,14 +122,16 @@ class Queued:
         Args:
             matches: Only those for which this is true.
             tell: Called with each, and the new task's id, or ``None`` and why there is none.
-            limit: At most so many, sent or refused.
+            limit: At most so many that are sent.
             pace: How fast.
             queue: The queue to send them to, if it is another one.
         """
         # The same twice is one that was kept, and not acknowledged: its worker died in between.
         sent: dict[str, str] = {}
-        with self._asked(matches, limit) as asked:
+        with self._asked(matches) as asked:
             for message, found in asked:
+                if limit is not None and len(sent) >= limit:
+                    break
                 letter = found.letter
                 # The same for the same letter, should it not be taken away now.
                 new_id = str(uuid.uuid5(uuid.NAMESPACE_OID, letter.id))
@@ -160,13 +161,17 @@ class Queued:
             tell: Called with each, and why it would be refused or ``""``.
             limit: As in `replay`.
         """
-        with self._asked(matches, limit) as asked:
+        sent = 0
+        with self._asked(matches) as asked:
             for _, found in asked:
+                if limit is not None and sent >= limit:
+                    break
                 reason = ""
                 try:
                     self._check(found)
                 except ReplayRefused as refusal:
                     reason = refusal.reason
+                sent += not reason
                 tell(found.letter, reason)
 
     def purge(
@@ -187,12 +192,12 @@ class Queued:
 
     @contextmanager
     def _asked(
-        self, matches: Callable[[DeadLetter], bool], limit: int | None = None
+        self, matches: Callable[[DeadLetter], bool]
     ) -> Iterator[Iterator[tuple[Any, Found]]]:
-        """Take those that are asked for, at most so many, with their messages."""
+        """Take those that are asked for, with their messages."""
         with self._taking() as messages:
             all_found = ((message, read(message)) for message in messages)
-            yield islice((one for one in all_found if matches(one[1].letter)), limit)
+            yield (one for one in all_found if matches(one[1].letter))
 
     @contextmanager
     def _taking(self) -> Iterator[Iterator[Any]]:

@@ -9,10 +9,11 @@ from celery import Celery
 
 from reliable_tasks._celery.chords import counts_any_part
 from reliable_tasks._celery.headers import IS_COPY, REPLAY_OF
+from reliable_tasks._celery.registry import check_arguments
 from reliable_tasks._dead.canvas import apart
 from reliable_tasks._dead.original import Original
 from reliable_tasks._dead.replaying_chords import check_chord, replay_chord
-from reliable_tasks._dead.reserving import refusing, releasing, reserve
+from reliable_tasks._dead.reserving import refusing, releasing, reserve, sending
 from reliable_tasks._places import DeadPlace
 from reliable_tasks._store.dead import Reservation
 from reliable_tasks._store.letters import Cause, DeadLetter
@@ -48,7 +49,7 @@ def replay(
     token = str(uuid4())
     code, new_id = reserve(place, letter.id, token)
     if code is not Reservation.SENT:
-        with releasing(place, letter, {letter.id: new_id}, token):
+        with releasing(app, place, letter, {letter.id: new_id}, token, new_id):
             _send(app, letter, original, new_id, queue=queue)
         dead_letter_replayed.send(sender=app.tasks.get(letter.task), letter=letter, task_id=new_id)
     return new_id
@@ -77,7 +78,7 @@ def send_from_queue(
     Raises:
         ReplayRefused: It cannot be replayed.
     """
-    with refusing(letter):
+    with sending(app, letter, new_id):
         _send(app, letter, original, new_id, queue=queue)
     dead_letter_replayed.send(sender=app.tasks.get(letter.task), letter=letter, task_id=new_id)
 
@@ -117,12 +118,25 @@ def _check_alone(app: Celery, letter: DeadLetter, original: Original) -> None:
 
 def _check_part(app: Celery, letter: DeadLetter, original: Original) -> None:
     """Check that the chord would hear of it that a part waits for which it has not counted."""
+    _check_call(app, letter, original)
     if original.chord is not None and not counts_any_part(app):
         raise ReplayRefused(
             letter.id,
             f"it is a part of a chord, which waits for task {letter.task_id} itself: only with a "
             "Redis for a result backend it would hear of another one",
         )
+
+
+def _check_call(app: Celery, letter: DeadLetter, original: Original) -> None:
+    """Check that the task can be called so, and has an `@once` key then."""
+    task: Any = app.tasks.get(original.task)
+    if task is None:
+        return
+    with refusing(app, letter):
+        check_arguments(task, original.args, original.kwargs)
+        once = getattr(task, "reliable_once", None)
+        if once is not None:
+            once.claim_name(task, original.args, original.kwargs)
 
 
 def _send(
@@ -148,8 +162,15 @@ def _send(
         return task.apply_async(*called, task_id=new_id, **options)
 
     token = f"replay:{letter.id}:{new_id}"
-    with publishing(Publication(token=token), new_id):
+    # The newer call is the one that counts.
+    with publishing(Publication(token=token, replaces=False), new_id):
         result = apart(app, send)
     if getattr(result, "duplicate", False) and result.id != new_id:
-        reason = f"task {result.id} has its @once key: replay it when that has ended"
-        raise ReplayRefused(letter.id, reason)
+        raise ReplayRefused(letter.id, _taken(letter, result.id))
+
+
+def _taken(letter: DeadLetter, owner: str) -> str:
+    """Say who has a replay's key."""
+    if owner == letter.task_id:
+        return "the window of its @once key is still open: replay it when that is over"
+    return f"task {owner} has its @once key: replay it when that has ended"

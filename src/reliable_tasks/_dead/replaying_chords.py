@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from reliable_tasks._dead.reserving import release_each, releasing, reserve_each
 from reliable_tasks._places import DeadPlace
 from reliable_tasks._store.dead import Reservation, Sent
 from reliable_tasks._store.letters import DeadLetter
+from reliable_tasks._store.publication import Publication, publishing
 from reliable_tasks.errors import ReplayRefused
 from reliable_tasks.instrumentation.signals import dead_letter_replayed
 
@@ -96,7 +97,8 @@ class _Chord:
         # Its result says that it has begun.
         self.header[-1][1][0].options.update(task_id=last_id, ignore_result=False)
         header = [chain(*steps) if len(steps) > 1 else steps[0] for _, steps in self.header]
-        apart(app, lambda: chord(header, app=app)(self.body))
+        with publishing(Publication(replaces=False), None):
+            apart(app, lambda: chord(header, app=app)(self.body))
 
 
 def check_chord(app: Celery, place: DeadPlace, letter: DeadLetter, original: Original) -> None:
@@ -138,10 +140,14 @@ def replay_chord(
             "last part, has not begun: ask again when it has; when you know that it never will, "
             "call the chord anew yourself",
         )
+    queued: Collection[str] = ()
     try:
-        with releasing(place, letter, new_ids, token):
+        with releasing(app, place, letter, new_ids, token, last_id) as queued:
             found.call(app, new_ids, last_id)
-    except ReplayRefused:
+    except ReplayRefused as refusal:
+        if queued:
+            reason = f"{refusal.reason}; but a part of chord {letter.chord_id} is sent"
+            raise ReplayRefused(letter.id, reason) from refusal
         with suppress(Exception):
             place.store.give_up_chord(place.server, str(letter.chord_id), token)
         raise

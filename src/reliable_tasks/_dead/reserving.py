@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
 
 import redis
+from celery import Celery
+from celery.exceptions import SoftTimeLimitExceeded
+from celery.signals import after_task_publish
+from kombu.exceptions import OperationalError
 
 from reliable_tasks._places import DeadPlace
 from reliable_tasks._store.dead import Reservation, Sent
 from reliable_tasks._store.letters import DeadLetter
-from reliable_tasks.errors import DeadLetterNotFound, DuplicateTaskError, ReplayRefused
+from reliable_tasks.errors import (
+    ConfigError,
+    DeadLetterNotFound,
+    DuplicateTaskError,
+    ReplayRefused,
+    StoreError,
+)
 
-__all__ = ["refusing", "release_each", "releasing", "reserve", "reserve_each"]
+__all__ = ["refusing", "release_each", "releasing", "reserve", "reserve_each", "sending"]
 
+logger = logging.getLogger("reliable_tasks")
+
+#: What says nothing of the one task that is sent: who sends many stops there.
+_OF_ALL = (
+    *(OperationalError, StoreError, ConfigError, redis.exceptions.RedisError, OSError),
+    SoftTimeLimitExceeded,
+)
 #: How often it is looked whether somebody else has sent it (s).
 _LOOK = 0.05
 #: How soon it is noted again that it was sent, where Redis does not answer (s).
@@ -60,30 +80,90 @@ def reserve_each(
 
 
 @contextmanager
-def refusing(letter: DeadLetter) -> Iterator[None]:
-    """Say in other words that a task cannot be called."""
+def refusing(app: Celery, letter: DeadLetter) -> Iterator[None]:
+    """Say in other words that a task cannot be called, whatever of the user's code says so."""
     try:
         yield
     except DuplicateTaskError as error:
         raise ReplayRefused(letter.id, f"its @once key is taken: {error}") from error
-    except (TypeError, ValueError, LookupError) as error:
-        raise ReplayRefused(letter.id, f"it cannot be called any more: {error!r}") from error
+    except (ReplayRefused, *_OF_ALL):
+        raise
+    except Exception as error:
+        if isinstance(error, app.connection_for_write().connection_errors):
+            raise
+        raise ReplayRefused(letter.id, f"it cannot be called any more: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    try:
+        return repr(error)
+    except Exception:  # noqa: BLE001 - of the user's own class
+        return type(error).__name__
+
+
+@contextmanager
+def sending(app: Celery, letter: DeadLetter, last_id: str) -> Iterator[set[str]]:
+    """Have a task sent; what fails when its message is queued already has not kept it from that.
+
+    Args:
+        app: The app.
+        letter: The dead letter whose task it is.
+        last_id: Id of the task that is sent last.
+
+    Yields:
+        The ids of the tasks whose messages are known to be queued.
+
+    Raises:
+        ReplayRefused: It cannot be called.
+    """
+    queued: set[str] = set()
+    thread = threading.get_ident()
+
+    def note(headers: Any = None, **_: Any) -> None:
+        if threading.get_ident() == thread and isinstance(headers, Mapping):
+            queued.add(str(headers.get("id")))
+
+    after_task_publish.connect(note, weak=False)
+    try:
+        with refusing(app, letter):
+            yield queued
+    except Exception:
+        if last_id not in queued:
+            raise
+        logger.exception("Dead letter %s is sent, and its call failed after that", letter.id)
+    finally:
+        after_task_publish.disconnect(note)
 
 
 @contextmanager
 def releasing(
-    place: DeadPlace, letter: DeadLetter, new_ids: Mapping[str, str], token: str
-) -> Iterator[None]:
-    """Note how the replay of a letter went, and of those that are sent with it."""
-    how = Sent.IN_DOUBT
+    app: Celery,
+    place: DeadPlace,
+    letter: DeadLetter,
+    new_ids: Mapping[str, str],
+    token: str,
+    last_id: str,
+) -> Iterator[set[str]]:
+    """Have the task of a letter sent, and note how that went, and of those sent with it.
+
+    Yields:
+        As `sending` does.
+
+    Raises:
+        ReplayRefused: As in `sending`.
+    """
+    how, queued = Sent.IN_DOUBT, set[str]()
     try:
-        with refusing(letter):
-            yield
+        with sending(app, letter, last_id) as queued:
+            yield queued
         how = Sent.SENT
     except ReplayRefused:
-        how = Sent.REFUSED
+        # Who has sent a part of a chord has not sent nothing.
+        how = Sent.IN_DOUBT if queued else Sent.REFUSED
         raise
     finally:
+        if last_id in queued:
+            how = Sent.SENT
         # What failed is what the caller has to know.
         with nullcontext() if how is Sent.SENT else suppress(Exception):
             release_each(place, new_ids, token, how)

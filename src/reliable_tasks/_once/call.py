@@ -126,7 +126,7 @@ def ask(task: Task[..., Any], once: Once, call: Call) -> Asked:
         is_only=bool(before and before.is_only),
         token=before.token if before else "",
         claim=claim.name,
-        how=_how(once, kept, is_own=is_own),
+        how=_how(once, kept, before, is_own=is_own),
         owner=claim.owner,
         claim_attempt=claim.attempt,
         ttl=once.ttl(locks.config) + delay_of(task.app, call.options),
@@ -142,14 +142,15 @@ def _is_of_run(task: Task[..., Any], owner: str) -> bool:
     return caller is None or caller.request.id == owner
 
 
-def _how(once: Once, kept: Claim | None, *, is_own: bool) -> How:
+def _how(once: Once, kept: Claim | None, before: Publication | None, *, is_own: bool) -> How:
     if kept is not None:
         return "continue"
     if is_own:
         return "acquire"
     if once.options.is_for_a_window:
         return "window"
-    return "replace" if once.options.at_publish == "replace" else "acquire"
+    replaces = before is None or before.replaces
+    return "replace" if replaces and once.options.at_publish == "replace" else "acquire"
 
 
 def _holder(task: Task[..., Any], once: Once, claim: Claim, kept: Claim | None, call: Call) -> str:

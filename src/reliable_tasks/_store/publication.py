@@ -64,6 +64,7 @@ class Publication:
         task: The task's name.
         holder: Token of the run that continues its claim, or hands it on.
         token: By which a repetition is recognised, where it is another caller's, or ``""``.
+        replaces: Whether a call may take another one's place, where its task says so.
     """
 
     continues: str = ""
@@ -77,6 +78,7 @@ class Publication:
     task: str = ""
     holder: str = ""
     token: str = ""
+    replaces: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,6 +122,13 @@ class Handled(ReliableTask):
             time.sleep(30)
 
 
+class OutOfStock(LookupError):
+    """An error that no child can hand on as it is, as many of users' own."""
+
+    def __init__(self, item: str, left: int) -> None:
+        super().__init__(f"{left} of {item}")
+
+
 class Called(Handled):
     """A task of which whatever it raises is something else for those who call it."""
 
@@ -255,6 +262,10 @@ def build(
     @app.task(name="expecting", throws=(ValueError,), **common)
     def expecting(self: Task) -> None:
         raise ValueError("expected")
+
+    @app.task(name="expecting_odd", throws=(OutOfStock,), **common)
+    def expecting_odd(self: Task) -> None:
+        raise OutOfStock("tea", 0)
 
     @app.task(name="hasty", acks_late=False, **common)
     def hasty(self: Task, name: str) -> str:

@@ -263,6 +263,13 @@ def test_a_name_that_is_empty_is_refused(invoke: Invoke, bury: Bury, args: Any) 
     assert "one" not in result.output.split()
 
 
+def test_a_name_that_is_no_text_is_refused(invoke: Invoke) -> None:
+    """A shell can hand on any bytes."""
+    result = invoke("show", b"\xff".decode(errors="surrogateescape"))
+    assert result.exit_code == 2
+    assert "is no UTF-8" in result.output
+
+
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_tasks_are_imported_before_they_are_asked(
     app: Celery, invoke: Invoke, bury: Bury, dry_run: bool, monkeypatch: pytest.MonkeyPatch
@@ -716,9 +723,12 @@ def test_what_would_be_replayed(app: Celery, invoke: Invoke, bury: Bury) -> None
     result = invoke("replay", "--dry-run", "--all")
     assert result.stdout == "one would be sent again: shop.pay\n"
     assert result.stderr.endswith("\n1 would be sent, 1 would be refused\n")
-    assert invoke("replay", "--dry-run", "--all", "--limit", "1").stdout == ""
+    bury("two")
+    result = invoke("replay", "--dry-run", "--all", "--limit", "1")
+    assert result.stdout == "one would be sent again: shop.pay\n"
+    assert result.stderr.endswith("\n1 would be sent, 1 would be refused\n")
     assert sent(app) == []
-    assert ids(app) == ["large", "one"]
+    assert ids(app) == ["large", "one", "two"]
 
 
 def test_what_would_be_replayed_of_rabbitmqs_queue(rabbit: Celery) -> None:

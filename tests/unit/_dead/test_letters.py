@@ -521,6 +521,23 @@ def test_redaction_changes_nothing_that_letters_are_found_by(
     assert (letter.about.error, letter.about.chord_id) == ("", None)
 
 
+def test_a_secret_is_found_before_it_is_cut(bench: Bench, pay: Any) -> None:
+    """What is kept of an error, or of a traceback, begins or ends anywhere."""
+
+    def redact(letter: DeadLetter) -> DeadLetter:
+        shown = {name: getattr(letter, name) for name in ("error", "traceback")}
+        return replace(letter, **{k: v.replace("4111222", "*") for k, v in shown.items()})
+
+    pay.delay()
+    request = bench.receive()
+    options = replace(read_options(request.app, pay), redact=redact)
+    error = ValueError("x" * 985 + "4111222")
+    letter = letter_of_request(request, error, "4111222" + "y" * 19_997, options)
+    assert letter is not None
+    assert letter.about.error == f"ValueError: {'x' * 985}*"
+    assert letter.about.traceback == "*" + "y" * 19_997
+
+
 def test_an_error_that_cannot_be_shown_is_kept_by_its_kind(bench: Bench, pay: Any) -> None:
     """Its class is the user's."""
 

@@ -434,6 +434,127 @@ def test_who_fails_takes_nothing_from_who_has_sent_it(
     assert run(app, first).value == 7
 
 
+def test_a_replay_takes_nobodys_place(app: Celery) -> None:
+    """The newer call is the one that counts, also where a call takes the place of another one."""
+
+    @app.task(base=ReliableTask, name="shop.save")
+    @once(key="{n}", on_conflict="replace")
+    def save(n: int, text: str) -> str:
+        return text
+
+    app.tasks["shop.save"].delay(1, "stale")
+    message = take(app)
+    run(app, message)
+    id_ = die(app, message)
+    fresh = app.tasks["shop.save"].delay(1, "fresh")
+    with pytest.raises(ReplayRefused, match=f"task {fresh.id} has its @once key"):
+        dead_letters.replay(id_, app=app)
+    assert [ended.value for ended in run_all(app)] == ["fresh"]
+    assert dead_letters.replay(id_, app=app)
+    assert [ended.value for ended in run_all(app)] == ["stale"]
+
+
+def test_a_window_that_it_opened_itself_refuses_a_replay(app: Celery) -> None:
+    """The reason says what there is to wait for: its task has ended."""
+
+    @app.task(base=ReliableTask, name="shop.remind")
+    @once(key="{n}", lock="until_expired", ttl=60)
+    def remind(n: int) -> None:
+        raise ValueError("no")
+
+    app.tasks["shop.remind"].delay(1)
+    message = take(app)
+    run(app, message)
+    id_ = die(app, message)
+    with pytest.raises(ReplayRefused, match="the window of its @once key is still open"):
+        dead_letters.replay(id_, app=app)
+
+
+class Unshowable(Exception):
+    """An error of the user's own that cannot be shown."""
+
+    def __repr__(self) -> str:
+        """Fail."""
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("error", [AttributeError("id"), RuntimeError("no"), Unshowable()])
+def test_whatever_a_key_raises_refuses_a_replay(app: Celery, pay: Any, error: Exception) -> None:
+    """The others are replayed, and it is known before."""
+
+    def key(order: Any) -> str:
+        if order == "old":
+            raise error
+        return str(order)
+
+    @app.task(base=ReliableTask, name="shop.ship")
+    @once(key=key)
+    def ship(order: Any) -> None:
+        pass
+
+    pay.delay(7)
+    message = take(app)
+    message.headers["task"] = "shop.ship"
+    old = die(app, replace_body(message, [["old"], {}, {}]))
+    pay.delay(8)
+    other = die(app)
+    with pytest.raises(ReplayRefused, match="it cannot be called any more") as caught:
+        dead_letters.check(old, app=app)
+    assert type(error).__name__ in caught.value.reason
+    outcome = dead_letters.replay_all(app=app)
+    assert list(outcome.sent) == [other]
+    assert list(outcome.refused) == [old]
+    assert dead_letters.get(old, app=app).replayed_as is None
+
+
+@pytest.mark.parametrize("error", [OperationalError("away"), StoreUnavailable("r", "away")])
+def test_what_is_wrong_for_all_stops_the_others(app: Celery, pay: Any, error: Exception) -> None:
+    """They would meet the same."""
+    pay.delay(7)
+    id_ = die(app)
+
+    def fail(*args: Any, **options: Any) -> Any:
+        raise error
+
+    pay.apply_async = fail
+    with pytest.raises(type(error)):
+        dead_letters.replay_all(app=app)
+    assert dead_letters.get(id_, app=app).replayed_as is None
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("audit"), OperationalError("away"), KeyboardInterrupt()]
+)
+def test_what_fails_after_it_was_sent_does_not_send_it_twice(
+    app: Celery, caplog: pytest.LogCaptureFixture, error: BaseException
+) -> None:
+    """It is noted as sent, and the log says what has failed."""
+
+    class Audited(ReliableTask):
+        abstract = True
+
+        def apply_async(self, *args: Any, **options: Any) -> Any:
+            super().apply_async(*args, **options)
+            if "task_id" in options:
+                raise error
+
+    @app.task(base=Audited, name="shop.audited")
+    def audited() -> None:
+        pass
+
+    app.tasks["shop.audited"].delay()
+    id_ = die(app)
+    if isinstance(error, Exception):
+        new_id = dead_letters.replay(id_, app=app)
+        assert f"Dead letter {id_} is sent" in caplog.text
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            dead_letters.replay(id_, app=app)
+        new_id = dead_letters.replay(id_, app=app)
+    assert [message.headers["id"] for message in sent(app)] == [new_id]
+    assert dead_letters.get(id_, app=app).replayed_as == new_id
+
+
 def test_a_letter_that_is_yet_to_be_kept_does_not_hide_the_others(app: Celery, pay: Any) -> None:
     """The server has refused a part of it; its message is still the broker's."""
     pay.delay(1)

@@ -15,7 +15,7 @@ from celery import Celery, chain, chord, group
 from kombu import Exchange, Producer, Queue
 from kombu.exceptions import OperationalError
 
-from reliable_tasks import ReliableTask, dead_letters
+from reliable_tasks import ReliableTask, dead_letters, once
 from reliable_tasks._dead import replaying, replaying_chords
 from reliable_tasks._dead.replaying import replay
 from reliable_tasks._store.dead import DeadStore
@@ -726,6 +726,49 @@ def test_a_part_that_has_died_again_does_not_make_its_chord_unsent(
         with pytest.raises(ReplayRefused, match=f"chord {group_id} may have been sent already"):
             dead_letters.replay(id_, whole_chord=True, app=app)
     assert sent(app) == []
+
+
+def test_a_chord_that_is_refused_when_a_part_of_it_is_sent_is_not_sent_again(
+    app: Celery, pay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason says so, and the next one is asked to look for it."""
+    ids = dead_chord(app)
+    apply_async = pay.apply_async
+
+    def refuse_second(args: Any, *rest: Any, **options: Any) -> Any:
+        if [*args] == [2]:
+            raise KeyError("audit")
+        return apply_async(args, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pay, "apply_async", refuse_second)
+        with pytest.raises(
+            ReplayRefused, match=r"KeyError\('audit'\); but a part of chord .* is sent"
+        ):
+            dead_letters.replay(ids[0], whole_chord=True, app=app)
+    assert len(sent(app)) == 1
+    with pytest.raises(ReplayRefused, match="may have been sent already, or in part"):
+        dead_letters.replay(ids[0], whole_chord=True, app=app)
+    assert sent(app) == []
+
+
+def test_a_part_of_a_chord_takes_nobodys_place(app: Celery, pay: Any) -> None:
+    """Neither alone nor with its chord."""
+
+    @app.task(base=ReliableTask, name="shop.save")
+    @once(key="{n}", on_conflict="replace")
+    def save(n: int, text: str) -> int:
+        return n
+
+    save_ = app.tasks["shop.save"]
+    group_id = start_chord(app, [save_.s(1, "stale"), pay.s(2)], app.tasks["shop.total"].s())
+    first, second = sent(app)
+    run(app, first)
+    ids = [die(app, message, chord_id=group_id) for message in (first, second)]
+    fresh = save_.delay(1, "fresh")
+    dead_letters.replay(ids[0], whole_chord=True, app=app)
+    run_all(app)
+    assert fresh.state == "SUCCESS"
 
 
 def test_a_chord_that_was_refused_can_be_replayed_later(

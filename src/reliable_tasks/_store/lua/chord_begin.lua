@@ -5,12 +5,12 @@
 -- ARGV[2]  id of what it sends last
 -- Returns: 1 if the caller is the first, or 0
 -- Uses: admit_writes
--- Commands: HMGET HSETNX
+-- Commands: HMGET HSET
 local mine = ARGV[1] .. ' ' .. ARGV[2]
 local size, begun = unpack(redis.call('HMGET', KEYS[1], '#', '!'))
 if not size or (begun and begun ~= mine) then
     return 0
 end
 admit_writes(KEYS[1])
-redis.call('HSETNX', KEYS[1], '!', mine)
+redis.call('HSET', KEYS[1], '!', mine)
 return 1
