@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from math import isfinite
 from typing import Any, Self
 
 from reliable_tasks._store.letters import Cause, DeadLetter
@@ -43,14 +44,17 @@ class Which:
         """Read what a caller gives.
 
         Raises:
-            ValueError: There is no such cause.
+            ValueError: There is no such cause or time.
+            TypeError: The task is no name, or the time is none.
         """
         if cause is not None and cause not in [*Cause]:
             raise ValueError(
                 f"cause = {cause!r}" + nearest(str(cause), [str(one) for one in Cause])
             )
+        if task is not None and not isinstance(task, str):
+            raise TypeError(f"task = {task!r}: give its name")
         known = None if cause is None else str(Cause(cause))
-        return cls(task, known, _seconds(since), _seconds(before))
+        return cls(task, known, _seconds("since", since), _seconds("before", before))
 
     @property
     def is_all(self) -> bool:
@@ -76,10 +80,15 @@ class Which:
         )
 
 
-def _seconds(moment: Moment | None) -> float | None:
+def _seconds(name: str, moment: Moment | None) -> float | None:
     if moment is None:
         return None
     if isinstance(moment, datetime):
         return moment.timestamp()
-    ago = moment.total_seconds() if isinstance(moment, timedelta) else float(moment)
+    ago = moment.total_seconds() if isinstance(moment, timedelta) else moment
+    needed = f"{name} = {moment!r}: give a datetime, a timedelta, or how many seconds ago"
+    if not isinstance(ago, (int, float)):
+        raise TypeError(needed)
+    if not isfinite(ago):
+        raise ValueError(needed)
     return time.time() - ago

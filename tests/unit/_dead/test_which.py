@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -113,3 +113,18 @@ def test_all_are_meant_where_nothing_is_said(given: Any, is_all: bool) -> None:
 def test_a_letter_is_one_of_them_or_not(given: Any, is_found: bool) -> None:
     """One that was kept 30 s ago: since then is with it, before then is without."""
     assert Which.of(*given).has(letter(at=NOON - 30)) is is_found
+
+
+@pytest.mark.parametrize(
+    ("filters", "kind", "named"),
+    [
+        (("shop.pay", None, "1h", None), TypeError, "since = '1h': give a datetime"),
+        (("shop.pay", None, None, date(2026, 3, 1)), TypeError, r"before = datetime.date\(2026"),
+        (("shop.pay", None, float("nan"), None), ValueError, "since = nan: give a datetime"),
+        ((len, None, None, None), TypeError, r"task = <built-in function len>: give its name"),
+    ],
+)
+def test_what_is_none_is_named(filters: Any, kind: type[Exception], named: str) -> None:
+    """With what is wanted."""
+    with pytest.raises(kind, match=named):
+        Which.of(*filters)
