@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from celery.exceptions import Ignore, Reject, Retry
+from celery.utils.serialization import get_pickleable_exception
 
 from reliable_tasks._broker.fence import Fenced, exclusively
 from reliable_tasks._celery.budgets import condemned
@@ -164,6 +165,13 @@ def _ending_alone(task: Any, body: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return body(*args, **kwargs)
+        except Reject as rejected:
+            # Celery hands its reason on as it is, and a pool waits for what it cannot unpickle.
+            reason = rejected.reason  # type: ignore[attr-defined]
+            shown = get_pickleable_exception(reason) if isinstance(reason, Exception) else reason
+            if shown is reason:
+                raise
+            raise Reject(shown, rejected.requeue) from rejected  # type: ignore[attr-defined]
         except Exception:
             raise
         except BaseException as error:

@@ -72,6 +72,7 @@ def replayed(scene: Scene, letter: dead_letters.DeadLetter, **options: Any) -> R
         ("fail_again", "retries", "KeyError: 'order'", 2),
         ("slow", "time_limit", "TimeLimitExceeded", 0),
         ("dropped", "rejected", "Reject", 0),
+        ("dropped_oddly", "rejected", "0 of tea", 0),
     ],
 )
 def test_a_task_that_fails_for_good_is_kept_whole(

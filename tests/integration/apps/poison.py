@@ -245,6 +245,11 @@ def build(
         start(self, name)
         raise Reject("not here", requeue=False)
 
+    @app.task(name="dropped_oddly", **common)
+    def dropped_oddly(self: Task, name: str) -> None:
+        start(self, name)
+        raise Reject(OutOfStock("tea", 0), requeue=False)
+
     @app.task(name="perishable", dead_letter={"expired": True}, **common)
     def perishable(self: Task, name: str) -> str:
         start(self, name)
