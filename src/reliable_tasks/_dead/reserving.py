@@ -120,6 +120,7 @@ def sending(app: Celery, letter: DeadLetter, last_id: str) -> Iterator[set[str]]
     thread = threading.get_ident()
 
     def note(headers: Any = None, **_: Any) -> None:
+        # Other threads send other tasks.
         if threading.get_ident() == thread and isinstance(headers, Mapping):
             queued.add(str(headers.get("id")))
 
