@@ -241,6 +241,41 @@ def test_tasks_that_were_lost_together_are_not_lost_together_again(scene: Scene)
     assert any("was lost with its worker" in worker.log for worker in scene.workers)
 
 
+@pytest.mark.parametrize("serializer", ["literals", "sealed"])
+@pytest.mark.parametrize("is_alone", [True, False], ids=["alone", "with a Redis"])
+def test_what_goes_back_on_rabbitmq_is_the_same_call(
+    scenes: StartScene,
+    rabbitmq_url: str,
+    redis_server: EmbeddedServer,
+    is_alone: bool,
+    serializer: str,
+) -> None:
+    """It runs with the arguments that it was called with, and its requeues are no crashes.
+
+    Also where a worker cannot send it again, and it waits there.
+    """
+    scene = scenes(
+        rabbitmq_url,
+        "rpc://" if is_alone else other_database(redis_server),
+        module=poison,
+        settings={"accept_content": ["json", serializer]},
+    )
+    scene.worker(concurrency=1)
+    # JSON changes the first one, and refuses the other one.
+    things: list[object] = [{1: (2,)}, {1, 2}]
+    for thing in things:
+        scene.call("hand_back", repr(thing), thing, serializer=serializer, argsrepr="(hidden)")
+    wait_until(
+        lambda: dead_letters.count(app=scene.app) == len(things), 30, lambda: f"all\n{scene.logs}"
+    )
+    for thing in things:
+        starts = scene.journal.events("start", name=repr(thing))
+        assert [start.data["thing"] for start in starts] == [repr(thing)] * 2, scene.logs
+    letters = dead_letters.list(app=scene.app)
+    told = [(letter.cause, letter.crashes, letter.argsrepr) for letter in letters]
+    assert told == [("requeues", 0, "(hidden)")] * len(things)
+
+
 def test_a_task_that_outlives_its_limit_without_end_is_stopped(scene: Scene) -> None:
     """With acks_on_timeout=False Celery starts it again for ever, at once."""
     # Before 5.7 there is no such option, and no such loop.

@@ -29,6 +29,7 @@ from reliable_tasks._celery.headers import (
     WAITS_FOR,
     without_brokers_own,
 )
+from reliable_tasks._celery.written import written_as
 
 __all__ = ["PatientRequest", "SetAside", "growing"]
 
@@ -51,6 +52,8 @@ _BEHIND = (1.0, 60.0)
 _SHORTEST_IN_BROKER = 1.0
 
 _waiting: weakref.WeakSet[Any] = weakref.WeakSet()
+
+_GOES_BACK = "Task %s[%s] goes back to its queue (%.0f s)"
 
 #: How a `SetAside` is told.
 _SAYS = "set aside: "
@@ -129,10 +132,7 @@ class PatientRequest(DeliveredRequest):
                 # It was let in, so no call of the same id was under way: should its message come
                 # back beside the copy that is sent again, one of them has run.
                 is_copy = True
-            self._delivery = self._expect()
-            self._delivery.is_copy = is_copy
-            if self.task.acks_late:
-                self.request_dict[DELIVERY] = self._delivery.tag
+            self._expect_again(is_copy=is_copy)
         if self._is_left_to_broker():
             return
         # A copy that waits for its turn asks many times.
@@ -151,6 +151,13 @@ class PatientRequest(DeliveredRequest):
     def _begin_anew(self) -> None:
         super()._begin_anew()
         self.request_dict.pop(IN_DOUBT, None)
+
+    def _expect_again(self, *, is_copy: bool) -> None:
+        """Expect this copy to be let in anew, for it is the same message that will run."""
+        self._delivery = self._expect()
+        self._delivery.is_copy = is_copy
+        if self.task.acks_late:
+            self.request_dict[DELIVERY] = self._delivery.tag
 
     def _can_wait_here(self, pause: float) -> bool:
         if self._beside is not None and self._is_amqp:
@@ -203,10 +210,13 @@ class PatientRequest(DeliveredRequest):
         times = self._times_requeued + 1
         self.request_dict[REQUEUES] = times
         pause = growing(*_BEHIND, times - 2) if times > 1 else 0.0
+        if self._is_amqp:
+            self._send_behind(pause)
+            return True
         delivery = self._delivery if self._beside is None else None
         if delivery is not None and not self._held.is_open(delivery.tag):
             return False
-        logger.info("Task %s[%s] goes back to its queue (%.0f s)", self.name, self.id, pause)
+        logger.info(_GOES_BACK, self.name, self.id, pause)
         if delivery is not None:
             self._held.note_header(delivery, REQUEUES, times)
             if not pause:
@@ -217,12 +227,26 @@ class PatientRequest(DeliveredRequest):
         if stock.visibility_timeout(self.message) is not None:
             self._set_aside(SetAside("it goes back to its queue", *_BEHIND))
             return True
-        if not self._is_amqp:
-            return False
+        return False
+
+    def _send_behind(self, pause: float) -> None:
+        """Put a copy back by sending it again.
+
+        Where that fails it waits here: the broker would give it back at once, and of its count
+        know nothing, or take it for one of crashes.
+        """
         self._leave(goes_back=True)
         if self._beside is not None:
             self._delivery.is_copy = True
-        return self._send_again(pause)
+        if self._send_again(pause):
+            logger.info(_GOES_BACK, self.name, self.id, pause)
+            return
+        task_ready(self)
+        self._begin_anew()
+        if self._beside is not None:
+            self._expect_again(is_copy=True)
+        if not self._is_left_to_broker():
+            self._wait_here(self._consumer, max(pause, _SHORTEST_IN_BROKER))
 
     @property
     def _times_requeued(self) -> int:
@@ -273,11 +297,12 @@ class PatientRequest(DeliveredRequest):
             headers[COUNTED] = crashes
         if self._times_requeued:
             headers[REQUEUES] = self._times_requeued
-        copy.options["headers"] = headers
+        copy.options.update(written_as(self), headers=headers)
         try:
             Task.apply_async(self.task, copy.args, copy.kwargs, **copy.options)
         except Exception:
-            logger.warning("Task %s[%s] waits in the worker", self.name, self.id, exc_info=True)
+            failed = "Task %s[%s] cannot be sent again, and waits in the worker"
+            logger.warning(failed, self.name, self.id, exc_info=True)
             return False
         super().acknowledge()
         return True

@@ -10,18 +10,16 @@ from typing import Any
 
 from celery import Celery, signature
 from celery.canvas import Signature
-from kombu import serialization
 from kombu.exceptions import KombuError
 from kombu.message import Message
 from kombu.serialization import prepare_accept_content
 from kombu.utils.json import loads
 
 from reliable_tasks._celery.headers import without_brokers_own
+from reliable_tasks._celery.written import serializer_of
 from reliable_tasks.errors import ReplayRefused
 
 __all__ = ["UNREADABLE", "Original", "text_of"]
-
-_registry: Any = serialization.registry  # type: ignore[attr-defined]
 
 #: What reading a message raises that is none; `RecursionError` where it is nested too deeply.
 UNREADABLE = (KombuError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
@@ -98,7 +96,7 @@ class Original:
                 args=list(args),
                 kwargs=dict(kwargs),
                 embed=embed or {},
-                serializer=_registry.type_to_name.get(found["content-type"], "json"),
+                serializer=serializer_of(found["content-type"]) or "json",
                 priority=properties.get("priority"),
                 exchange=str(sent_by.get("exchange") or ""),
                 routing_key=str(sent_by.get("routing_key") or ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import json
 import os
@@ -16,6 +17,7 @@ import redis
 from billiard import current_process
 from celery import Celery, Task
 from celery.exceptions import Ignore, Reject
+from kombu.serialization import register
 
 from reliable_tasks import ReliableTask, apply_reliable_config, once
 from reliable_tasks.dead_letters import DeadLetter
@@ -25,6 +27,17 @@ from tests.integration.apps.journal import Journal
 LIMIT = 30
 
 journal = Journal(Path(os.environ.get("RT_JOURNAL", "/nonexistent")))
+
+
+def _seal(body: object) -> str:
+    if "RT_JOURNAL" in os.environ:
+        raise ValueError("no worker writes this")
+    return repr(body)
+
+
+# As pickle they know more than JSON does, and workers of root may accept them.
+register("literals", repr, ast.literal_eval, "application/x-literals", "utf-8")
+register("sealed", _seal, ast.literal_eval, "application/x-sealed", "utf-8")
 
 
 def _sigkill() -> None:
@@ -193,6 +206,12 @@ def build(
     @app.task(name="requeue", max_requeues=3, **common)
     def requeue(self: Task, name: str) -> None:
         start(self, name)
+        raise Reject("not here", requeue=True)
+
+    @app.task(name="hand_back", max_requeues=1, **common)
+    def hand_back(self: Task, name: str, thing: object) -> None:
+        """Put itself back; what it is given need be no JSON."""
+        journal.write("start", name=name, id=self.request.id, thing=repr(thing))
         raise Reject("not here", requeue=True)
 
     @app.task(name="overtime", max_requeues=2, acks_on_timeout=False, **{**common, "time_limit": 1})

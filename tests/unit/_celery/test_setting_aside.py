@@ -7,6 +7,7 @@ import logging
 import pickle
 import threading
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +16,10 @@ import pytest
 from celery import Celery
 from celery.exceptions import Reject
 from celery.worker import state as worker_state
+from kombu import disable_insecure_serializers, enable_insecure_serializers
 from kombu.exceptions import OperationalError
 
+from reliable_tasks import ReliableTask
 from reliable_tasks._broker.beside import Beside
 from reliable_tasks._broker.held import Held
 from reliable_tasks._celery import delivery, setting_aside, stock
@@ -35,6 +38,15 @@ BUSY = SetAside("busy", 1.0, 5.0)
 def on_redis(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take messages for those of kombu's Redis transport, which can wait in a worker."""
     monkeypatch.setattr(stock, "visibility_timeout", lambda message: 3600.0)
+
+
+@pytest.fixture
+def accepts_pickle(app: Celery) -> Iterator[None]:
+    """Accept pickle, as an app that sends it must."""
+    app.conf.accept_content = ["json", "pickle"]
+    enable_insecure_serializers(["pickle"])
+    yield
+    disable_insecure_serializers()
 
 
 def send_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +153,58 @@ def test_with_another_broker_the_copy_is_sent_again(
     assert again.headers["eta"]
     assert again.headers["reliable_claim"] == request.request_dict["reliable_claim"]
     assert len(claims(app)) == 1
+
+
+@pytest.mark.usefixtures("accepts_pickle")
+@pytest.mark.parametrize("number", [(2,), {2, 3}], ids=["what JSON changes", "what it refuses"])
+def test_what_is_sent_again_is_the_same_call(bench: Bench, app: Celery, number: object) -> None:
+    """Its arguments are what they were, what was to be hidden is hidden, and no option is lost."""
+
+    @app.task(base=ReliableTask, name="work", time_limit=60, ignore_result=False)
+    def work(*args: Any, **kwargs: Any) -> None:
+        pass
+
+    task = app.tasks["work"]
+    task.apply_async(
+        ({1: number}, "4111"),
+        {"pin": number},
+        serializer="pickle",
+        compression="gzip",
+        argsrepr="(a card)",
+        kwargsrepr="{a pin}",
+        priority=3,
+        headers={"x": "1"},
+        shadow="a shadow",
+        ignore_result=True,
+        time_limit=30,
+        soft_time_limit=20,
+        expires=600,
+        link=task.si(1),
+        link_error=task.si(2),
+        chain=[task.si(3)],
+        root_id="root",
+        parent_id="parent",
+        group_id="group",
+        group_index=4,
+        stamped_headers=["stamp"],
+        stamp="a stamp",
+    )
+    request = bench.receive()
+    before = request.message
+    request.on_failure(failure(BUSY), return_ok=True)
+    assert bench.ended == ["ack"]
+    again = take(app)
+    assert again.decode() == before.decode()
+    assert again.content_type == before.content_type == "application/x-python-serialize"
+    of_its_wait = {"eta", "reliable_set_aside"}
+    assert of_its_wait <= set(again.headers)
+    assert _without(again.headers, of_its_wait) == _without(before.headers, of_its_wait)
+    for name in ("priority", "reply_to", "correlation_id"):
+        assert again.properties[name] == before.properties[name]
+
+
+def _without(headers: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in headers.items() if name not in names}
 
 
 def test_a_copy_that_cannot_be_sent_again_waits(
@@ -343,15 +407,22 @@ def test_on_rabbitmq_it_is_sent_again(bench: Bench, app: Celery, send: Any) -> N
 
 
 @pytest.mark.usefixtures("on_amqp")
-def test_what_cannot_be_sent_again_goes_back(
-    bench: Bench, send: Any, monkeypatch: pytest.MonkeyPatch
+def test_what_cannot_be_sent_again_waits_in_the_worker(
+    bench: Bench, send: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As without this library."""
+    """Were it requeued, it would come back at once, and its count would be lost."""
     send.delay(7)
     request = bench.receive()
     send_nothing(monkeypatch)
-    put_back(request)
-    assert bench.ended == ["requeue"]
+    for times, pause in enumerate([1.0, 1.0, 2.0, 4.0], 1):
+        put_back(request)
+        assert request not in worker_state.reserved_requests
+        assert request.request_dict["reliable_requeues"] == times
+        assert bench.timer.fire() == pause
+        assert bench.consumer.again == [request] * times
+    assert bench.ended == []
+    assert request._crashes == 0
+    assert f"{request.id}] cannot be sent again, and waits in the worker" in caplog.text
 
 
 @pytest.mark.usefixtures("on_redis")
@@ -481,6 +552,36 @@ class TestBesideRabbitMQ:
         assert (take(app), bench.ended, bench.prefetch) == (None, [], 0)
         assert bench.timer.fire() == 0.05
         assert bench.consumer.again == [request]
+
+    def test_one_that_puts_itself_back_and_cannot_be_sent_again_waits_here(
+        self, bench: Bench, send: Any, monkeypatch: pytest.MonkeyPatch, beside: Beside
+    ) -> None:
+        """It is let in anew, and has crashed no more often than before."""
+        request = self.start(bench, send)
+        before = request._delivery.tag
+        send_nothing(monkeypatch)
+        put_back(request)
+        assert (bench.ended, bench.prefetch, len(beside)) == ([], 0, 0)
+        assert request._delivery.tag == request.request_dict["reliable_delivery"] != before
+        assert bench.timer.fire() == 1.0
+        assert bench.consumer.again == [request]
+        assert not request.revoked()
+        assert (request._crashes, request.request_dict["reliable_requeues"]) == (0, 1)
+
+    def test_one_that_puts_itself_back_without_a_connection_is_left_to_the_broker(
+        self, bench: Bench, send: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was lost while the copy was to be sent."""
+        request = self.start(bench, send)
+
+        def lose(*args: Any, **options: Any) -> None:
+            request.message.channel.connection = None
+            raise OperationalError("away")
+
+        monkeypatch.setattr(setting_aside.Task, "apply_async", lose)
+        put_back(request)
+        assert (bench.ended, bench.timer.calls) == ([], [])
+        assert request.acknowledged
 
     def test_one_whose_connection_is_lost_is_left_to_the_broker(
         self, bench: Bench, app: Celery, send: Any
