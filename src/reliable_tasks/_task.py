@@ -18,6 +18,7 @@ from reliable_tasks._broker import listeners
 from reliable_tasks._broker.beside import note_done
 from reliable_tasks._broker.continuing import check_held, continuing, note_continued
 from reliable_tasks._celery.budgets import condemned
+from reliable_tasks._celery.counts import carried_count, give_count
 from reliable_tasks._celery.delays import with_short_delay
 from reliable_tasks._celery.delivery import remember_consumer
 from reliable_tasks._celery.headers import FIRST_FAILED, OF_ONE_COPY, without_brokers_own
@@ -329,7 +330,7 @@ class ReliableTask(AskedTask):
             raise error
         claim = run.claim if run else Claim.from_headers(self.request.headers, self.request.id)
         given = options.get("headers", self.request.headers) or {}
-        headers = without_brokers_own(given, *OF_ONE_DELIVERY, *OF_ONE_COPY)
+        headers = without_brokers_own(given, *OF_ONE_DELIVERY, *OF_ONE_COPY) | carried_count(self)
         if claim is not None:
             # A message published by name has no claim in its headers, and a caller's own headers
             # replace those that it has.
@@ -365,6 +366,7 @@ class ReliableTask(AskedTask):
         if run is not None:
             headers = {**(sig.options.get("headers") or {}), CLAIM: run.claim.as_header()}
             sig.set(headers=headers)
+        give_count(self, sig)
         try:
             if isinstance(sig, (group, chord)):
                 check_held(self.app, self)

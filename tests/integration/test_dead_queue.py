@@ -56,6 +56,15 @@ def test_what_goes_back_is_no_crash(bare: Scene) -> None:
     assert bare.starts("order") == 5
 
 
+def test_the_count_goes_on_with_what_a_task_goes_on_with(bare: Scene) -> None:
+    """Each of its messages is counted by itself, and what it was until then goes with the next."""
+    ways = ("sigkill", "retry", "sigkill", "requeue", "replace", "sigkill")
+    result = bare.call("waver", "poison", *ways)
+    (letter,) = in_order(bare, 1)
+    assert (letter.task_id, letter.cause, letter.crashes) == (result.id, "poison", 3), bare.logs
+    assert bare.starts("poison") == len(ways)
+
+
 def test_letters_are_worked_off_in_order(bare: Scene) -> None:
     """List, replay and purge work; what needs an index is refused with the reason."""
     for name in ("a", "b", "c"):

@@ -15,15 +15,14 @@ from typing import Any
 from celery.worker.state import active_requests, reserved_requests, task_ready
 
 from reliable_tasks._celery.consumer import copy_of
+from reliable_tasks._celery.counts import counted
 from reliable_tasks._celery.failures import info_of
-from reliable_tasks._celery.headers import CONDEMNED, COUNTED
+from reliable_tasks._celery.headers import CONDEMNED
 from reliable_tasks._celery.setting_aside import PatientRequest, SetAside
 from reliable_tasks.errors import PoisonPill, ReliableError, RequeuesExhausted
 
 __all__ = ["BudgetedRequest", "condemned"]
 
-#: The count of a quorum queue.
-_DELIVERY_COUNT = "x-delivery-count"
 #: For how long a suspect is started alone (s): what kills mostly does so soon.
 _PROBATION = 3.0
 #: How soon one that waits for its turn looks again, at first and at last (s).
@@ -56,11 +55,8 @@ class BudgetedRequest(PatientRequest):
         """How often the task was started before and ended by no word of its own."""
         if self._delivery is not None:
             return int(self._delivery.copy.crashes)
-        # Of RabbitMQ without a Redis: an upper bound, for it counts all that comes back.
-        if not (self.task.acks_late and self._is_amqp):
-            return 0
-        counts = (self.request_dict.get(name) for name in (_DELIVERY_COUNT, COUNTED))
-        return sum(count for count in counts if isinstance(count, int))
+        # Of RabbitMQ without a Redis.
+        return counted(self.request_dict) if self.task.acks_late and self._is_amqp else 0
 
     def _may_run_again(self) -> bool:
         """Say whether the task may be started; if not, it was set aside, or has ended."""

@@ -39,7 +39,7 @@ TIMES_SET_ASIDE = "reliable_set_aside"
 WAITS_FOR = "reliable_waits_for"
 #: Header of a copy that put itself back into its queue: how often it did.
 REQUEUES = "reliable_requeues"
-#: Header of a copy that was sent again where RabbitMQ alone counts: its count until then.
+#: Header of what is sent again, or of a retry, where RabbitMQ alone counts: its count until then.
 COUNTED = "reliable_counted"
 OF_ONE_COPY = (IS_COPY, TIMES_SET_ASIDE, WAITS_FOR, REQUEUES, COUNTED, CONDEMNED)
 

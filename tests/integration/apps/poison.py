@@ -228,6 +228,10 @@ def build(
             time.sleep(30)
         elif way == "requeue":
             raise Reject("not here", requeue=True)
+        elif way == "retry":
+            raise self.retry(countdown=0)
+        elif way == "replace":
+            raise self.replace(self.si(name, *ways))
         elif way == "fail":
             raise ValueError(f"{name} is broken")
         elif way is not None:

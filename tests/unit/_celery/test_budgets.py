@@ -12,7 +12,7 @@ from typing import Any
 import fakeredis
 import pytest
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
-from celery import Celery, Task
+from celery import Celery, Task, chain, chord
 from celery.canvas import Signature
 from celery.exceptions import Reject
 from celery.worker import state as worker_state
@@ -739,3 +739,114 @@ class TestOnRabbitMQ:
         request = self.receive(bench, work, x_delivery_count=1)
         lose_child(request, "exitcode 3.")
         assert [one["crashes"] for one in told] == [2]
+
+    @pytest.mark.parametrize(
+        ("headers", "carried"),
+        [
+            ({}, None),
+            ({"x_delivery_count": 1}, 1),
+            ({"x_delivery_count": 1, "reliable_counted": 1}, 2),
+            ({"reliable_counted": 1}, 1),
+            ({"x_delivery_count": "1", "reliable_counted": None}, None),
+        ],
+    )
+    @pytest.mark.parametrize("own", [{}, {"headers": {"x": "1"}}], ids=["", "headers of its own"])
+    @pytest.mark.parametrize("how", ["retries", "is replaced"])
+    def test_the_count_goes_on_with_a_task(
+        self,
+        bench: Bench,
+        app: Celery,
+        headers: dict[str, Any],
+        carried: int | None,
+        own: dict[str, Any],
+        how: str,
+    ) -> None:
+        """Its next message is a new one, of which the queue counts nothing yet."""
+
+        @app.task(base=ReliableTask, name="shop.continuing", bind=True)
+        def continuing(self: Any, n: int) -> None:
+            if how == "retries":
+                raise self.retry(countdown=0, **own)
+            raise self.replace(self.si(n).set(**own))
+
+        request = self.receive(bench, app.tasks["shop.continuing"], **headers)
+        assert starts(request)
+        run_child(request)
+        again = take(app).headers
+        assert again["id"] == request.id
+        assert again.get("reliable_counted") == carried
+        assert "x-delivery-count" not in again
+        assert again.get("x") == own.get("headers", {}).get("x")
+
+    def test_the_count_is_of_those_that_are_counted(self, bench: Bench, app: Celery) -> None:
+        """Early acks are not; and a Redis that counts knows it by the task's id."""
+
+        @app.task(base=ReliableTask, name="shop.retrying", bind=True)
+        def retrying(self: Any, n: int) -> None:
+            raise self.retry(countdown=0)
+
+        task = app.tasks["shop.retrying"]
+        for acks_late, headers in ((False, {}), (True, {"reliable_delivery": "tag"})):
+            task.acks_late = acks_late
+            request = self.receive(bench, task, x_delivery_count=1)
+            request.request_dict.update(headers)
+            run_child(request)
+            assert "reliable_counted" not in take(app).headers
+
+    def test_what_puts_itself_back_and_retries_has_not_crashed(
+        self, bench: Bench, app: Celery
+    ) -> None:
+        """It is sent again for the one, and for the other one; neither is counted."""
+
+        @app.task(base=ReliableTask, name="shop.wavering", bind=True)
+        def wavering(self: Any, n: int) -> None:
+            raise self.retry(countdown=0)
+
+        request = self.receive(bench, app.tasks["shop.wavering"])
+        request.on_failure(failure(Reject("later", requeue=True)), return_ok=True)
+        again = bench.receive()
+        assert again.request_dict["reliable_requeues"] == 1
+        assert starts(again)
+        run_child(again)
+        assert not {"reliable_counted", "reliable_requeues"} & set(take(app).headers)
+
+    @pytest.mark.parametrize(
+        ("shape", "counts"),
+        [
+            ("in a chain", [1, None]),
+            ("the last of a chain", [None, 1]),
+            ("the body of a chord", [None, 1]),
+        ],
+    )
+    def test_a_count_goes_on_with_its_id(
+        self, bench: Bench, app: Celery, shape: str, counts: list[int | None]
+    ) -> None:
+        """What a task is replaced by may be more than one; the others have not crashed."""
+
+        @app.task(base=ReliableTask, name="shop.part")
+        def part(n: int = 0) -> int:
+            return n
+
+        @app.task(base=ReliableTask, name="shop.replaced", bind=True)
+        def replaced(self: Any, n: int) -> None:
+            one, other = app.tasks["shop.part"].si(1), app.tasks["shop.part"].si(2)
+            shapes = {
+                "in a chain": one,
+                "the last of a chain": chain(one, other),
+                "the body of a chord": chord([one], other),
+            }
+            raise self.replace(shapes[shape])
+
+        rest = [app.tasks["shop.part"].si(3)] if shape == "in a chain" else []
+        app.tasks["shop.replaced"].apply_async(
+            (7,), headers={"x-delivery-count": 1}, chain=rest, task_id="replaced"
+        )
+        request = bench.receive()
+        assert starts(request)
+        run_child(request)
+        found = []
+        while (message := take(app)) is not None:
+            found.append((message.headers["id"], message.headers.get("reliable_counted")))
+            run(app, message)
+        assert [count for _, count in found] == counts
+        assert [identity for identity, count in found if count] == ["replaced"]
