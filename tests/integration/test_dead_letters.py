@@ -208,11 +208,27 @@ def test_rabbitmq_keeps_none_of_them_twice(
         assert queue.queue_declare(passive=True).message_count == 0
 
 
+#: RabbitMQ drops what is rejected of such a queue.
+REJECTED_OF_CLASSIC_QUEUE = {
+    "task_default_queue_type": "classic",
+    "task_create_missing_queue_type": "classic",
+    "task_default_exchange_type": "direct",
+    "task_acks_on_failure_or_timeout": False,
+}
+
+
+@pytest.mark.parametrize(
+    "more", [{}, REJECTED_OF_CLASSIC_QUEUE], ids=["acknowledged", "rejected of a classic queue"]
+)
 def test_a_letter_waits_for_the_redis_that_keeps_it(
-    scenes: StartScene, rabbitmq_url: str, redis_server: EmbeddedServer, redis_proxy: Proxy
+    scenes: StartScene,
+    rabbitmq_url: str,
+    redis_server: EmbeddedServer,
+    redis_proxy: Proxy,
+    more: dict[str, Any],
 ) -> None:
-    """Its message is not acknowledged before, so a worker that dies meanwhile loses nothing."""
-    settings = {"reliable_redis_url": f"redis://127.0.0.1:{redis_proxy.port}/0"}
+    """Its message is not ended before, so a worker that dies meanwhile loses nothing."""
+    settings = {"reliable_redis_url": f"redis://127.0.0.1:{redis_proxy.port}/0", **more}
     backend = other_database(redis_server)
     scene = scenes(rabbitmq_url, backend, module=poison, settings=settings)
     worker = scene.worker(concurrency=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -105,23 +106,31 @@ class BuriedRequest(GuardedRequest):
         return self._beside is None or bool(self._beside.is_open(self._delivery.tag))
 
     def _reject_for_good(self) -> None:
-        """Reject the message, unless RabbitMQ would keep it beside the letter."""
+        """Reject the message when it is kept, unless RabbitMQ would keep it beside the letter."""
+        if self.acknowledged:
+            return
         queue = queue_of(self.app, self.message)
-        is_kept_twice = self._is_kept and is_kept_by_rabbitmq(self.app, queue)
-        if not is_kept_twice:
-            Request.reject(self, requeue=False)
-        elif not self.acknowledged:
-            self._acknowledge_when_kept()
+        if self._is_kept and is_kept_by_rabbitmq(self.app, queue):
+            self._end_when_kept(partial(Request.acknowledge, self))
             self.send_event("task-rejected", requeue=False)
+        else:
+            self._end_when_kept(partial(Request.reject, self, requeue=False))
 
     def _acknowledge_when_kept(self) -> None:
-        """Acknowledge the message, but not before it is kept where that is another server's."""
+        """Acknowledge the message when it is kept, or reject what cannot be."""
         if self._is_unkept:
             Request.reject(self, requeue=False)
-        elif self._consumer is not None and self._is_yet_to_be_kept:
-            self._consumer.timer.call_after(_UNTIL_KEPT, self._acknowledge_when_kept)
         else:
-            Request.acknowledge(self)
+            self._end_when_kept(partial(Request.acknowledge, self))
+
+    def _end_when_kept(self, end: Callable[[], None]) -> None:
+        """End the message, but not before it is kept where that is another server's."""
+        if self._consumer is not None and self._is_yet_to_be_kept:
+            # Should this worker die first, the broker has it yet.
+            again = partial(self._end_when_kept, end)
+            self._consumer.timer.call_after(_UNTIL_KEPT, again)
+        else:
+            end()
 
     @property
     def _is_yet_to_be_kept(self) -> bool:

@@ -646,6 +646,37 @@ def test_a_message_waits_for_the_redis_that_keeps_it(
     assert (bench.ended, bench.timer.calls) == (["ack"], [])
 
 
+@pytest.mark.parametrize("error", [Reject("no", requeue=False), ValueError("no")], ids=repr)
+@pytest.mark.parametrize(
+    ("kind", "ended"), [("quorum", "ack"), ("classic", "reject")], ids=["quorum", "classic"]
+)
+def test_a_message_that_is_rejected_waits_for_the_redis_too(
+    bench: Bench,
+    beneath: Beneath,
+    app: Celery,
+    pay: Any,
+    error: Exception,
+    kind: str,
+    ended: str,
+) -> None:
+    """RabbitMQ drops what is rejected of some queues: then a worker that dies would lose it."""
+    keep_what_is_dropped(app)
+    app.conf.task_queues = [Queue("celery", queue_arguments={"x-queue-type": kind})]
+    # The second is the name that Celery 5.7 goes by.
+    pay.acks_on_failure_or_timeout = pay.acks_on_failure = False
+    request = start(bench, pay)
+    beneath.fake.connected = False
+    request.on_failure(failure(error), return_ok=True)
+    for _ in range(2):
+        assert bench.ended == []
+        assert bench.timer.fire() == 0.5
+    beneath.fake.connected = True
+    beneath.beside.say_what_is_unsaid(beneath.server)
+    assert len(beneath.letters()) == 1
+    bench.timer.fire()
+    assert (bench.ended, bench.timer.calls) == ([ended], [])
+
+
 def test_a_success_does_not_wait_for_the_redis(bench: Bench, beneath: Beneath, pay: Any) -> None:
     """Nothing is to be kept of it."""
     request = start(bench, pay)
