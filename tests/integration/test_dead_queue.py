@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from kombu import Producer
+from kombu import Producer, Queue
+from kombu.exceptions import ChannelError
 
 from reliable_tasks import DeadLetterError, PoisonPill, dead_letters
 from reliable_tasks._celery.queues import DEAD, dead_queue
 from reliable_tasks._cli import reliable
+from reliable_tasks._dead.queue import bury_in_queue
+from reliable_tasks._store.letters import Bounds, Cause, DeadLetter, Letter
 from tests.integration.apps import poison
 from tests.integration.conftest import StartScene
 from tests.integration.scene import Scene
@@ -121,6 +124,37 @@ def test_what_rabbitmq_drops_by_itself_is_kept(bare: Scene) -> None:
     bare.worker(concurrency=1)
     (new_id,) = dead_letters.replay_all(app=bare.app).sent.values()
     wait_until(lambda: bare.journal.events("start", id=new_id), 20, lambda: bare.logs)
+
+
+@pytest.mark.parametrize("what", ["queue", "queue and exchange"])
+def test_a_queue_that_is_deleted_is_made_anew(bare: Scene, what: str) -> None:
+    """An operator does so; the letters after that are kept, and the worker goes on."""
+    bare.call("fail", "a")
+    in_order(bare, 1)
+    with bare.app.connection_for_write() as connection:
+        connection.default_channel.queue_delete(DEAD)
+        if what == "queue and exchange":
+            connection.default_channel.exchange_delete(DEAD)
+    result = bare.call("fail", "b")
+    # Not counted before: whoever counts declares the queue.
+    wait_until(lambda: f"it is dead letter {result.id}" in bare.logs, 30, lambda: bare.logs)
+    (letter,) = in_order(bare, 1)
+    assert letter.task_id == result.id
+    bare.call("innocent", "c")
+    bare.wait_starts("c")
+
+
+def test_what_gets_into_no_queue_is_not_kept(
+    scenes: StartScene, rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the queue is deleted in between."""
+    app = scenes(rabbitmq_url, "rpc://", module=poison).app
+    with app.connection_for_write() as connection:
+        dead_queue().exchange(connection.default_channel).declare()
+    monkeypatch.setattr(Queue, "declare", lambda *args, **options: None)
+    about = DeadLetter(id="one", task="fail", task_id="one", cause=Cause.FAILED, error="no")
+    with pytest.raises(ChannelError, match="NO_ROUTE"):
+        bury_in_queue(app, Letter(about, b"{}", Bounds(60, 10, 10)))
 
 
 #: Headers and bodies that nobody expects there.

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from celery import Celery
+from kombu import Exchange, Producer
 
 from reliable_tasks._celery.queues import DEAD, dead_queue
 from reliable_tasks._dead.found import LETTER, Found, read
@@ -40,30 +41,39 @@ def bury_in_queue(app: Celery, letter: Letter) -> None:
     """
     about = {**letter.about.as_dict(), "at": time.time()}
     message = b"" if letter.is_too_large else letter.message
-    queue = dead_queue()
-    with _producer(app) as producer:
-        producer.publish(
-            {"about": about, "message": message.decode("utf-8", "surrogateescape")},
-            serializer="json",
-            exchange=queue.exchange,
-            routing_key=DEAD,
-            headers={LETTER: letter.about.id},
-            declare=[queue],
-            delivery_mode="persistent",
-            retry=True,
-        )
+    body = {"about": about, "message": message.decode("utf-8", "surrogateescape")}
+
+    def publish() -> None:
+        # Each time the queue is declared, for it can have been deleted since: kombu remembers what
+        # it has declared. And the channel is a new one, for an error ends it.
+        with connection.channel() as channel:
+            queue = dead_queue()(channel)
+            queue.declare()
+            Producer(channel).publish(
+                body,
+                serializer="json",
+                exchange=queue.exchange,
+                routing_key=DEAD,
+                headers={LETTER: letter.about.id},
+                delivery_mode=Exchange.PERSISTENT_DELIVERY_MODE,
+                # RabbitMQ confirms also what it has put into no queue.
+                mandatory=True,
+            )
+
+    with _connection(app) as connection:
+        connection.ensure(connection, publish)()
 
 
 @contextmanager
-def _producer(app: Celery) -> Iterator[Any]:
-    """Yield what publishes at the broker that workers read."""
+def _connection(app: Celery) -> Iterator[Any]:
+    """Yield a connection to the broker that workers read."""
     if app.conf.broker_read_url == app.conf.broker_write_url:
-        with app.producer_or_acquire() as producer:
-            yield producer
+        with app.connection_or_acquire() as connection:
+            yield connection
         return
     # Celery has a pool of connections to the other one alone.
     with app.connection_for_read() as connection:
-        yield connection.Producer()
+        yield connection
 
 
 def is_in_queue(app: Celery) -> bool:
