@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from kombu import Producer, Queue
-from kombu.exceptions import ChannelError
+from kombu.exceptions import OperationalError
 
 from reliable_tasks import DeadLetterError, PoisonPill, dead_letters
 from reliable_tasks._celery.queues import DEAD, dead_queue
@@ -153,7 +153,7 @@ def test_what_gets_into_no_queue_is_not_kept(
         dead_queue().exchange(connection.default_channel).declare()
     monkeypatch.setattr(Queue, "declare", lambda *args, **options: None)
     about = DeadLetter(id="one", task="fail", task_id="one", cause=Cause.FAILED, error="no")
-    with pytest.raises(ChannelError, match="NO_ROUTE"):
+    with pytest.raises(OperationalError, match="NO_ROUTE"):
         bury_in_queue(app, Letter(about, b"{}", Bounds(60, 10, 10)))
 
 

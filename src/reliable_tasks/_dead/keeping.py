@@ -9,7 +9,6 @@ from typing import Any
 
 import redis
 from celery import Celery
-from kombu.exceptions import KombuError
 
 from reliable_tasks._dead.letters import raw_of_request
 from reliable_tasks._dead.queue import bury_in_queue
@@ -118,7 +117,8 @@ def bury(app: Celery, task: Any, letter: Letter, event: str) -> bool:
             bury_in_queue(app, letter)
         else:
             raise LookupError("no Redis is configured")
-    except (redis.exceptions.RedisError, KombuError, LookupError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - a client raises what it raises
+        # Whoever ends a task would not go on: its slot would stay taken.
         logger.critical(
             "Task %s[%s] will not run again, and cannot be kept as a dead letter (%s): %r",
             letter.about.task,

@@ -14,6 +14,7 @@ from typing import Any
 
 from celery import Celery
 from kombu import Exchange, Producer
+from kombu.exceptions import OperationalError
 
 from reliable_tasks._celery.queues import DEAD, dead_queue
 from reliable_tasks._dead.found import LETTER, Found, read
@@ -37,7 +38,7 @@ def bury_in_queue(app: Celery, letter: Letter) -> None:
     """Keep a letter; its message is to be acknowledged afterwards.
 
     Raises:
-        kombu.exceptions.OperationalError: The broker cannot be reached.
+        kombu.exceptions.OperationalError: The broker cannot be reached, or refuses it.
     """
     about = {**letter.about.as_dict(), "at": time.time()}
     message = b"" if letter.is_too_large else letter.message
@@ -61,7 +62,13 @@ def bury_in_queue(app: Celery, letter: Letter) -> None:
             )
 
     with _connection(app) as connection:
-        connection.ensure(connection, publish)()
+        try:
+            # The pool keeps also those that it has closed for an error.
+            connection.ensure_connection()
+            connection.ensure(connection, publish)()
+        except (*connection.channel_errors, *connection.connection_errors) as error:
+            # What is not mended by another try kombu leaves as the transport's own.
+            raise OperationalError(f"queue {DEAD}: {error}") from error
 
 
 @contextmanager

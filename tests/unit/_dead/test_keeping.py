@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import redis
+from amqp.exceptions import NotFound
 from celery import Celery
 from kombu.exceptions import OperationalError
 
@@ -159,18 +160,22 @@ def test_where_the_redis_is_away_the_log_has_it(
     assert heard == []
 
 
-def test_where_rabbitmq_is_away_the_log_has_it(
-    rabbit: Celery, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [OperationalError("no"), NotFound("no"), AttributeError("no")])
+def test_where_rabbitmq_does_not_keep_it_the_log_has_it(
+    rabbit: Celery,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
 ) -> None:
-    """The worker goes on."""
+    """The worker goes on, whatever its client raises."""
 
-    def away(*args: Any, **options: Any) -> Any:
-        raise OperationalError("no broker")
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise error
 
-    monkeypatch.setattr(keeping, "bury_in_queue", away)
+    monkeypatch.setattr(keeping, "bury_in_queue", refuse)
     assert not bury(rabbit, TASK, letter(), "event")
     (line,) = at("CRITICAL", caplog)
-    assert "(no broker): b'the message'" in line
+    assert line.endswith(f"({error}): b'the message'")
 
 
 # -- how many there are --------------------------------------------------------------------------

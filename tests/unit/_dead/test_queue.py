@@ -8,10 +8,16 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from amqp.exceptions import (
+    AccessRefused,
+    NotAllowed,
+    NotFound,
+    PreconditionFailed,
+)
 from celery import Celery, chord
 from kombu import Producer
 from kombu.exceptions import OperationalError
-from kombu.transport import memory
+from kombu.transport import memory, pyamqp
 
 from reliable_tasks import ReliableTask
 from reliable_tasks._celery.queues import DEAD, dead_queue
@@ -22,6 +28,12 @@ from reliable_tasks.instrumentation.signals import dead_letter_replayed
 from tests.unit.harness import take
 
 Told = list[tuple[str, str | None, str]]
+#: The letter of a message that is none.
+ANY = Letter(
+    DeadLetter(id="x", task="", task_id="", cause=Cause.UNDECODABLE, error="no message"),
+    b"\xff\x00\xfe",
+    Bounds(60, 10, 100),
+)
 
 
 @pytest.fixture
@@ -119,6 +131,31 @@ def test_they_are_kept_where_workers_read(rabbit: Celery, monkeypatch: pytest.Mo
     id_ = bury(rabbit, 1)
     assert used == ["write", "rabbit"]
     assert ids(rabbit) == [id_]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [NotFound, AccessRefused, PreconditionFailed, NotAllowed],
+    ids=lambda one: one.__name__,
+)
+def test_whatever_the_broker_says_is_one_error(
+    rabbit: Celery, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """And the next letter is kept."""
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise error("not so")
+
+    with monkeypatch.context() as patch:
+        for kind in ("connection_errors", "channel_errors"):
+            for name in (kind, f"recoverable_{kind}"):
+                known = getattr(pyamqp.Transport, name)
+                patch.setattr(memory.Transport, name, known, raising=False)
+        patch.setattr(memory.Channel, "queue_declare", refuse)
+        with pytest.raises(OperationalError, match="not so"):
+            bury_in_queue(rabbit, ANY)
+    bury_in_queue(rabbit, ANY)
+    assert ids(rabbit) == ["x"]
 
 
 # -- reading -------------------------------------------------------------------------------------
@@ -661,8 +698,7 @@ def test_letters_are_removed_for_good(rabbit: Celery) -> None:
 
 def test_what_is_kept_of_a_message_of_any_bytes(rabbit: Celery) -> None:
     """The queue's own messages are JSON, which has text alone."""
-    about = DeadLetter(id="x", task="", task_id="", cause=Cause.UNDECODABLE, error="no message")
-    bury_in_queue(rabbit, Letter(about, b"\xff\x00\xfe", Bounds(60, 10, 100)))
+    bury_in_queue(rabbit, ANY)
     (letter,) = Queued(rabbit).walk()
     assert (letter.id, letter.size) == ("x", 3)
     ((_, new_id, why),) = replay(rabbit)
