@@ -86,8 +86,8 @@ class AskedTask(_Task):
             logger.exception("Task %s[%s] has failed, and little is kept", self.name, request.id)
             return bare_letter(request, error, self._end_options)
 
-    def _reliable_bury(self, letter: Letter) -> bool:
-        return bury(self.app, self, letter, str(uuid4()))
+    def _reliable_bury(self, letter: Letter, *, is_held: bool) -> bool:
+        return bury(self.app, self, letter, str(uuid4()), is_held=is_held)
 
     def _reliable_buried(self, letter: Letter, id: str, count: int) -> None:  # noqa: A002
         tell_buried(self.app, self, letter, id, count)

@@ -18,7 +18,7 @@ from reliable_tasks._store.letters import Bounds, Cause, DeadLetter, Letter
 from tests.integration.apps import poison
 from tests.integration.conftest import StartScene
 from tests.integration.scene import Scene
-from tests.support import wait_until
+from tests.support import RabbitMQServer, wait_until
 
 
 @pytest.fixture
@@ -155,6 +155,47 @@ def test_what_gets_into_no_queue_is_not_kept(
     about = DeadLetter(id="one", task="fail", task_id="one", cause=Cause.FAILED, error="no")
     with pytest.raises(OperationalError, match="NO_ROUTE"):
         bury_in_queue(app, Letter(about, b"{}", Bounds(60, 10, 10)))
+
+
+def test_a_queue_that_refuses_letters_stops_nobody(
+    scenes: StartScene, rabbitmq_server: RabbitMQServer, rabbitmq_url: str
+) -> None:
+    """An operator has bounded it: the message waits until it can be kept; its task ran once."""
+    scene = scenes(rabbitmq_url, "rpc://", module=poison)
+    # RabbitMQ hands out no more at once than can run; one place is that message's.
+    scene.worker(concurrency=2)
+    scene.call("fail", "a")
+    in_order(scene, 1)
+    vhost = rabbitmq_url.rpartition("/")[2]
+    policy = f"policies/{vhost}/bounded"
+    bound = {"max-length": 1, "overflow": "reject-publish"}
+    rabbitmq_server.request("PUT", policy, {"pattern": DEAD, "definition": bound})
+
+    def refused() -> str:
+        """Have a task fail; return its id if its letter is refused, which RabbitMQ begins late."""
+        id_ = scene.call("fail", "b").id
+        wait_until(
+            lambda: f"it is dead letter {id_}" in scene.logs or refusal(id_) in scene.logs,
+            20,
+            lambda: scene.logs,
+        )
+        return id_ if refusal(id_) in scene.logs else ""
+
+    def refusal(id_: str) -> str:
+        return f"Task fail[{id_}] cannot be kept as a dead letter yet, trying again in 1 s: queue"
+
+    id_ = wait_until(refused, 30, lambda: scene.logs)
+    scene.call("innocent", "c")
+    scene.wait_starts("c")
+    rabbitmq_server.request("DELETE", policy)
+    dead_letters.purge(app=scene.app)
+    wait_until(lambda: f"it is dead letter {id_}" in scene.logs, 30, lambda: scene.logs)
+    (letter,) = in_order(scene, 1)
+    assert letter.task_id == id_
+    assert len(scene.journal.events("start", id=id_)) == 1
+    with scene.app.connection_for_read() as connection:
+        queue = scene.app.amqp.queues["celery"](connection.default_channel)
+        assert queue.get() is None
 
 
 #: Headers and bodies that nobody expects there.

@@ -126,11 +126,12 @@ class RabbitMQServer:
         listed = self.request("GET", f"queues/{urllib.parse.quote(vhost, safe='')}")
         return list(listed)
 
-    def request(self, method: str, path: str) -> Any:
+    def request(self, method: str, path: str, content: Any = None) -> Any:
         """Call the management API, e.g. ``request("GET", "connections")``."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self._management_port}/api/{path}",
             method=method,
+            data=None if content is None else json.dumps(content).encode(),
             headers={
                 "Authorization": "Basic " + b64encode(b"guest:guest").decode(),
                 "Content-Type": "application/json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,14 +11,20 @@ from billiard.exceptions import Terminated
 from celery.exceptions import Ignore, Reject, Retry, TaskRevokedError
 from celery.worker.request import Request
 
-from reliable_tasks._celery.channels import queue_of
+from reliable_tasks._celery.channels import is_lost, queue_of
+from reliable_tasks._celery.delivery import NotYetKept
 from reliable_tasks._celery.guarding import GuardedRequest
 from reliable_tasks._celery.queues import is_kept_by_rabbitmq
+from reliable_tasks._celery.setting_aside import growing
 
 __all__ = ["BuriedRequest"]
 
+logger = logging.getLogger("reliable_tasks")
+
 #: How often it is looked whether a message is kept by now (s).
 _UNTIL_KEPT = 0.5
+#: When it is tried again to keep what the broker did not, the first time and at most (s).
+_UNTIL_TAKEN = (1.0, 60.0)
 
 
 class BuriedRequest(GuardedRequest):
@@ -33,12 +40,19 @@ class BuriedRequest(GuardedRequest):
     _is_kept = False
     #: Whether its message must not be acknowledged, for it could not be kept as a dead letter.
     _is_unkept = False
+    #: The dead letter that is yet to be kept, in a step of its own: how often that was tried, and
+    #: when it is tried again (s).
+    _owed_letter: Any = None
+    _times_untaken = 0
+    _until_next_try = 0.0
+    _is_tried_again = False
 
     def _begin_anew(self) -> None:
         super()._begin_anew()
         self._failure = None
         self._is_expired = self._is_reported = self._has_succeeded = False
         self._is_kept = self._is_unkept = False
+        self._owed_letter, self._times_untaken = None, 0
 
     def _note_failure(
         self,
@@ -88,7 +102,29 @@ class BuriedRequest(GuardedRequest):
         if self._is_ended_by_letter:
             self._delivery.letter = letter
             self._delivery.when_buried = partial(self._guard._reliable_buried, letter)
-        elif not self._guard._reliable_bury(letter) and not self.acknowledged:
+        else:
+            self._keep_alone(letter)
+
+    def _keep_alone(self, letter: Any) -> None:
+        """Keep a letter in a step of its own; if that has to wait, its message does."""
+        self._owed_letter = None
+        # With an early ack nobody ends the message afterwards, unless its task has expired.
+        is_ended_afterwards = self.task.acks_late or self._is_expired
+        is_held = is_ended_afterwards and not self.acknowledged and self._consumer is not None
+        try:
+            is_kept = self._guard._reliable_bury(letter, is_held=is_held)
+        except NotYetKept as error:
+            self._until_next_try = growing(*_UNTIL_TAKEN, self._times_untaken)
+            self._owed_letter, self._times_untaken = letter, self._times_untaken + 1
+            logger.error(
+                "Task %s[%s] cannot be kept as a dead letter yet, trying again in %g s: %s",
+                self.name,
+                self.id,
+                self._until_next_try,
+                error,
+            )
+            return
+        if not is_kept and not self.acknowledged:
             # RabbitMQ has a place for what is rejected.
             self._is_kept, self._is_unkept = False, True
 
@@ -118,19 +154,32 @@ class BuriedRequest(GuardedRequest):
 
     def _acknowledge_when_kept(self) -> None:
         """Acknowledge the message when it is kept, or reject what cannot be."""
-        if self._is_unkept:
-            Request.reject(self, requeue=False)
-        else:
-            self._end_when_kept(partial(Request.acknowledge, self))
+        self._end_when_kept(partial(Request.acknowledge, self))
 
     def _end_when_kept(self, end: Callable[[], None]) -> None:
-        """End the message, but not before it is kept where that is another server's."""
-        if self._consumer is not None and self._is_yet_to_be_kept:
-            # Should this worker die first, the broker has it yet.
-            again = partial(self._end_when_kept, end)
-            self._consumer.timer.call_after(_UNTIL_KEPT, again)
+        """End the message, but not before it is kept: should this worker die, the broker has it."""
+        timer = self._consumer.timer if self._consumer is not None else None
+        if self._is_unkept:
+            Request.reject(self, requeue=False)
+        elif timer is not None and self._owed_letter is not None:
+            # The end of a task can be told twice, as that by a time limit is.
+            if not self._is_tried_again:
+                self._is_tried_again = True
+                timer.call_after(self._until_next_try, partial(self._keep_again, end))
+        elif timer is not None and self._is_yet_to_be_kept:
+            timer.call_after(_UNTIL_KEPT, partial(self._end_when_kept, end))
         else:
             end()
+
+    def _keep_again(self, end: Callable[[], None]) -> None:
+        """Keep a letter that was not taken before, and end its message when it is."""
+        self._is_tried_again = False
+        if is_lost(self.message.channel):
+            # The broker has the message again, and whoever gets it runs the task.
+            self.acknowledged = True
+            return
+        self._keep_alone(self._owed_letter)
+        self._end_when_kept(end)
 
     @property
     def _is_yet_to_be_kept(self) -> bool:

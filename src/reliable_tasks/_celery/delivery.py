@@ -26,6 +26,7 @@ from reliable_tasks._celery.registry import hard_limit
 __all__ = [
     "DeliveredRequest",
     "GuardedTask",
+    "NotYetKept",
     "give_back_what_waits",
     "remember_consumer",
     "tell_events_to",
@@ -81,6 +82,10 @@ def remember_consumer(app: Celery, consumer: Any) -> None:
     _consumers[app] = weakref.ref(consumer)
 
 
+class NotYetKept(Exception):
+    """A dead letter is not kept, and may be at a later try."""
+
+
 class GuardedTask(Protocol):
     """What a `ReliableRequest` asks of its task; each is called in the main process."""
 
@@ -115,8 +120,12 @@ class GuardedTask(Protocol):
     ) -> Any:
         """Return the dead letter that a task becomes, or ``None``."""
 
-    def _reliable_bury(self, letter: Any) -> bool:
-        """Keep a dead letter whose message is acknowledged already, or will be if it is kept."""
+    def _reliable_bury(self, letter: Any, *, is_held: bool) -> bool:
+        """Keep a dead letter whose message is acknowledged already, or will be if it is kept.
+
+        Raises:
+            NotYetKept: Its message is held, and is to be until another try.
+        """
 
     def _reliable_buried(self, letter: Any, id: str, count: int) -> None:  # noqa: A002
         """A dead letter is kept, and there are so many."""

@@ -9,7 +9,9 @@ from typing import Any
 
 import redis
 from celery import Celery
+from kombu.exceptions import OperationalError
 
+from reliable_tasks._celery.delivery import NotYetKept
 from reliable_tasks._dead.letters import raw_of_request
 from reliable_tasks._dead.queue import bury_in_queue
 from reliable_tasks._places import DeadPlace, dead_place, is_amqp_url
@@ -96,7 +98,7 @@ def _note_of_chord(app: Celery, group_id: str, note: Callable[[DeadPlace], None]
         )
 
 
-def bury(app: Celery, task: Any, letter: Letter, event: str) -> bool:
+def bury(app: Celery, task: Any, letter: Letter, event: str, *, is_held: bool = False) -> bool:
     """Keep a letter whose message is acknowledged in a step of its own.
 
     Args:
@@ -104,9 +106,13 @@ def bury(app: Celery, task: Any, letter: Letter, event: str) -> bool:
         task: The task, or ``None``.
         letter: What is kept.
         event: The same where the same is kept again, for it is not known whether it was.
+        is_held: Whether its message can wait until the broker keeps it.
 
     Returns:
         Whether it is kept. If not, it is said in the log, with all that there is of it.
+
+    Raises:
+        NotYetKept: The broker does not keep it now, and its message can wait.
     """
     place = dead_place(app)
     id_, count = letter.about.id, 0
@@ -117,7 +123,9 @@ def bury(app: Celery, task: Any, letter: Letter, event: str) -> bool:
             bury_in_queue(app, letter)
         else:
             raise LookupError("no Redis is configured")
-    except Exception as error:  # noqa: BLE001 - a client raises what it raises
+    except Exception as error:
+        if is_held and isinstance(error, OperationalError):
+            raise NotYetKept(str(error)) from error
         # Whoever ends a task would not go on: its slot would stay taken.
         logger.critical(
             "Task %s[%s] will not run again, and cannot be kept as a dead letter (%s): %r",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from amqp.exceptions import MessageNacked
 from celery import Celery
 from kombu import Exchange, Producer
 from kombu.exceptions import OperationalError
@@ -32,6 +33,8 @@ IN_ORDER = (
     f"without a Redis dead letters are kept in the queue {DEAD}, which can be read and worked "
     "off in its order alone (list, replay_all, purge)"
 )
+#: An idle connection may have been cut. More would hold up all that its worker does.
+_TRIES = {"max_retries": 1, "interval_start": 0.2}
 
 
 def bury_in_queue(app: Celery, letter: Letter) -> None:
@@ -50,22 +53,26 @@ def bury_in_queue(app: Celery, letter: Letter) -> None:
         with connection.channel() as channel:
             queue = dead_queue()(channel)
             queue.declare()
-            Producer(channel).publish(
-                body,
-                serializer="json",
-                exchange=queue.exchange,
-                routing_key=DEAD,
-                headers={LETTER: letter.about.id},
-                delivery_mode=Exchange.PERSISTENT_DELIVERY_MODE,
-                # RabbitMQ confirms also what it has put into no queue.
-                mandatory=True,
-            )
+            try:
+                Producer(channel).publish(
+                    body,
+                    serializer="json",
+                    exchange=queue.exchange,
+                    routing_key=DEAD,
+                    headers={LETTER: letter.about.id},
+                    delivery_mode=Exchange.PERSISTENT_DELIVERY_MODE,
+                    # RabbitMQ confirms also what it has put into no queue.
+                    mandatory=True,
+                )
+            except MessageNacked:
+                # For kombu that is a lost connection.
+                raise OperationalError(f"queue {DEAD} refuses it: it may be full") from None
 
     with _connection(app) as connection:
         try:
             # The pool keeps also those that it has closed for an error.
-            connection.ensure_connection()
-            connection.ensure(connection, publish)()
+            connection.ensure_connection(**_TRIES)
+            connection.ensure(connection, publish, **_TRIES)()
         except (*connection.channel_errors, *connection.connection_errors) as error:
             # What is not mended by another try kombu leaves as the transport's own.
             raise OperationalError(f"queue {DEAD}: {error}") from error

@@ -16,16 +16,20 @@ from celery import Celery, chord
 from celery.exceptions import Ignore, Reject, Retry
 from celery.worker import state as worker_state
 from kombu import Exchange, Queue
+from kombu.exceptions import OperationalError
 
 from reliable_tasks import DuplicateTaskError, ReliableTask, dead_letters
 from reliable_tasks._broker.beside import Beside
 from reliable_tasks._broker.held import Held
 from reliable_tasks._celery.queues import keep_what_is_dropped
 from reliable_tasks._celery.request import ReliableRequest
+from reliable_tasks._dead import keeping
+from reliable_tasks._dead.queue import Queued, bury_in_queue
 from reliable_tasks._places import dead_place
 from reliable_tasks._store.dead import DeadStore
 from reliable_tasks._store.delivery import Layout
 from reliable_tasks._store.keys import Keys
+from reliable_tasks._store.letters import Letter
 from reliable_tasks._store.messages import Messages
 from tests.conformance.broker import Broker
 from tests.unit._celery.bench import Bench, failure
@@ -406,6 +410,141 @@ def test_a_rejected_task_that_was_acknowledged_is_ended_once(
     request.acknowledge()
     request.on_failure(failure(Reject("no", requeue=False)), return_ok=True)
     assert (bench.ended, causes(app)) == (["ack"], ["rejected"])
+
+
+# -- on RabbitMQ alone ---------------------------------------------------------------------------
+
+
+class Alone:
+    """A worker of RabbitMQ alone, whose queue of dead letters can refuse them.
+
+    Attributes:
+        refuses: Whether it does.
+    """
+
+    def __init__(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.refuses = True
+        self._bench = bench
+        self.app, self.timer, self.ended = bench.app, bench.timer, bench.ended
+
+        def bury(app: Celery, letter: Letter) -> None:
+            if self.refuses:
+                raise OperationalError("it refuses")
+            bury_in_queue(app, letter)
+
+        monkeypatch.setattr(keeping, "bury_in_queue", bury)
+
+    def receive(self) -> ReliableRequest:
+        """Receive the message of a call."""
+        self.app.tasks["shop.pay"].delay(7)
+        request = self._bench.receive()
+        request.message.channel.connection = object()
+        return request
+
+    def causes(self) -> list[str]:
+        """Why the dead letters are there."""
+        return [str(letter.cause) for letter in Queued(self.app).walk()]
+
+
+@pytest.fixture
+def alone(rabbit: Celery, monkeypatch: pytest.MonkeyPatch) -> Alone:
+    """A worker of RabbitMQ, and nothing else."""
+    keep_what_is_dropped(rabbit)
+
+    @rabbit.task(base=ReliableTask, name="shop.pay")
+    def pay(n: int = 0) -> int:
+        return n
+
+    bench = Bench(rabbit, monkeypatch)
+    bench.start_consumer()
+    return Alone(bench, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "ended", "cause"),
+    [
+        (ValueError("no"), "quorum", "ack", "failed"),
+        (Reject("no", requeue=False), "quorum", "ack", "rejected"),
+        (Reject("no", requeue=False), "classic", "reject", "rejected"),
+    ],
+    ids=["failed", "rejected", "rejected of another queue"],
+)
+def test_a_message_waits_for_a_queue_that_refuses_its_letter(
+    alone: Alone,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    kind: str,
+    ended: str,
+    cause: str,
+) -> None:
+    """It is not ended before the letter is kept, and that is tried less and less often."""
+    alone.app.conf.task_queues = [Queue("celery", queue_arguments={"x-queue-type": kind})]
+    request = alone.receive()
+    request.on_failure(failure(error), return_ok=True)
+    tries = [alone.timer.fire() for _ in range(8)]
+    assert tries == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    assert (alone.ended, alone.causes()) == ([], [])
+    told = [one.getMessage() for one in caplog.records if one.levelno >= logging.ERROR]
+    assert told[0] == (
+        f"Task shop.pay[{request.id}] cannot be kept as a dead letter yet, trying again in 1 s: "
+        "it refuses"
+    )
+    assert len(told) == 9
+    alone.refuses = False
+    alone.timer.fire()
+    assert (alone.ended, alone.causes(), alone.timer.calls) == ([ended], [cause], [])
+
+
+def test_an_end_that_is_told_twice_is_one_letter(alone: Alone) -> None:
+    """A time limit is, in prefork; the message waits for its letter once."""
+    request = alone.receive()
+    request.on_accepted(os.getpid(), time.time())
+    request.on_failure(failure(TimeLimitExceeded(60)))
+    request.on_timeout(soft=False, timeout=60)
+    # The other call is that which waits for the child's end.
+    assert sorted(seconds for seconds, _ in alone.timer.calls) == [1.0, 1.0]
+    for _ in range(2):
+        alone.timer.fire()
+    assert [seconds for seconds, _ in alone.timer.calls] == [2.0]
+    alone.refuses = False
+    alone.timer.fire()
+    assert (alone.ended, alone.causes(), alone.timer.calls) == (["ack"], ["time_limit"], [])
+
+
+def test_a_letter_whose_message_went_back_is_not_tried_again(alone: Alone) -> None:
+    """Its connection was lost meanwhile: the task runs again."""
+    request = alone.receive()
+    request.on_failure(failure(ValueError("no")), return_ok=True)
+    alone.refuses = False
+    request.message.channel.connection = None
+    alone.timer.fire()
+    assert (alone.ended, alone.causes(), alone.timer.calls) == ([], [], [])
+    assert request.acknowledged
+
+
+def test_an_early_ack_does_not_wait_for_the_queue(
+    alone: Alone, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its message is gone: the log has all of it."""
+    alone.app.tasks["shop.pay"].acks_late = False
+    request = alone.receive()
+    request.acknowledge()
+    request.on_failure(failure(ValueError("no")), return_ok=True)
+    assert (alone.ended, alone.timer.calls) == (["ack"], [])
+    assert "cannot be kept as a dead letter (it refuses)" in caplog.text
+
+
+def test_what_no_other_try_can_mend_is_rejected(
+    alone: Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be held for as long as its worker lives."""
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise TypeError("no text")
+
+    monkeypatch.setattr(keeping, "bury_in_queue", refuse)
+    alone.receive().on_failure(failure(ValueError("no")), return_ok=True)
+    assert (alone.ended, alone.timer.calls) == (["reject"], [])
 
 
 # -- parts of chords -----------------------------------------------------------------------------

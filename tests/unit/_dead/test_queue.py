@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from amqp.exceptions import (
     AccessRefused,
+    MessageNacked,
     NotAllowed,
     NotFound,
     PreconditionFailed,
+    RecoverableConnectionError,
 )
 from celery import Celery, chord
 from kombu import Producer
@@ -95,6 +97,13 @@ def ids(app: Celery) -> list[str]:
     return [letter.id for letter in Queued(app).walk()]
 
 
+def speak_amqp(patch: pytest.MonkeyPatch) -> None:
+    """Have the queues in memory tell errors as those of RabbitMQ do."""
+    for kind in ("connection_errors", "channel_errors"):
+        for name in (kind, f"recoverable_{kind}"):
+            patch.setattr(memory.Transport, name, getattr(pyamqp.Transport, name), raising=False)
+
+
 def is_7(letter: DeadLetter) -> bool:
     """Say whether a letter is that of one call."""
     return letter.argsrepr == "(7,)"
@@ -135,27 +144,41 @@ def test_they_are_kept_where_workers_read(rabbit: Celery, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     "error",
-    [NotFound, AccessRefused, PreconditionFailed, NotAllowed],
+    [NotFound, AccessRefused, PreconditionFailed, NotAllowed, RecoverableConnectionError],
     ids=lambda one: one.__name__,
 )
 def test_whatever_the_broker_says_is_one_error(
     rabbit: Celery, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
-    """And the next letter is kept."""
+    """Not many times; and the next letter is kept."""
 
     def refuse(*args: Any, **options: Any) -> Any:
         raise error("not so")
 
     with monkeypatch.context() as patch:
-        for kind in ("connection_errors", "channel_errors"):
-            for name in (kind, f"recoverable_{kind}"):
-                known = getattr(pyamqp.Transport, name)
-                patch.setattr(memory.Transport, name, known, raising=False)
+        speak_amqp(patch)
         patch.setattr(memory.Channel, "queue_declare", refuse)
         with pytest.raises(OperationalError, match="not so"):
             bury_in_queue(rabbit, ANY)
     bury_in_queue(rabbit, ANY)
     assert ids(rabbit) == ["x"]
+
+
+def test_a_queue_that_refuses_is_not_asked_again_at_once(
+    rabbit: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is full, and kombu takes that for a lost connection; the worker has more to do."""
+    asked: list[Any] = []
+
+    def refuse(channel: Any, message: Any, **options: Any) -> None:
+        asked.append(message)
+        raise MessageNacked
+
+    speak_amqp(monkeypatch)
+    monkeypatch.setattr(memory.Channel, "basic_publish", refuse)
+    with pytest.raises(OperationalError, match="refuses it"):
+        bury_in_queue(rabbit, ANY)
+    assert len(asked) == 1
 
 
 # -- reading -------------------------------------------------------------------------------------
