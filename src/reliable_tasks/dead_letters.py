@@ -67,7 +67,8 @@ class Replayed:
     """What came of replaying many dead letters.
 
     Attributes:
-        sent: Ids of the new tasks by those of the dead letters.
+        sent: Ids of the new tasks by those of the dead letters. Of two letters with one id, which
+            RabbitMQ's queue can have, that of the later; ``on_each`` is called with both.
         refused: Why the others were not sent, by their ids.
     """
 

@@ -5,6 +5,7 @@ What RabbitMQ dropped by itself is there, too, as it was: it knows no more than 
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections import deque
@@ -17,9 +18,10 @@ from celery import Celery
 from kombu import Exchange, Producer
 from kombu.exceptions import OperationalError
 
+from reliable_tasks._celery.headers import OF_ONE_DELIVERY, without_brokers_own
 from reliable_tasks._celery.queues import DEAD, dead_queue
 from reliable_tasks._dead.found import LETTER, Found, read
-from reliable_tasks._dead.original import Original
+from reliable_tasks._dead.original import UNREADABLE, Original
 from reliable_tasks._dead.replaying import check_from_queue, send_from_queue
 from reliable_tasks._places import dead_place, is_amqp_url
 from reliable_tasks._store.client import as_text
@@ -151,23 +153,23 @@ class Queued:
             queue: The queue to send them to, if it is another one.
         """
         # The same twice is one that was kept, and not acknowledged: its worker died in between.
-        sent: dict[str, str] = {}
+        sent: set[str] = set()
         with self._asked(matches) as asked:
             for message, found in asked:
                 if limit is not None and len(sent) >= limit:
                     break
                 letter = found.letter
-                # The same for the same letter, should it not be taken away now.
-                new_id = str(uuid.uuid5(uuid.NAMESPACE_OID, letter.id))
                 try:
                     original = self._check(found)
-                    if letter.id not in sent:
+                    # The same for the same letter, should it not be taken away now.
+                    new_id = str(uuid.uuid5(uuid.NAMESPACE_OID, _said_by(found)))
+                    if new_id not in sent:
                         pace.wait()
                         send_from_queue(self._app, letter, original, new_id, queue=queue)
                 except ReplayRefused as refusal:
                     tell(letter, None, refusal.reason)
                     continue
-                sent[letter.id] = new_id
+                sent.add(new_id)
                 message.ack()
                 tell(letter, new_id, "")
 
@@ -250,6 +252,18 @@ class Queued:
                 for message in taken:
                     if not message.acknowledged:
                         message.requeue()
+
+
+def _said_by(found: Found) -> str:
+    """Return what two letters of one message say, and not those of two calls with one id."""
+    try:
+        message = json.loads(found.raw)
+        headers = without_brokers_own(message["headers"], *OF_ONE_DELIVERY)
+        # RabbitMQ orders the headers of what it delivers again.
+        return json.dumps([found.letter.id, {**message, "headers": headers}], sort_keys=True)
+    except UNREADABLE:
+        # Whoever wrote it was none of ours.
+        return repr((found.letter.id, found.raw))
 
 
 def _declared(connection: Any) -> Any:

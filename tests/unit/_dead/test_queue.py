@@ -49,11 +49,15 @@ def rabbit(rabbit: Celery) -> Celery:
     return rabbit
 
 
-def bury(app: Celery, n: int, *, max_body: int = 10_000, **about: Any) -> str:
-    """Have a task die; return the id of its letter."""
+def bury(app: Celery, n: int, *, max_body: int = 10_000, headers: Any = None, **about: Any) -> str:
+    """Have a task die; return the id of its letter.
+
+    Of one with a ``task_id`` that has died already it is the same message again, or another call.
+    """
     task = app.tasks["shop.pay"]
-    result = task.delay(n)
-    raw = raw_of(take(app))
+    result = task.apply_async((n,), task_id=about.get("task_id"))
+    message = take(app)
+    raw = raw_of(message, headers={**message.headers, **(headers or {})})
     known: dict[str, Any] = {
         "task": "shop.pay",
         "task_id": result.id,
@@ -566,6 +570,50 @@ def test_the_same_letter_twice_is_sent_once(rabbit: Celery) -> None:
     assert take(rabbit) is not None
     assert take(rabbit) is None
     assert ids(rabbit) == []
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"x-delivery-count": 2, "x-acquired-count": 3},
+        {"x-death": [{"reason": "delivery_limit"}], "x-first-death-queue": "celery"},
+        {"redelivered": True, "crashes": 1, "reliable_set_aside": 2, "reliable_requeues": 1},
+    ],
+    ids=["counted", "dropped", "by its worker"],
+)
+def test_the_same_letter_twice_is_known_by_its_message(rabbit: Celery, headers: Any) -> None:
+    """Of which each delivery adds something of its own."""
+    id_ = bury(rabbit, 1)
+    bury(rabbit, 1, task_id=id_, headers=headers)
+    first, second = replay(rabbit)
+    assert first == second
+    assert take(rabbit) is not None
+    assert take(rabbit) is None
+
+
+def test_two_calls_with_one_id_are_two_letters(rabbit: Celery) -> None:
+    """Callers may have ids of their own, the same each day: none of them is lost."""
+    drop(rabbit, {"id": "report", "task": "shop.pay"}, ([1], {}, {}))
+    for n in (2, 3):
+        bury(rabbit, n, task_id="report")
+    told = replay(rabbit)
+    assert [(id_, why) for id_, _, why in told] == [("report", "")] * 3
+    assert len({new_id for _, new_id, _ in told}) == 3
+    messages = [take(rabbit) for _ in told]
+    assert [message.decode()[0] for message in messages] == [[1], [2], [3]]
+    assert [message.headers["id"] for message in messages] == [new_id for _, new_id, _ in told]
+    assert ids(rabbit) == []
+
+
+def test_headers_that_nobody_of_ours_writes_can_be_replayed(rabbit: Celery) -> None:
+    """They can be read as some."""
+    rabbit.tasks["shop.pay"].delay(1)
+    message = json.loads(raw_of(take(rabbit)))
+    message["headers"] = [["task", "shop.pay"], ["id", "one"]]
+    drop(rabbit, {"reliable-dead-letter": "x"}, kept(OURS, json.dumps(message)))
+    last = bury(rabbit, 2)
+    told = replay(rabbit)
+    assert [(id_, why) for id_, _, why in told] == [(OURS["id"], ""), (last, "")]
 
 
 def test_a_letter_that_was_not_taken_away_has_the_same_new_id(
