@@ -13,7 +13,6 @@ __all__ = [
     "IN_DOUBT",
     "IS_COPY",
     "OF_ONE_COPY",
-    "OF_ONE_DELIVERY",
     "REPLAY_OF",
     "REQUEUES",
     "TIMES_SET_ASIDE",
@@ -43,8 +42,6 @@ REQUEUES = "reliable_requeues"
 #: Header of what is sent again, or of a retry, where RabbitMQ alone counts: its count until then.
 COUNTED = "reliable_counted"
 OF_ONE_COPY = (IS_COPY, TIMES_SET_ASIDE, WAITS_FOR, REQUEUES, COUNTED, CONDEMNED)
-#: Headers that need not be the same when the same message is delivered again.
-OF_ONE_DELIVERY = (*OF_ONE_COPY, DELIVERY, IN_DOUBT, "crashes", "redelivered")
 
 #: Headers in which RabbitMQ counts how often, and says from where, a message came back.
 _BROKERS_OWN = frozenset(

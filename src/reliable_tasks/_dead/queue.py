@@ -18,7 +18,7 @@ from celery import Celery
 from kombu import Exchange, Producer
 from kombu.exceptions import OperationalError
 
-from reliable_tasks._celery.headers import OF_ONE_DELIVERY, without_brokers_own
+from reliable_tasks._celery.headers import DELIVERY, IN_DOUBT, OF_ONE_COPY, without_brokers_own
 from reliable_tasks._celery.queues import DEAD, dead_queue
 from reliable_tasks._dead.found import LETTER, Found, read
 from reliable_tasks._dead.original import UNREADABLE, Original
@@ -35,6 +35,8 @@ IN_ORDER = (
     f"without a Redis dead letters are kept in the queue {DEAD}, which can be read and worked "
     "off in its order alone (list, replay_all, purge)"
 )
+#: Headers that need not be the same when the same message is delivered again.
+_OF_ONE_TIME = (*OF_ONE_COPY, DELIVERY, IN_DOUBT, "crashes", "redelivered")
 #: An idle connection may have been cut. More would hold up all that its worker does.
 _TRIES = {"max_retries": 1, "interval_start": 0.2}
 
@@ -258,7 +260,7 @@ def _said_by(found: Found) -> str:
     """Return what two letters of one message say, and not those of two calls with one id."""
     try:
         message = json.loads(found.raw)
-        headers = without_brokers_own(message["headers"], *OF_ONE_DELIVERY)
+        headers = without_brokers_own(message["headers"], *_OF_ONE_TIME)
         # RabbitMQ orders the headers of what it delivers again.
         return json.dumps([found.letter.id, {**message, "headers": headers}], sort_keys=True)
     except UNREADABLE:
