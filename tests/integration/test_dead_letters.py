@@ -432,7 +432,7 @@ def test_a_replay_that_is_sent_again_leaves_no_claim(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody could note that it was sent, and its task has ended: the copy is not run."""
-    scene.call("fail_once", "order")
+    scene.call("fail_keyed", "order")
     (letter,) = wait_dead(scene)
     mend(scene, "order")
     place = dead_place(scene.app)
@@ -446,14 +446,14 @@ def test_a_replay_that_is_sent_again_leaves_no_claim(
         with pytest.raises(StoreUnavailable):
             dead_letters.replay(letter.id, app=scene.app)
     (first,) = wait_until(lambda: scene.journal.events("start", name="order")[1:], 20)
-    scene.wait_free("order", task="fail_once")
+    scene.wait_free("order", task="fail_keyed")
     # Nobody waits for whoever did not say how it went.
     place.server.hset(place.store.keys.dead_letter(letter.id), "replay_until", 0)
     assert dead_letters.replay(letter.id, app=scene.app) == first.data["id"]
     scene.call("innocent", "after").get(timeout=20)
-    scene.wait_free("order", task="fail_once")
+    scene.wait_free("order", task="fail_keyed")
     assert scene.starts("order") == 2
-    assert not scene.call("fail_once", "order").duplicate
+    assert not scene.call("fail_keyed", "order").duplicate
 
 
 def test_many_are_replayed_by_what_they_are(scene: Scene) -> None:

@@ -189,9 +189,9 @@ def build(
             start(self, name)
             CRASHES[how]()
 
-        @app.task(name="fail_once", **common)
+        @app.task(name="fail_keyed", **common)
         @once(key="{name}")
-        def fail_once(self: Task, name: str) -> None:
+        def fail_keyed(self: Task, name: str) -> None:
             start(self, name)
             if not journal.events("mended", name=name):
                 raise ValueError(f"{name} is broken")
