@@ -95,14 +95,22 @@ class Scene:
     def control(self, command: str, queue: str, worker: WorkerProcess) -> None:
         """Have a worker add or cancel a consumer, and ask again until it says that it has.
 
-        A green one can be ready a moment before it listens.
+        A green one can be ready a moment before it listens. And it says that it has cancelled one
+        when its loop is yet to do so.
         """
         ask = getattr(self.app.control, command)
+        cancelled = worker.log.count(f"Canceling queue {queue}")
         wait_until(
             lambda: ask(queue, destination=[worker.hostname], reply=True, timeout=2),
             20,
             lambda: f"an answer to {command}\n{self.logs}",
         )
+        if command == "cancel_consumer":
+            wait_until(
+                lambda: worker.log.count(f"Canceling queue {queue}") > cancelled,
+                20,
+                lambda: f"{queue} cancelled\n{self.logs}",
+            )
 
     def wait_listening(self, workers: Sequence[WorkerProcess]) -> None:
         """Wait until workers answer, as those do that have a connection and consume by it."""
