@@ -23,7 +23,7 @@ _ORDER = ["Purpose:", "KEYS", "ARGV", "Returns:", "Uses:", "Commands:"]
 _DURATIONS = re.compile(r"\b(ttl|lease|delay|timeout|interval|window|age|gap|elapsed)\b")
 _UNIT = re.compile(r"\b(s|ms|us)\b")
 _CALL = re.compile(r"redis\.p?call\(\s*'(\w+)'")
-_ROW = re.compile(r"^\| `([\w/]+)` \| .+ \| ([A-Z ]+) \|$", re.MULTILINE)
+_ROW = re.compile(r"^\| `([\w/]+)` \| [a-z].+ \| ([A-Z ]+) \|$", re.MULTILINE)
 
 
 @dataclass(frozen=True)

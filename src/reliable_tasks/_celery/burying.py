@@ -77,7 +77,7 @@ class BuriedRequest(GuardedRequest):
             or (isinstance(error, Ignore) and is_ignored)
             or (isinstance(error, Reject) and bool(error.requeue))  # type: ignore[attr-defined]
         )
-        is_expected = kind not in (None, type(error)) and issubclass(kind, self.task.throws)
+        is_expected = kind not in (None, type(error)) and issubclass(kind, tuple(self.task.throws))
         self._failure = None if goes_on or is_expected else (error, str(traceback or ""))
 
     def send_event(self, type: str, **fields: Any) -> None:  # noqa: A002 - Celery's

@@ -346,11 +346,8 @@ class Killed(BaseException):
     """What nothing of ours handles."""
 
 
-@pytest.mark.parametrize("on_conflict", ["existing", "raise"])
-def test_who_dies_between_claim_and_message_has_sent_nothing(
-    app: Celery, monkeypatch: pytest.MonkeyPatch, clock: time_machine.Traveller, on_conflict: Any
-) -> None:
-    """Where those are two steps: the next one has the same claim, and sends it."""
+def dead_once(app: Celery, on_conflict: Any) -> str:
+    """Have a call of a once-task with 7 die, whose key is free then; return its letter's id."""
 
     @app.task(base=ReliableTask, name="shop.ship")
     @once(key="{n}", on_conflict=on_conflict)
@@ -360,7 +357,15 @@ def test_who_dies_between_claim_and_message_has_sent_nothing(
     app.tasks["shop.ship"].delay(7)
     message = take(app)
     run(app, message)
-    id_ = die(app, message)
+    return die(app, message)
+
+
+@pytest.mark.parametrize("on_conflict", ["existing", "raise"])
+def test_who_dies_between_claim_and_message_has_sent_nothing(
+    app: Celery, monkeypatch: pytest.MonkeyPatch, clock: time_machine.Traveller, on_conflict: Any
+) -> None:
+    """Where those are two steps: the next one has the same claim, and sends it."""
+    id_ = dead_once(app, on_conflict)
     server = place_of(app).server
     before: dict[bytes, Any] = {}
 
@@ -395,16 +400,7 @@ def test_who_fails_takes_nothing_from_who_has_sent_it(
     on_conflict: Any,
 ) -> None:
     """The claim that it has met is that of the message that is queued."""
-
-    @app.task(base=ReliableTask, name="shop.ship")
-    @once(key="{n}", on_conflict=on_conflict)
-    def ship(n: int) -> int:
-        return n
-
-    app.tasks["shop.ship"].delay(7)
-    message = take(app)
-    run(app, message)
-    id_ = die(app, message)
+    id_ = dead_once(app, on_conflict)
 
     def away(*args: Any, **options: Any) -> Any:
         raise redis.ConnectionError("away")
